@@ -1,0 +1,52 @@
+"""The one seam between training and generation: token ids in, token ids out, and a way to hand over new weights.
+
+`vllm_client.VLLMEngine` talks to a vLLM server; `local.LocalEngine` generates in this process. Nothing else in ludic
+knows which of the two it has.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from ludic.types import Completion, SamplingParams
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightSyncReport:
+    """What one weight sync did, for the log. Seconds are wall clock."""
+
+    policy_version: int
+    num_tensors: int
+    num_bytes: int
+    seconds: float
+    proof: str
+    """How it was proven that the engine holds the weights, in words, with the figure that was compared."""
+    logprob_gap: float | None = None
+    """Mean absolute difference of log-probabilities on the probe prompt, in nats; None where none was taken."""
+    phases_s: dict[str, float] = field(default_factory=dict)
+    """Seconds of the parts, e.g. pause, send, proof, resume."""
+
+
+class InferenceEngine(Protocol):
+    """Generates completions with the policy that it was last given."""
+
+    @property
+    def policy_version(self) -> int:
+        """The version of the weights in use; 0 until the first `update_weights`."""
+        ...
+
+    async def generate(
+        self, prompt_token_ids: Sequence[int], *, num_completions: int, sampling: SamplingParams
+    ) -> list[Completion]:
+        """Draw `num_completions` completions of one prompt. Safe to call many times concurrently."""
+        ...
+
+    async def update_weights(self, model: torch.nn.Module, *, policy_version: int) -> WeightSyncReport:
+        """Take over `model`'s weights, prove that they arrived, and stamp what follows with `policy_version`."""
+        ...
+
+    async def aclose(self) -> None:
+        """Let go of connections, processes and memory. Safe to call twice."""
+        ...

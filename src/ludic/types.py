@@ -1,0 +1,176 @@
+"""Every piece of data that flows between the rooms of ludic, in the order in which one sample meets them.
+
+    sample -> chat messages -> prompt_token_ids -> Completion -> Rollout in a RolloutGroup
+           -> TrainingSample -> MicroBatch -> optimizer
+
+All of them are frozen: a stage makes a new value, it never edits the one it was given. Shapes stand beside the fields;
+P is a prompt's length in tokens, C a completion's, G the group size, L = P + C, T the tokens of a packed row and S the
+sequences in it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, TypedDict
+
+import torch
+
+FinishReason = Literal["stop", "length"]
+"""`stop`: the model ended by itself, with a stop token. `length`: it was cut off at `max_tokens` (truncated)."""
+
+
+class ChatMessage(TypedDict):
+    """One turn of a chat, as chat templates take it."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How completions are drawn. `temperature` 0 is greedy; `top_p` 1 draws from the whole distribution.
+
+    Example:
+        >>> SamplingParams(temperature=1.0, max_tokens=512, seed=7)
+        SamplingParams(temperature=1.0, top_p=1.0, max_tokens=512, seed=7)
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_tokens: int = 512
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ValueError(f"temperature must be at least 0 (0 is greedy), not {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], not {self.top_p}")
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, not {self.max_tokens}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """What an inference engine returns for one sequence: token ids as sampled, never re-encoded text."""
+
+    token_ids: list[int]
+    """[C], with the stop token at the end when `finish_reason` is `stop`."""
+    logprobs: list[float] | None
+    """[C], natural log-probabilities under the distribution that was sampled from (after temperature), or None."""
+    finish_reason: FinishReason
+    policy_version: int
+    """The version of the weights that sampled it; 0 is the initial policy."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParseResult:
+    """An answer found in a text, or why there is none. Exactly one of the two is set.
+
+    Example:
+        >>> ParseResult(answer="18")
+        ParseResult(answer='18', error=None)
+    """
+
+    answer: str | None = None
+    error: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.answer is None) == (self.error is None):
+            raise ValueError("a ParseResult holds an answer or an error, and not both")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """What an environment thinks of one completion."""
+
+    reward: float
+    correct: bool
+    parse: ParseResult
+    parts: Mapping[str, float] = field(default_factory=dict)
+    """Named figures that are averaged into metrics: components of the reward, other rules' verdicts as 0 or 1, and
+    `grader_failed`, 1 where the grader gave up on the answer (a deadline, a crash), so that such a 0 is never silent."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """One completion of one prompt, scored."""
+
+    group_id: int
+    """The prompt that it answers: unique in the run, and the same for every member of a group."""
+    rollout_id: int
+    """Its place in the group, 0 to G - 1."""
+    prompt_token_ids: list[int]
+    """[P]"""
+    completion: Completion
+    text: str
+    score: Score
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutGroup:
+    """G rollouts of one prompt: what GRPO compares with one another."""
+
+    group_id: int
+    target: str
+    rollouts: tuple[Rollout, ...]
+    """[G]"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingSample:
+    """One sequence to train on. The mask, not a prompt length, says which tokens: several turns need no other type."""
+
+    token_ids: list[int]
+    """[L]"""
+    loss_mask: list[bool]
+    """[L], True where the token was sampled by the policy and is to be trained on. The first token has no prediction
+    and is always False."""
+    rollout_logprobs: list[float] | None
+    """[L], the sampler's log-probabilities; 0.0 where `loss_mask` is False."""
+    advantage: float
+    policy_version: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroBatch:
+    """Whole sequences laid end to end in one row, without padding.
+
+    Entry t of `loss_mask`, `loss_weights`, `advantages` and `rollout_logprobs` speaks of the token `input_ids[t]`, which
+    is predicted from position t - 1 of the same sequence.
+    """
+
+    input_ids: torch.Tensor
+    """[T] int64"""
+    position_ids: torch.Tensor
+    """[T] int64, restarting at 0 with each sequence"""
+    cu_seqlens: torch.Tensor
+    """[S + 1] int32: sequence s is tokens cu_seqlens[s] to cu_seqlens[s + 1]"""
+    max_seqlen: int
+    loss_mask: torch.Tensor
+    """[T] bool"""
+    loss_weights: torch.Tensor
+    """[T] float32: what each token's loss is multiplied by, so that the micro-batches of an update just add up. It holds
+    the loss's normalisation over the *whole* update (1 / loss tokens for the token mean), and 0 off the mask."""
+    advantages: torch.Tensor
+    """[T] float32, each sequence's advantage on all its tokens"""
+    rollout_logprobs: torch.Tensor | None
+    """[T] float32, or None when the sampler gave none"""
+    sample_indices: tuple[int, ...]
+    """[S]: the place of each sequence in the list that was packed"""
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        """The same micro-batch with its tensors on `device`."""
+
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        return MicroBatch(
+            input_ids=move(self.input_ids),
+            position_ids=move(self.position_ids),
+            cu_seqlens=move(self.cu_seqlens),
+            max_seqlen=self.max_seqlen,
+            loss_mask=move(self.loss_mask),
+            loss_weights=move(self.loss_weights),
+            advantages=move(self.advantages),
+            rollout_logprobs=None if self.rollout_logprobs is None else move(self.rollout_logprobs),
+            sample_indices=self.sample_indices,
+        )
