@@ -1,0 +1,311 @@
+"""Train a model on GSM8K with GRPO: read the flags, build the parts, run the trainer, say what came of it.
+
+    python examples/gsm8k/train_gsm8k.py --demo                      no GPU, no server, nothing downloaded
+    python -m ludic.inference.vllm_server --model MODEL              in one process (GPU 0), and in another (GPU 1)
+    python examples/gsm8k/train_gsm8k.py --model MODEL --micro-token-budget 16384 --max-seq-len 1024
+
+`examples/gsm8k/README.md` is the walk-through.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import itertools
+import json
+import logging
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from rich.console import Console
+
+from environments.gsm8k import DEFAULT_SYSTEM_PROMPT, GSM8K, GSM8KSample, load
+from ludic.cli import (
+    add_engine_arguments,
+    check_engine_arguments,
+    open_engine,
+    prepare_out_dir,
+    run_script,
+)
+from ludic.prompts import encode_prompt, load_tokenizer
+from ludic.telemetry.loggers import make_logger, parse_logger_names
+from ludic.telemetry.report import ComparisonRow, comparison_table, reward_curve_text, save_reward_curve
+from ludic.training.checkpoint import TrainerState, latest_checkpoint, read_state
+from ludic.training.config import GRPOConfig, RunPaths, add_arguments, from_arguments
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ludic.training.trainer import TrainingSummary
+
+DEFAULT_MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="train_gsm8k.py",
+        description="Train a model on GSM8K with GRPO, against a vLLM server that runs in another process.",
+    )
+    task = parser.add_argument_group("task")
+    task.add_argument("--demo", action="store_true",
+                      help="a small policy and problems of our own, on the CPU, in about two minutes")  # fmt: skip
+    task.add_argument("--model", default=DEFAULT_MODEL, help=f"hub name or folder (default: {DEFAULT_MODEL})")
+    task.add_argument("--dataset", default=None, metavar="PATH",
+                      help="folder with train.jsonl and test.jsonl, or a JSONL file; default: openai/gsm8k on the hub")  # fmt: skip
+    task.add_argument(
+        "--eval-dataset", default=None, metavar="PATH", help="problems to evaluate on, when not in --dataset"
+    )
+    task.add_argument("--limit", type=int, default=None, help="train on the first N problems only (default: all)")
+    task.add_argument("--system-prompt", default=DEFAULT_SYSTEM_PROMPT, help="default: %(default)s")
+    add_engine_arguments(parser)
+    add_arguments(parser)
+    files = parser.add_argument_group("files and log")
+    files.add_argument("--out-dir", default=".", help="folder for everything that the run writes (default: here)")
+    files.add_argument("--logger", default="rich",
+                       help="comma-separated: rich, print, jsonl, wandb; or none (default: rich)")  # fmt: skip
+    files.add_argument("--resume", nargs="?", const="latest", default=None, metavar="CHECKPOINT",
+                       help="continue from the last checkpoint in --out-dir, or from the one given")  # fmt: skip
+    files.add_argument("--verbose", action="store_true", help="also log each weight sync with its proof")
+    args = parser.parse_args(argv)
+    if args.demo:
+        for flag in ("model", "dataset", "eval_dataset", "engine", "start_server", "resume"):
+            if getattr(args, flag) != parser.get_default(flag):
+                raise ValueError(f"--demo brings its own policy and problems: it contradicts --{flag.replace('_', '-')}")
+        from demo import DEMO_FLAGS
+
+        given = sys.argv[1:] if argv is None else argv
+        args = parser.parse_args([*itertools.chain.from_iterable(DEMO_FLAGS.items()), *given])
+    return args
+
+
+async def main() -> int:
+    started = time.perf_counter()
+    args = parse_arguments()
+    logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(name)s: %(message)s")
+    parse_logger_names(args.logger)
+    check_engine_arguments(args)
+    if args.limit is not None and args.limit < 1:
+        raise ValueError(f"--limit must be at least 1, not {args.limit}")
+    config = from_arguments(args)
+    paths = RunPaths(out_dir=prepare_out_dir(args.out_dir))
+    resume_from = _find_checkpoint(args, paths)
+    if args.demo:
+        _build_demo(args, paths, config)
+
+    _say(f"loading {args.model}")
+    tokenizer = load_tokenizer(args.model, args.chat_template)
+    train_samples = load("train", dataset=args.dataset, limit=args.limit)
+    eval_samples = _load_eval_samples(args, config)
+    environment = GSM8K(system_prompt=args.system_prompt)
+    _check_prompts(environment, tokenizer, config, train_samples)
+    if resume_from is None:
+        _set_aside(paths)
+
+    from ludic.training.trainer import GRPOTrainer
+
+    summary: TrainingSummary | None = None
+    metric_logger = make_logger(
+        args.logger,
+        metrics_path=paths.metrics,
+        run_name=f"GRPO {Path(args.model).name}",
+        config={**dataclasses.asdict(config), "model": args.model, "dataset": args.dataset or "openai/gsm8k"},
+        total_steps=config.train_steps,
+    )
+    with contextlib.closing(metric_logger):
+        async with open_engine(
+            args, tokenizer, out_dir=paths.out_dir, max_seq_len=config.max_seq_len, say=_say
+        ) as engine:
+            policy, dtype = load_policy(str(resume_from[0]) if resume_from else args.model, _training_device(args))
+            if hasattr(engine, "enable_weight_sync"):
+                probe = encode_prompt(tokenizer, environment.messages(train_samples[0]))[:64]
+                await engine.enable_weight_sync(probe)
+            reference = load_policy(args.model, policy.device)[0] if config.kl_coef > 0 else None
+            trainer = GRPOTrainer(
+                config=config,
+                model=policy,
+                model_name=args.model,
+                tokenizer=tokenizer,
+                engine=engine,
+                environment=environment,
+                train_samples=train_samples,
+                eval_samples=eval_samples,
+                metric_logger=metric_logger,
+                paths=paths,
+                eval_concurrency=args.concurrency,
+                model_dtype=dtype,
+                reference_model=reference,
+                resume_from=resume_from,
+            )
+            try:
+                summary = await trainer.run()
+            finally:
+                await environment.aclose()
+    _finish(args, config, paths, summary, time.perf_counter() - started)
+    return 0
+
+
+def load_policy(path: str, device: Any) -> tuple["PreTrainedModel", Any]:
+    """The model with fp32 masters on `device`, and the dtype that it came in.
+
+    Raises:
+        ValueError: there is no such model; one line.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        stored = AutoConfig.from_pretrained(path).dtype or torch.float32
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attention_dropout=0.0)
+    except OSError as error:
+        raise ValueError(f"--model {path} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    return model.to(device), stored
+
+
+def _training_device(args: argparse.Namespace) -> Any:
+    """The GPU that trains: not the one that a server started by us has, where there are two."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    shared = args.start_server and args.server_gpu in (None, "0") and torch.cuda.device_count() > 1
+    device = torch.device("cuda", 1 if shared else 0)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _find_checkpoint(args: argparse.Namespace, paths: RunPaths) -> tuple[Path, TrainerState] | None:
+    """The checkpoint that --resume means, with its state.
+
+    Raises:
+        ValueError: there is none, or it belongs to another model.
+    """
+    if args.resume is None:
+        return None
+    found = latest_checkpoint(paths.checkpoints) if args.resume == "latest" else Path(args.resume)
+    if found is None:
+        raise ValueError(f"--resume: there is no checkpoint in {paths.checkpoints}; leave the flag out to start a run")
+    state = read_state(found)
+    if state.model != args.model and not args.demo:
+        raise ValueError(f"checkpoint {found} belongs to {state.model}, not to --model {args.model}")
+    _say(f"continuing from {found} (update {state.step})")
+    return found, state
+
+
+def _load_eval_samples(args: argparse.Namespace, config: GRPOConfig) -> list[GSM8KSample]:
+    if not config.eval_limit:
+        return []
+    source = args.eval_dataset or args.dataset
+    if args.eval_dataset is None and source is not None and not Path(source).is_dir():
+        _say(f"no evaluation: {source} is a single file; name other problems with --eval-dataset")
+        return []
+    return load("test", dataset=source, limit=config.eval_limit)
+
+
+def _check_prompts(
+    environment: GSM8K, tokenizer: "PreTrainedTokenizerBase", config: GRPOConfig, samples: list[GSM8KSample]
+) -> None:
+    """Find the prompt that is too long before a server is started for it."""
+    longest = max(samples, key=lambda sample: len(sample.question))
+    length = len(encode_prompt(tokenizer, environment.messages(longest)))
+    if length > config.max_prompt_len:
+        raise ValueError(
+            f"the longest prompt is {length} tokens, more than --max-seq-len {config.max_seq_len} allows "
+            f"with one token for an answer: {longest.question[:60]!r}..."
+        )
+
+
+def _set_aside(paths: RunPaths) -> None:
+    """Move what an earlier run left in this folder out of the way: nothing is lost, and nothing is mixed."""
+    old = [
+        path for path in (paths.metrics, paths.rollouts, paths.summary, paths.curve, paths.checkpoints) if path.exists()
+    ]
+    if not old:
+        return
+    folder = paths.out_dir / "earlier_runs" / time.strftime("%Y%m%d-%H%M%S")
+    folder.mkdir(parents=True)
+    for path in old:
+        shutil.move(path, folder / path.name)
+    _say(f"an earlier run's files were moved to {folder}")
+
+
+def _build_demo(args: argparse.Namespace, paths: RunPaths, config: GRPOConfig) -> None:
+    """Make the demo's policy and problems, and point the flags at them."""
+    from demo import build_demo
+
+    _say("demo: no GPU, no server, no network. Making word problems in GSM8K's format and a small policy of our own,")
+    _say("warm-started by imitating worked solutions (supervised, before GRPO begins) ...")
+    folder = paths.out_dir / "gsm8k_demo"
+    demo = build_demo(folder, seed=config.seed)
+    args.model, args.dataset = str(demo.model_dir), str(folder)
+    _say(
+        f"the warm start took {demo.warm_start_s:.0f} s on {demo.num_warm_start:,} solutions: a policy of "
+        f"{demo.num_parameters:,} parameters. From here on it is GRPO on {demo.num_train:,} other problems."
+    )
+
+
+def _finish(
+    args: argparse.Namespace, config: GRPOConfig, paths: RunPaths, summary: "TrainingSummary", seconds: float
+) -> None:
+    record = {**dataclasses.asdict(summary), "wall_seconds": seconds, "model": args.model}
+    paths.summary.write_text(json.dumps(record, indent=2) + "\n")
+    metrics = [json.loads(line) for line in paths.metrics.read_text().splitlines() if line.strip()]
+    curve = [(row["step"], row["reward_mean"]) for row in metrics if row.get("reward_mean") is not None]
+    steps, rewards = [step for step, _ in curve], [reward for _, reward in curve]
+    if len(curve) > 1:
+        _say(reward_curve_text(steps, rewards))
+        points = [(row["step"], row["eval/accuracy"]) for row in metrics if row.get("eval/accuracy") is not None]
+        save_reward_curve(paths.curve, steps, rewards, evaluations=points)
+    if len(summary.evaluations) > 1:
+        title = f"{summary.eval_problems} held-out problems, temperature {config.eval_temperature:g}"
+        Console().print(comparison_table(_comparison_rows(summary.evaluations), title=title))
+    _say(
+        f"{summary.updates} updates, {summary.rollouts} rollouts, {summary.completion_tokens} completion tokens "
+        f"in {seconds:.0f} s"
+    )
+    for what, path in (
+        ("checkpoint", summary.last_checkpoint),
+        ("metrics", paths.metrics),
+        ("rollouts", paths.rollouts),
+        ("summary", paths.summary),
+        ("reward curve", paths.curve if paths.curve.exists() else None),
+    ):
+        if path:
+            _say(f"  {what + ':':<13} {path}")
+    _say(f"next: {_next_command(args, paths, summary)}")
+
+
+def _comparison_rows(evaluations: list[dict[str, Any]]) -> list[ComparisonRow]:
+    before, after = evaluations[0], evaluations[-1]
+
+    def row(name: str, key: str, kind: Literal["rate", "number"]) -> ComparisonRow:
+        intervals = {f"{when}_ci95": tuple(e[f"{key}_ci95"]) for when, e in (("before", before), ("after", after))
+                     if f"{key}_ci95" in e}  # fmt: skip
+        return ComparisonRow(name=name, before=before[key], after=after[key], kind=kind, **intervals)
+
+    return [
+        row("accuracy (boxed, else last number)", "accuracy", "rate"),
+        row("accuracy (boxed only)", "strict_accuracy", "rate"),
+        row("no boxed answer", "parse_err_rate", "rate"),
+        row("truncated", "truncation_rate", "rate"),
+        row("tokens per completion", "avg_completion_length", "number"),
+    ]
+
+
+def _next_command(args: argparse.Namespace, paths: RunPaths, summary: "TrainingSummary") -> str:
+    dataset = f" --dataset {args.dataset}" if args.dataset else ""
+    prompt = "" if args.system_prompt == "" else f" --system-prompt {json.dumps(args.system_prompt)}"
+    engine = " --engine local" if args.engine == "local" else " --start-server --port 8001"
+    return f"python examples/gsm8k/eval_gsm8k_vllm.py --model {summary.last_checkpoint}{engine}{dataset}{prompt} --limit 250"
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    run_script("train_gsm8k.py", main)
