@@ -1,0 +1,344 @@
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ludic.grading import MAX_ANSWER_CHARS, Grader, Verdict, answers_match
+from ludic.numbers import clean_answer, read_number
+
+HANGS = "9^{9^{9^{9}}}"
+RIGHT = Verdict(matched=True)
+WRONG = Verdict(matched=False)
+
+
+@pytest.fixture(scope="module")
+def grader() -> Iterator[Grader]:
+    """One for all tests of this file, each of which has an event loop of its own."""
+    made = Grader(num_workers=1)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def no_math_verify(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("a worker was started")
+
+    monkeypatch.setattr("ludic.grading._Worker.__init__", refuse)
+
+
+def is_alive(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    if stat.parent.parent.joinpath("self").exists():
+        return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.usefixtures("no_math_verify")
+@pytest.mark.parametrize(
+    "prediction",
+    ["18", "18.0", "18.00", "+18", "18.", "18,", "018", "$18", r"\$18", r"$\$18$", "$18$", "$$18$$", r"\(18\)",
+     r"\[18\]", "{18}", "{{18}}", r"\boxed{18}", r"\text{18}", r"\mathbf{18}", "**18**", "$18.00", "18 €", "USD 18",
+     "18 dollars", r"18 \text{ dollars}", r"18\text{ dollars per day}.", "18 apples", "18 km/h", r"18\text{ cm}^2",
+     r"18^\circ", "18°", "18 dozen", "36/2", r"\frac{36}{2}", r"\dfrac{36}{2}", r"-\frac{-36}{2}", r"\frac{3.6}{0.2}",
+     "17 2/2", r"17\frac{2}{2}", "1.8e1", r"1.8 \times 10^{1}", "0.18 hundred", "1800%", "x=18", "x = 18", "Total: 18",
+     r"x_1 = \$18"],
+)  # fmt: skip
+def test_eighteen_in_any_plain_dress_is_right_without_math_verify(grader: Grader, prediction: str) -> None:
+    assert grader.match_sync(prediction, "18") == RIGHT
+    assert grader.match_sync("18", prediction) == RIGHT
+
+
+@pytest.mark.usefixtures("no_math_verify")
+@pytest.mark.parametrize(
+    "prediction",
+    ["", " ", "?", "eighteen", "17", "-18", "81", "1.8", "18.0000000000000000001", "18%", r"18\%", "18 percent",
+     "18 pct", "18 thousand", "18e1", "17 18", "18 18", "9 9", "17, 18", "1,8", "1,00", "x > 18", r"x \neq 18",
+     "I think 18", "The answer is 18", "18 minutes and 30 seconds", "17 = 18", "18 = 17", "x = 17 = 18", "x = 1,8",
+     "1" * 1_999, "1e999999999", "5} and {18", "18 {", "one = two"],
+)  # fmt: skip
+def test_what_is_plainly_not_eighteen_is_wrong_without_math_verify(grader: Grader, prediction: str) -> None:
+    assert grader.match_sync(prediction, "18") == WRONG
+
+
+@pytest.mark.usefixtures("no_math_verify")
+@pytest.mark.parametrize(
+    ("prediction", "target", "matched"),
+    [
+        ("1,000", "1000", True),
+        ("1000", "1,000", True),
+        ("1{,}000", "1000", True),
+        (r"1\,000", "1000", True),
+        ("1 000 000", "1,000,000", True),
+        ("1.5 million", "1,500,000", True),
+        ("1,00", "100", False),
+        ("1,00", "1", False),
+        ("1,0000", "10000", False),
+        ("0,123", "123", False),
+        (".5", "1/2", True),
+        (r"\frac12", "0.5", True),
+        ("0.333", "1/3", False),
+        ("-5", "5", False),
+        ("\u22125", "-5", True),
+        ("-$5", "-5", True),
+        ("0.18", "18%", True),
+        (r"18\%", "18 percent", True),
+        ("-0", "0", True),
+        ("0e999999999", "0", True),
+        ("1e999999999", "1e999999999", True),
+        ("1e999999999", "1e999999998", False),
+        ("x = 18 = 18.0", "18", True),
+        ("18 cents", "18 dollars", False),
+        ("18 dollar", "18 Dollars", True),
+        ("y = 18", "x = 18", False),
+        ("Paris", "Paris", True),
+        (r"\text{Paris}.", "Paris", True),
+        ("1/0", "1/0", True),
+    ],
+)
+def test_numbers_are_compared_exactly(grader: Grader, prediction: str, target: str, matched: bool) -> None:
+    assert grader.match_sync(prediction, target) == Verdict(matched=matched)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "target", "matched"),
+    [
+        ("(18)", "18", True),
+        ("9*2", "18", True),
+        ("9*2 dollars", "18", False),  # math-verify knows few units, and ours are for plain numbers.
+        (r"9 \times 2 = 18", "18", True),
+        (r"9 \times 2 = 19", "19", False),
+        ("5x = 18", "18", False),
+        (r"\sqrt{324}", "18", True),
+        (r"18\text{ m}", "18", True),
+        ("18x", "18", False),
+        (r"18\pi", "18", False),
+        ("2 pi", "2", False),
+        (r"\pm 18", "18", False),
+        (r"17 \text{ and } 18", "18", False),
+        ("18 or 20", "18", False),
+        ("18:00", "18", False),
+        ("18 and a half", "18", False),
+        ("3!", "6", True),
+        ("x + 1", "1 + x", True),
+        (r"\frac{x}{2}", "0.5x", True),
+        ("x > 3", "3 < x", True),
+        ("18\x00", "18", False),
+        ("\ud800", "18", False),
+        ("\u0661\u0668", "18", False),
+        ("\uff11\uff18", "18", False),
+    ],
+)
+async def test_what_takes_algebra_goes_to_math_verify(
+    grader: Grader, prediction: str, target: str, matched: bool
+) -> None:
+    assert await grader.match(prediction, target) == Verdict(matched=matched)
+
+
+@given(st.fractions(max_denominator=10**6))
+def test_an_exact_fraction_is_read_back(value: object) -> None:
+    number = read_number(clean_answer(str(value)))
+    assert number is not None
+    assert number.value == value
+
+
+@given(st.decimals(allow_nan=False, allow_infinity=False, min_value=-(10**9), max_value=10**9), st.sampled_from("f,"))
+def test_a_decimal_is_read_back_with_and_without_separators(value: object, style: str) -> None:
+    number = read_number(clean_answer(f"{value:,f}" if style == "," else f"{value:f}"))
+    assert number is not None
+    assert number.value == value
+
+
+@given(
+    st.lists(
+        st.sampled_from(
+            ["1", "0", ",", ".", " ", "-", "$", "%", "{", "}", "\\text{", "\\frac{", "=", "e9", "x", " eggs"]
+        )
+        | st.text(st.characters(), max_size=2),
+        max_size=MAX_ANSWER_CHARS // 8,
+    ).map("".join)
+)
+def test_reading_a_number_never_raises(text: str) -> None:
+    read_number(clean_answer(text))
+
+
+@pytest.mark.parametrize(
+    "piece", ["{", "\\text{", "1 ", "1,000 ", "a ", "=", "x=", "$", " million", "\\,", "1/", "-", "1e"]
+)
+def test_the_exact_rules_are_quick_on_the_longest_answers(piece: str) -> None:
+    text = (piece * MAX_ANSWER_CHARS)[:MAX_ANSWER_CHARS]
+    start = time.thread_time()
+    read_number(clean_answer(text))
+    read_number(clean_answer("1" + text))
+    assert time.thread_time() - start < 0.5
+
+
+@pytest.mark.usefixtures("no_math_verify")
+def test_an_answer_beyond_the_limit_is_refused_and_counted() -> None:
+    grader = Grader()
+    for hostile in ("{" * 10**6, "1" * 10**6, "\x00" * 10**6, "9^{" * 10**5):
+        assert grader.match_sync(hostile, "18") == Verdict(matched=False, failure="too_long")
+    assert (grader.num_graded, grader.num_too_long, grader.num_timeouts) == (4, 4, 0)
+    assert grader.match_sync(" " * 10**6 + "18", "18") == RIGHT
+    grader.close()
+
+
+async def test_a_hostile_answer_costs_its_deadline_and_is_counted() -> None:
+    grader = Grader(num_workers=1, timeout_s=1.0)
+    try:
+        assert await grader.match("9*2", "18") == RIGHT  # The worker is up now.
+        start = time.monotonic()
+        assert await grader.match(HANGS, "18") == Verdict(matched=False, failure="timeout")
+        assert 1.0 <= time.monotonic() - start < 3.0
+        assert await grader.match("9*2", "18") == RIGHT
+        assert (grader.num_graded, grader.num_timeouts, grader.num_crashes) == (3, 1, 0)
+    finally:
+        await grader.aclose()
+
+
+async def test_starting_a_worker_does_not_count_against_the_deadline() -> None:
+    grader = Grader(num_workers=1, timeout_s=0.2)  # A fraction of what importing math-verify takes.
+    assert await grader.match("9*2", "18") == RIGHT
+    await grader.aclose()
+
+
+async def test_a_worker_that_dies_is_a_crash_for_its_answer_and_no_other(grader: Grader) -> None:
+    assert await grader.match("9*2", "18") == RIGHT
+    (worker,) = grader._workers
+    pending = asyncio.create_task(grader.match(HANGS, "18"))
+    while grader._idle:
+        await asyncio.sleep(0.01)
+    worker.process.kill()
+    crashes = grader.num_crashes
+    assert await pending == Verdict(matched=False, failure="crash")
+    assert grader.num_crashes == crashes + 1
+    (worker,) = grader._workers
+    worker.process.kill()  # This one has nothing to do, so that nobody notices.
+    worker.process.wait()
+    assert await grader.match("9*2", "18") == RIGHT
+    assert grader.num_crashes == crashes + 1
+
+
+async def test_the_event_loop_runs_on_while_an_answer_is_graded(grader: Grader) -> None:
+    await grader.match("9*2", "18")
+    pending = asyncio.create_task(grader.match(HANGS, "18"))
+    turns = 0
+    while turns < 20:
+        await asyncio.sleep(0.01)
+        turns += 1
+    assert not pending.done()
+    (worker,) = grader._workers
+    worker.process.kill()
+    await pending
+
+
+def test_event_loops_one_after_the_other_and_other_threads_share_a_grader(grader: Grader) -> None:
+    verdicts = [asyncio.run(grader.match("9*2", "18")) for _ in range(2)]
+    threads = [threading.Thread(target=lambda: verdicts.append(grader.match_sync("2*9", "18"))) for _ in range(4)]
+    threads.append(threading.Thread(target=lambda: verdicts.append(asyncio.run(grader.match("36/2 + 0", "18")))))
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert verdicts == [RIGHT] * 7
+
+
+async def test_closing_ends_the_workers_and_what_still_waits() -> None:
+    grader = Grader(num_workers=1)
+    assert await grader.match("9*2", "18") == RIGHT
+    (worker,) = grader._workers
+    waiting = [asyncio.create_task(grader.match(HANGS, "18")) for _ in range(3)]
+    while grader._idle:
+        await asyncio.sleep(0.01)
+    start = time.monotonic()
+    await grader.aclose()
+    await grader.aclose()
+    for result in await asyncio.gather(*waiting, return_exceptions=True):
+        assert isinstance(result, RuntimeError)
+    assert time.monotonic() - start < 3.0
+    assert worker.process.returncode == -signal.SIGKILL
+    with pytest.raises(RuntimeError, match="this Grader is closed"):
+        await grader.match("9*2", "18")
+    assert await grader.match("18.0", "18") == RIGHT  # What needs no worker still works.
+
+
+def test_a_worker_that_cannot_start_is_an_error_and_not_a_verdict(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    broken = tmp_path / "python"
+    broken.write_text("#!/bin/sh\nexit 3\n")
+    broken.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(broken))
+    grader = Grader()
+    with pytest.raises(RuntimeError, match="ended while starting, with status 3"):
+        grader.match_sync("9*2", "18")
+    assert grader.num_graded == 0
+    grader.close()
+
+
+def test_limits_that_make_no_sense_are_refused() -> None:
+    with pytest.raises(ValueError, match="num_workers must be at least 1, not 0"):
+        Grader(num_workers=0)
+    with pytest.raises(ValueError, match="timeout_s must be more than 0 seconds, not 0"):
+        Grader(timeout_s=0)
+
+
+SCRIPT = """
+import sys
+from ludic.grading import answers_match
+assert answers_match("9*2", "18") and not answers_match("9*3", "18")
+print("math_verify" in sys.modules)
+"""
+
+
+def test_a_script_without_a_main_guard_grades_imports_no_math_verify_and_exits_quietly(tmp_path: Path) -> None:
+    path = tmp_path / "script.py"
+    path.write_text(SCRIPT)
+    command = [sys.executable, "-W", "error::ResourceWarning", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert (done.stdout, done.stderr) == ("False\n", "")
+
+
+ORPHANS = f"""
+from ludic.grading import Grader, _Worker
+grader, idle = Grader(num_workers=1, timeout_s=3.0), _Worker()
+grader.match_sync("9*2", "18")
+print(*(worker.process.pid for worker in grader._workers), idle.process.pid, flush=True)
+grader.match_sync("{HANGS}", "18")
+"""
+
+
+def test_workers_of_a_killed_parent_end_by_themselves() -> None:
+    # From standard input: a main module without a file.
+    with subprocess.Popen([sys.executable], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdin is not None
+        assert parent.stdout is not None
+        parent.stdin.write(ORPHANS)
+        parent.stdin.close()
+        workers = [int(pid) for pid in parent.stdout.readline().split()]
+        assert len(workers) == 2
+        time.sleep(0.5)  # Until the one is busy with an answer that never ends.
+        parent.kill()
+    deadline = time.monotonic() + 30.0
+    while any(is_alive(pid) for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(is_alive(pid) for pid in workers)
+
+
+def test_answers_match_is_the_same_rule_for_scripts() -> None:
+    assert answers_match(r"\$1,000.00", "1000")
+    assert not answers_match("18%", "18")
+    assert answers_match(r"\frac{36}{2}", "18")

@@ -1,0 +1,213 @@
+import builtins
+import json
+import sys
+import types
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+
+from environments.gsm8k import DEFAULT_SYSTEM_PROMPT, GSM8K, GSM8KSample, load
+from ludic.environment import Environment
+from ludic.grading import Grader, Verdict
+
+ROWS = [
+    {"question": "How many eggs?", "answer": "16 - 3 - 4 = <<16-3-4=9>>9\n#### 9"},
+    {"question": "How many dollars?", "answer": "9 * 2 = <<9*2=18>>18\n#### 1,080"},
+    {"question": "How cold?", "answer": "Below zero.\n#### -10"},
+]
+
+
+def write_jsonl(path: Path, rows: list[dict[str, str]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def sample(target: str) -> GSM8KSample:
+    return GSM8KSample(question="How many?", answer=f"#### {target}", target=target)
+
+
+@pytest.fixture
+async def environment() -> AsyncIterator[GSM8K]:
+    made = GSM8K()
+    yield made
+    await made.aclose()
+
+
+def test_the_target_is_what_follows_the_hashes(tmp_path: Path) -> None:
+    samples = load("train", dataset=write_jsonl(tmp_path / "some.jsonl", ROWS))
+    assert [s.target for s in samples] == ["9", "1,080", "-10"]
+    assert samples[0] == GSM8KSample(question=ROWS[0]["question"], answer=ROWS[0]["answer"], target="9")
+
+
+def test_a_folder_is_read_by_split(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "train.jsonl", ROWS[:1])
+    write_jsonl(tmp_path / "test.jsonl", ROWS[1:])
+    assert [s.target for s in load("train", dataset=tmp_path)] == ["9"]
+    assert [s.target for s in load("test", dataset=str(tmp_path))] == ["1,080", "-10"]
+
+
+def test_limit_takes_the_first_and_a_seed_shuffles_before_that(tmp_path: Path) -> None:
+    rows = [{"question": f"Question {i}?", "answer": f"#### {i}"} for i in range(50)]
+    path = write_jsonl(tmp_path / "test.jsonl", rows)
+    assert [s.target for s in load("test", dataset=path, limit=3)] == ["0", "1", "2"]
+    shuffled = [s.target for s in load("test", dataset=path, seed=1)]
+    assert shuffled != [str(i) for i in range(50)]
+    assert sorted(shuffled, key=int) == [str(i) for i in range(50)]
+    assert [s.target for s in load("test", dataset=path, limit=5, seed=1)] == shuffled[:5]
+    with pytest.raises(ValueError, match="limit must be at least 1, not 0"):
+        load("test", dataset=path, limit=0)
+
+
+def test_line_separators_inside_a_string_do_not_end_a_row(tmp_path: Path) -> None:
+    row = {"question": "One\u2028two?", "answer": "#### 3"}
+    path = tmp_path / "test.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(row, ensure_ascii=False).encode() + b"\r\n\n")
+    assert [s.question for s in load("test", dataset=path)] == ["One\u2028two?"]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"question": "a", ', r"not JSON \(.* at column \d+\)"),
+        (b"[" * 100_000, r"not a row \(nested too deeply\)"),
+        (b'{"question": "\xff", "answer": "#### 1"}', r"not UTF-8 \(invalid start byte at byte 14\)"),
+        (b"[1]", r"a row must be an object with `question` and `answer`, not list \[1\]"),
+        (b'{"answer": "#### 1"}', "no `question`"),
+        (b'{"question": "a"}', "no `answer`"),
+        (b'{"question": 1, "answer": "#### 1"}', "`question` must be a string, not int 1"),
+        (b'{"question": "a", "answer": null}', "`answer` must be a string, not null"),
+        (b'{"question": " ", "answer": "#### 1"}', "`question` is empty"),
+        (b'{"question": "a", "answer": "1"}', "no `####` before the final answer in `answer`"),
+        (b'{"question": "a", "answer": "so #### "}', "nothing after `####` in `answer`"),
+        (b'{"question": "\\ud800", "answer": "#### 1"}', "`question` holds half a surrogate pair at character 0"),
+    ],
+)
+def test_a_malformed_row_is_named_by_file_line_and_reason(tmp_path: Path, line: bytes, reason: str) -> None:
+    path = tmp_path / "test.jsonl"
+    path.write_bytes(b'{"question": "a", "answer": "#### 1"}\n\n' + line + b"\n")
+    with pytest.raises(ValueError, match=rf"^.*test\.jsonl:3: {reason}$") as caught:
+        load("test", dataset=path)
+    assert "\n" not in str(caught.value)
+
+
+def test_data_that_is_not_there_is_a_one_line_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"nowhere does not exist; --dataset takes"):
+        load("test", dataset=tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"holds no test\.jsonl"):
+        load("test", dataset=tmp_path)
+    (tmp_path / "test.jsonl").touch()
+    with pytest.raises(ValueError, match=r"holds no rows for the split 'test'"):
+        load("test", dataset=tmp_path)
+
+
+def fake_datasets(monkeypatch: pytest.MonkeyPatch, load_dataset: Callable[..., object]) -> None:
+    module = types.ModuleType("datasets")
+    vars(module)["load_dataset"] = load_dataset
+    monkeypatch.setitem(sys.modules, "datasets", module)
+
+
+def test_without_a_dataset_the_hub_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(name: str, config: str, *, split: str) -> list[dict[str, str]]:
+        assert (name, config, split) == ("openai/gsm8k", "main", "test")
+        return ROWS
+
+    fake_datasets(monkeypatch, load_dataset)
+    assert [s.target for s in load("test", limit=2)] == ["9", "1,080"]
+
+
+def test_a_hub_out_of_reach_points_at_the_local_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(*_: object, **__: object) -> object:
+        raise ConnectionError("Couldn't reach the Hub\nmany more lines")
+
+    fake_datasets(monkeypatch, load_dataset)
+    with pytest.raises(ValueError, match=r"^cannot load .* \(Couldn't reach the Hub\); .* --dataset$"):
+        load("test")
+
+
+def test_a_missing_datasets_package_is_named_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    real_import = builtins.__import__
+
+    def without_datasets(name: str, *args: object) -> object:
+        if name == "datasets":
+            raise ModuleNotFoundError("No module named 'datasets'", name="datasets")
+        return real_import(name, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(builtins, "__import__", without_datasets)
+    with pytest.raises(ValueError, match=r"needs the package datasets: run `uv sync --extra examples`, .*--dataset$"):
+        load("train")
+
+
+def test_csv_files_are_read_where_there_is_no_jsonl(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    (tmp_path / "main").mkdir()
+    (tmp_path / "main" / "test-00000.csv").write_text('question,answer\nHow many?,"so\n#### 18"\nWhat?,18\n')
+    with pytest.raises(ValueError, match=r"test-00000\.csv:2: no `####`"):
+        load("test", dataset=tmp_path)
+
+
+def test_an_empty_system_prompt_is_left_out() -> None:
+    question = {"role": "user", "content": "How many?"}
+    assert GSM8K(system_prompt="").messages(sample("18")) == [question]
+    assert GSM8K().messages(sample("18")) == [{"role": "system", "content": DEFAULT_SYSTEM_PROMPT}, question]
+
+
+def test_it_is_an_environment() -> None:
+    environment: Environment[GSM8KSample] = GSM8K()
+    assert environment.target(sample("1,080")) == "1,080"
+
+
+@pytest.mark.parametrize(
+    ("text", "target", "strict", "flexible", "qwen"),
+    [
+        (r"It is \boxed{18}.", "18", 1, 1, 1),
+        (r"It is \boxed{\$18.00}.", "18", 1, 1, 0),  # The last run of digits is 00.
+        (r"So \boxed{18}, from 9 * 2", "18", 1, 1, 0),
+        ("It is $18.", "18", 0, 1, 1),
+        (r"\boxed{17}, though 18", "18", 0, 0, 1),
+        (r"\boxed{18", "18", 0, 1, 1),
+        ("I give up", "18", 0, 0, 0),
+        ("", "18", 0, 0, 0),
+        (r"\boxed{1080}", "1,080", 1, 1, 1),
+        (r"\boxed{1,080}", "1,080", 1, 1, 0),
+        (r"\boxed{-10}", "-10", 1, 1, 0),
+        (r"\boxed{10}", "-10", 0, 0, 0),
+        (r"\boxed{18\%}", "18", 0, 0, 1),
+        ("\u0661\u0668", "18", 0, 0, 0),
+    ],
+)
+async def test_three_rules_are_reported_and_the_strict_one_is_the_reward(
+    environment: GSM8K, text: str, target: str, strict: int, flexible: int, qwen: int
+) -> None:
+    score = await environment.score(sample(target), text)
+    assert score.parts == {"strict": strict, "flexible": flexible, "qwen": qwen, "grader_failed": 0.0}
+    assert (score.reward, score.correct) == (float(strict), bool(strict))
+    assert (score.parse.answer is None) == ("boxed" not in text or text.endswith("{18"))
+
+
+async def test_an_answer_is_graded_once_for_both_rules(environment: GSM8K) -> None:
+    await environment.score(sample("18"), r"\boxed{18}")
+    await environment.score(sample("18"), "no box, 18")
+    assert environment.grader.num_graded == 2
+    await environment.score(sample("18"), "nothing")
+    assert environment.grader.num_graded == 2
+
+
+async def test_an_answer_that_the_grader_gave_up_on_is_told_apart(environment: GSM8K) -> None:
+    score = await environment.score(sample("18"), r"\boxed{" + "1" * 3_000 + "}")
+    assert (score.reward, score.parts["grader_failed"]) == (0.0, 1.0)
+
+
+async def test_a_grader_that_was_handed_in_is_left_open() -> None:
+    class Recorder(Grader):
+        closed = False
+
+        def close(self) -> None:
+            self.closed = True
+            super().close()
+
+    grader = Recorder()
+    await GSM8K(grader=grader).aclose()
+    assert not grader.closed
+    assert await grader.match("18", "18") == Verdict(matched=True)
+    grader.close()
