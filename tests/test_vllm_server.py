@@ -1,0 +1,652 @@
+"""The vLLM server: settings, key, life cycle as a child, weights over shared memory.
+
+What is marked `vllm` needs vLLM on the CPU (scripts/make_vllm_cpu_env.sh); the rest runs with a stand-in server that
+answers /health, or without any.
+"""
+
+import argparse
+import json
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+import torch
+from safetensors.torch import save_file
+
+from ludic.inference import server_process, vllm_server
+from ludic.inference.digest import digest_hex, tensor_digest
+from ludic.inference.vllm_server import RequireApiKey, RunningServer, ServerStartError, start_server
+from tests.vllm_helpers import (
+    CPU_SERVER_ENV,
+    cpu_server,
+    make_tiny_model,
+    prompt_logprobs,
+    randomize_weights,
+    tiny_server,
+)
+
+PROMPT = list(range(20, 60))
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+def arguments(**given: object) -> argparse.Namespace:
+    defaults: dict[str, object] = {
+        "host": "127.0.0.1",
+        "port": 8000,
+        "api_key": None,
+        "uds": None,
+        "headless": False,
+        "grpc": False,
+        "logprobs_mode": "processed_logprobs",
+        "generation_config": "vllm",
+        "override_generation_config": {},
+    }
+    return argparse.Namespace(**(defaults | given))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
+def test_a_loopback_host_needs_no_key(host: str) -> None:
+    assert vllm_server.unsafe_setting(arguments(host=host), []) == ""
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "", None, "192.168.1.7", "no-such-host.invalid"])
+def test_any_other_host_is_refused_without_a_key_and_served_with_one(host: str | None) -> None:
+    problem = vllm_server.unsafe_setting(arguments(host=host), [])
+    assert "not loopback" in problem and "--api-key" in problem and "\n" not in problem
+    assert vllm_server.unsafe_setting(arguments(host=host), ["secret"]) == ""
+
+
+def test_a_unix_socket_needs_no_key() -> None:
+    assert vllm_server.unsafe_setting(arguments(host=None, uds="/tmp/socket"), []) == ""
+
+
+def test_a_front_end_without_rl_routes_is_refused() -> None:
+    assert "--grpc" in vllm_server.unsafe_setting(arguments(grpc=True), [])
+
+
+def test_keys_come_from_the_flag_before_the_environment_and_empty_ones_do_not_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "from-environment")
+    assert vllm_server.api_keys(arguments(api_key=["a", "b"])) == ["a", "b"]
+    assert vllm_server.api_keys(arguments()) == ["from-environment"]
+    assert vllm_server.api_keys(arguments(api_key=[""])) == []
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("logprobs_mode", "raw_logprobs"),
+        ("generation_config", "auto"),
+        ("override_generation_config", {"temperature": 0.5}),
+    ],
+)
+def test_a_setting_that_would_make_training_wrong_is_warned_of(flag: str, value: object) -> None:
+    assert vllm_server.training_warnings(arguments()) == []
+    (warning,) = vllm_server.training_warnings(arguments(**{flag: value}))
+    assert flag.replace("_", "-") in warning
+
+
+def test_without_vllm_the_error_is_one_line_that_names_the_install_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def find(name: str, *_: object) -> None:
+        if name == "vllm":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.delitem(sys.modules, "vllm", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [type("NoVLLM", (), {"find_spec": staticmethod(find)}), *sys.meta_path])
+    with pytest.raises(SystemExit) as stop:
+        vllm_server.check_vllm_version()
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and "uv sync --extra examples" in message and message.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("version", "supported"), [("0.25.1", False), ("0.26.0", True), ("0.32.1+cpu", True), ("0.33.0", False)]
+)
+def test_only_vllm_0_26_to_0_32_is_accepted(monkeypatch: pytest.MonkeyPatch, version: str, supported: bool) -> None:
+    module = type(sys)("vllm")
+    module.__version__ = version  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vllm", module)
+    if supported:
+        vllm_server.check_vllm_version()
+    else:
+        with pytest.raises(SystemExit):
+            vllm_server.check_vllm_version()
+
+
+# --- the key ----------------------------------------------------------------------------------------------------------
+
+
+async def status_of(method: str, path: str, *headers: tuple[bytes, bytes], kind: str = "http", root: str = "") -> int:
+    """What a request gets through the middleware: 200 from the app behind it, else the middleware's own status."""
+    sent: list[dict[str, Any]] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": kind, "method": method, "path": path, "headers": list(headers), "root_path": root}
+    await RequireApiKey(app)(scope, receive, send)
+    return int(sent[0].get("status", sent[0].get("code", 0)))
+
+
+def bearer(key: str) -> tuple[bytes, bytes]:
+    return b"authorization", f"Bearer {key}".encode()
+
+
+@pytest.fixture
+def keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(vllm_server.API_KEYS_VARIABLE, json.dumps(["first-key", "second-key"]))
+
+
+@pytest.mark.usefixtures("keys")
+@pytest.mark.parametrize("path", ["/collective_rpc", "/update_weights", "/v1/completions", "/metrics", "/", "/healthy"])
+async def test_every_route_needs_one_of_the_keys(path: str) -> None:
+    assert await status_of("POST", path) == 401
+    assert await status_of("POST", path, bearer("wrong")) == 401
+    assert await status_of("POST", path, bearer("first-key")) == 200
+    assert await status_of("POST", path, bearer("second-key")) == 200
+
+
+@pytest.mark.usefixtures("keys")
+async def test_health_alone_is_open_and_only_to_get() -> None:
+    assert await status_of("GET", "/health") == 200
+    assert await status_of("GET", "/prefix/health", root="/prefix") == 200
+    assert await status_of("POST", "/health") == 401
+    assert await status_of("OPTIONS", "/collective_rpc") == 401
+
+
+@pytest.mark.usefixtures("keys")
+async def test_the_key_must_come_once_and_as_a_bearer_token() -> None:
+    assert await status_of("POST", "/pause", (b"authorization", b"Basic first-key")) == 401
+    assert await status_of("POST", "/pause", (b"authorization", b"first-key")) == 401
+    assert await status_of("POST", "/pause", bearer("wrong"), bearer("first-key")) == 401
+    assert await status_of("POST", "/pause", bearer("first-key second-key")) == 401
+
+
+@pytest.mark.usefixtures("keys")
+async def test_a_websocket_without_the_key_is_closed() -> None:
+    assert await status_of("GET", "/v1/realtime", kind="websocket") == 1008
+
+
+async def test_without_keys_every_request_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(vllm_server.API_KEYS_VARIABLE, raising=False)
+    assert await status_of("POST", "/pause") == 200
+
+
+# --- the child process, with a stand-in for vLLM ----------------------------------------------------------------------
+
+STAND_IN = """\
+#!{python}
+import http.server, os, subprocess, sys, threading, time
+sys.path.insert(0, {source!r})
+from ludic.inference import server_process
+server_process.ORPHAN_GRACE_S = 0.5
+server_process.end_with_parent()
+print("loading", os.environ.get("VLLM_API_KEY"), os.environ.get("CUDA_VISIBLE_DEVICES"), flush=True)
+if "--fail" in sys.argv:
+    print("Traceback (most recent call last):\\n  File x, line 1, in f\\nValueError: no such model", flush=True)
+    sys.exit(3)
+grandchild = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+if "--hang" in sys.argv:
+    time.sleep(600)
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.end_headers()
+    def log_message(self, *args): pass
+time.sleep(1.5)
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler).serve_forever()
+"""
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path) -> str:
+    """An interpreter that runs the stand-in whatever it is asked to run."""
+    path = tmp_path / "python"
+    source = str(Path(server_process.__file__).parents[2])
+    path.write_text(STAND_IN.format(python=sys.executable, source=source))
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return str(path)
+
+
+def group_members(process_group: int) -> list[str]:
+    """The processes of a group that are not zombies."""
+    members = []
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            name, _, rest = entry.read_text().rpartition(")")
+        except OSError:  # it ended while we looked
+            continue
+        state, _, group, *_ = rest.split()
+        if int(group) == process_group and state != "Z":
+            members.append(name)
+    return members
+
+
+def wait_for(condition: Callable[[], bool], *, timeout_s: float, what: str) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"still not after {timeout_s} s: {what}"
+        time.sleep(0.1)
+
+
+@linux_only
+def test_leaving_the_block_ends_the_server_and_its_children(stand_in: str, tmp_path: Path) -> None:
+    seen: list[tuple[float, str]] = []
+    log_path = tmp_path / "server.log"
+    with start_server(
+        "model",
+        python=stand_in,
+        log_path=log_path,
+        gpu=1,
+        api_key="k",
+        on_progress=lambda s, line: seen.append((s, line)),
+    ) as server:
+        assert requests.get(f"{server.base_url}/health", timeout=5).status_code == 200
+        assert len(group_members(server.pid)) == 2
+        assert server.process.poll() is None
+    wait_for(lambda: group_members(server.pid) == [], timeout_s=5, what="the group is gone")
+    assert log_path.read_text() == "loading k 1\n"
+    assert seen and seen[-1][1] == "loading k 1" and seen[-1][0] >= 1.0
+
+
+@linux_only
+def test_an_error_in_the_block_ends_the_server_and_its_children(stand_in: str, tmp_path: Path) -> None:
+    with (
+        pytest.raises(KeyboardInterrupt),
+        start_server("model", python=stand_in, log_path=tmp_path / "log") as server,
+    ):
+        raise KeyboardInterrupt
+    wait_for(lambda: group_members(server.pid) == [], timeout_s=5, what="the group is gone")
+
+
+def start_in_another_process(python: str, log_path: Path, *options: str) -> "subprocess.Popen[str]":
+    """A parent that starts a server and prints its process id as soon as it runs."""
+    script = f"""\
+        import subprocess, time
+        from ludic.inference import server_process
+        real = subprocess.Popen
+        def tell(*args, **kwargs):
+            process = real(*args, **kwargs)
+            print(process.pid, flush=True)
+            return process
+        server_process.subprocess.Popen = tell
+        with server_process.start_server(*{options[:1]!r}, python={python!r}, log_path={str(log_path)!r},
+                                         extra_args={options[1:]!r}):
+            time.sleep(600)
+        """
+    environment = {**os.environ, **CPU_SERVER_ENV}
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True, env=environment
+    )
+
+
+@linux_only
+@pytest.mark.parametrize(("options", "with_pidfd"), [(("model", "--hang"), True), (("model",), False)])
+def test_a_parent_killed_outright_leaves_no_orphan(
+    stand_in: str, tmp_path: Path, options: tuple[str, ...], with_pidfd: bool
+) -> None:
+    if not with_pidfd:
+        # As in a sandbox without that system call: the server then polls.
+        text = Path(stand_in).read_text().replace("server_process.end", "del os.pidfd_open; server_process.end", 1)
+        Path(stand_in).write_text(text)
+    with start_in_another_process(stand_in, tmp_path / "log", *options) as parent:
+        assert parent.stdout is not None
+        group = int(parent.stdout.readline())
+        wait_for(lambda: len(group_members(group)) == 2, timeout_s=20, what="the server has its child")
+        parent.kill()
+        parent.wait()
+    wait_for(lambda: group_members(group) == [], timeout_s=20, what=f"nothing of {group} is left")
+
+
+def test_a_server_that_ends_is_an_error_with_its_own_words_and_its_log(stand_in: str, tmp_path: Path) -> None:
+    with (
+        pytest.raises(ServerStartError, match="ended with code 3") as error,
+        start_server("model", python=stand_in, log_path=tmp_path / "log", extra_args=["--fail"]),
+    ):
+        pass
+    text = str(error.value)
+    assert "\nValueError: no such model\n" in text and str(tmp_path / "log") in text and "Traceback" not in text
+
+
+def test_a_server_that_does_not_come_up_in_time_is_an_error(stand_in: str, tmp_path: Path) -> None:
+    with (
+        pytest.raises(ServerStartError, match="not healthy after 1 s"),
+        start_server("model", python=stand_in, log_path=tmp_path / "log", extra_args=["--hang"], timeout_s=1),
+    ):
+        pass
+
+
+def test_a_taken_port_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.listen()
+        port = sock.getsockname()[1]
+        with (
+            pytest.raises(ServerStartError, match=f"cannot listen on 127.0.0.1:{port}"),
+            start_server("model", port=port, python="/nowhere/python", log_path=tmp_path / "log"),
+        ):
+            pass
+
+
+def test_gpu_numbers_are_those_of_this_process() -> None:
+    assert server_process._visible_gpu(1, None) == "1"
+    assert server_process._visible_gpu(1, "4,7") == "7"
+    with pytest.raises(ValueError, match="gpu 2 does not exist here"):
+        server_process._visible_gpu(2, "4,7")
+
+
+def test_the_child_gets_no_rank_of_the_trainer_and_no_proxy_for_loopback() -> None:
+    environment = server_process._child_environment(
+        {"RANK": "1", "WORLD_SIZE": "2", "NO_PROXY": "intranet", "HOME": "/home/me"},
+        host="127.0.0.1",
+        gpu=None,
+        api_key=None,
+    )
+    assert "RANK" not in environment and "WORLD_SIZE" not in environment and environment["HOME"] == "/home/me"
+    assert environment["NO_PROXY"].split(",")[:2] == ["intranet", "127.0.0.1"]
+    assert "VLLM_API_KEY" not in environment
+
+
+def test_the_error_lines_of_a_log_are_the_exceptions_with_their_cause_first() -> None:
+    log = """\
+(APIServer pid=1) INFO 11-22 20:58:38 [entry.py:1] starting
+(EngineCore pid=2) ERROR 11-22 20:58:39 [core.py:1150] Traceback (most recent call last):
+(EngineCore pid=2) ERROR 11-22 20:58:39 [core.py:1150]   File "core.py", line 9, in run
+(EngineCore pid=2) ERROR 11-22 20:58:39 [core.py:1150]     raise error
+(EngineCore pid=2) ERROR 11-22 20:58:39 [core.py:1150] torch.OutOfMemoryError: CUDA out of memory. Tried 20 GiB
+(APIServer pid=1) Traceback (most recent call last):
+(APIServer pid=1)   File "api.py", line 3, in main
+(APIServer pid=1) RuntimeError: Engine core initialization failed. See root cause above.
+pydantic_core.ValidationError: 1 validation error for ModelConfig
+  Value error, not a folder [type=value_error]
+    For further information visit
+"""
+    assert server_process.last_error_lines(log).splitlines() == [
+        "torch.OutOfMemoryError: CUDA out of memory. Tried 20 GiB",
+        "RuntimeError: Engine core initialization failed. See root cause above.",
+        "pydantic_core.ValidationError: 1 validation error for ModelConfig",
+        "  Value error, not a folder [type=value_error]",
+        "    For further information visit",
+    ]
+    assert server_process.last_error_lines("a\nb\n\nc\n", limit=2) == "b\nc"
+
+
+# --- vLLM's own parser ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.vllm
+@pytest.mark.filterwarnings("ignore")
+def test_the_defaults_of_ludic_hold_until_the_user_says_otherwise(tmp_path: Path) -> None:
+    args = vllm_server.parse_arguments([])
+    assert (args.model, args.host, args.port) == (vllm_server.DEFAULT_MODEL, "127.0.0.1", 8000)
+    assert (args.logprobs_mode, args.generation_config) == ("processed_logprobs", "vllm")
+    assert args.served_model_name == [vllm_server.DEFAULT_MODEL]
+    assert args.weight_transfer_config.backend == "ludic_shm"
+    assert args.middleware == ["ludic.inference.vllm_server.RequireApiKey"]
+
+    config = tmp_path / "config.yaml"
+    config.write_text("model: from-config\nport: 8101\nlogprobs-mode: raw_logprobs\n")
+    for flags in (["--config", str(config)], [f"--config={config}"]):
+        args = vllm_server.parse_arguments([*flags, "--port", "8102"])
+        assert (args.model, args.port, args.logprobs_mode) == ("from-config", 8102, "raw_logprobs")
+        assert args.served_model_name == ["from-config"]
+
+
+@pytest.mark.vllm
+@pytest.mark.filterwarnings("ignore")
+def test_every_form_of_a_vllm_flag_arrives() -> None:
+    args = vllm_server.parse_arguments(
+        [
+            *("--gpu_memory_utilization", "0.5", "--max-num-seqs=7", "--no-enable_prefix_caching", "-tp", "2", "-O3"),
+            *("--weight_transfer_config", '{"backend": "ipc"}', "--served_model_name", "a", "b"),
+            *("--compilation-config.cudagraph_capture_sizes+", "1,2", "--middleware", "mine.Middleware", "org/model"),
+        ]
+    )
+    assert (args.gpu_memory_utilization, args.max_num_seqs, args.enable_prefix_caching) == (0.5, 7, False)
+    assert (args.tensor_parallel_size, args.weight_transfer_config.backend) == (2, "ipc")
+    assert args.served_model_name == ["a", "b", "org/model"] or args.model == "org/model"
+    assert args.middleware == ["ludic.inference.vllm_server.RequireApiKey", "mine.Middleware"]
+
+
+# --- inside the worker, without a server ------------------------------------------------------------------------------
+
+
+@pytest.mark.vllm
+@pytest.mark.filterwarnings("ignore")
+def test_checkpoint_tensors_are_found_in_fused_and_padded_parameters() -> None:
+    from ludic.inference.vllm_worker import checkpoint_views
+
+    model = torch.nn.Module()
+    model.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}  # type: ignore[assignment]
+    model.attn, model.embed = torch.nn.Module(), torch.nn.Embedding(64, 4)
+    model.attn.qkv_proj = torch.nn.Linear(4, 8)
+    model.head = torch.nn.Linear(4, 64, bias=False)
+    model.head.weight = model.embed.weight
+    shapes = {"attn.q_proj.weight": [4, 4], "attn.k_proj.weight": [2, 4], "attn.v_proj.weight": [2, 4]}
+    rest = {"embed.weight": [61, 4], "head.weight": [61, 4], "attn.q_proj.bias": [4], "nowhere.weight": [1]}
+    views = checkpoint_views(model, shapes | rest)
+    fused = model.attn.qkv_proj.weight
+    assert torch.equal(views["attn.q_proj.weight"], fused[:4])
+    assert torch.equal(views["attn.k_proj.weight"], fused[4:6])
+    assert torch.equal(views["attn.v_proj.weight"], fused[6:])
+    assert torch.equal(views["embed.weight"], model.embed.weight[:61])
+    assert torch.equal(views["head.weight"], model.embed.weight[:61])
+    assert views.keys() == shapes.keys() | {"embed.weight", "head.weight"}  # the biases of k and v were not named
+    # A tensor-parallel shard holds fewer rows than the checkpoint.
+    assert checkpoint_views(model, {name: [rows * 2, 4] for name, (rows, _) in shapes.items()}) == {}
+    assert checkpoint_views(model, {"embed.weight": [128, 4]}) == {}
+
+
+# --- a real server on the CPU -----------------------------------------------------------------------------------------
+
+
+class Client:
+    """Just enough of a trainer to send weights and to ask for log-probs."""
+
+    def __init__(self, server: RunningServer, model: Path, key: str | None) -> None:
+        self.url, self.model = server.base_url, str(model)
+        self.session = requests.Session()
+        self.session.trust_env = False
+        if key is not None:
+            self.session.headers["Authorization"] = f"Bearer {key}"
+
+    def post(self, path: str, body: object = None) -> requests.Response:
+        return self.session.post(f"{self.url}{path}", json=body, timeout=120)
+
+    def logprobs(self) -> torch.Tensor:
+        body = {"model": self.model, "prompt": PROMPT, "max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0}
+        entries = self.post("/v1/completions", body).json()["choices"][0]["prompt_logprobs"]
+        return torch.tensor(
+            [entry[str(token)]["logprob"] for entry, token in zip(entries[1:], PROMPT[1:], strict=True)]
+        )
+
+    def gap(self, model: Any) -> float:
+        """Mean difference between the server's log-probs and transformers', in nats."""
+        return (self.logprobs() - torch.tensor(prompt_logprobs(model, PROMPT))).abs().mean().item()
+
+    def send(self, tensors: dict[str, torch.Tensor], path: Path, **changes: object) -> requests.Response:
+        digests = {name: digest_hex(tensor_digest(tensor)) for name, tensor in tensors.items()}
+        self.post("/init_weight_transfer_engine", {"init_info": {"directory": str(path.parent)}}).raise_for_status()
+        self.post("/pause?mode=wait").raise_for_status()
+        self.post("/start_weight_update").raise_for_status()
+        update_info = {"path": str(path), "names": list(tensors), "digests": digests} | changes
+        answer = self.post("/update_weights", {"update_info": update_info})
+        if answer.ok:
+            answer = self.post("/finish_weight_update")
+        self.post("/resume").raise_for_status()
+        return answer
+
+    def held(self, tensors: dict[str, torch.Tensor]) -> dict[str, str]:
+        specs = {name: {"dtype": "float32", "shape": list(tensor.shape)} for name, tensor in tensors.items()}
+        body = {"method": "ludic_weight_digests", "args": [json.dumps(specs)]}
+        (answer,) = self.post("/collective_rpc", body).json()["results"]
+        return dict(answer)
+
+
+def new_weights(model: Any, seed: int) -> dict[str, torch.Tensor]:
+    randomize_weights(model, seed=seed)
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def check_update(client: Client, folder: Path, tied: bool, tmp_path: Path) -> None:
+    """A policy that the server was not started with is served after one update, by log-probs and by digests."""
+    policy = make_tiny_model(tmp_path / "copy", tie_word_embeddings=tied)
+    assert client.gap(policy) < 1e-4
+    for seed in (5, 6):
+        tensors = new_weights(policy, seed)
+        assert client.gap(policy) > 0.5  # or the next comparison would prove nothing
+        save_file(tensors, tmp_path / f"{seed}.safetensors")
+        assert client.send(tensors, tmp_path / f"{seed}.safetensors").ok
+        assert client.gap(policy) < 1e-4
+        held = client.held(tensors)
+        assert held.keys() == tensors.keys()
+        compared = {name: digest for name, digest in held.items() if digest}
+        assert compared == {name: digest_hex(tensor_digest(tensors[name])) for name in compared}
+        assert {"model.embed_tokens.weight", "model.norm.weight", "model.layers.1.self_attn.k_proj.bias"} <= set(
+            compared
+        )
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RunningServer, Path]]:
+    with tiny_server(tmp_path_factory, tied=True, api_key="the-key") as running:
+        yield running
+
+
+@pytest.mark.vllm
+@pytest.mark.timeout(420)
+def test_with_a_key_health_is_open_and_every_control_request_without_it_is_refused(
+    tied: tuple[RunningServer, Path],
+) -> None:
+    server, folder = tied
+    stranger = Client(server, folder, None)
+    assert stranger.session.get(f"{server.base_url}/health", timeout=10).status_code == 200
+    for path in ("/collective_rpc", "/pause", "/update_weights", "/v1/completions", "/reset_prefix_cache", "/tokenize"):
+        assert stranger.post(path, {}).status_code == 401
+        assert Client(server, folder, "another").post(path, {}).status_code == 401
+    models = Client(server, folder, "the-key").session.get(f"{server.base_url}/v1/models", timeout=10).json()
+    assert models["data"][0]["id"] == str(folder) and models["data"][0]["max_model_len"] == 512
+    command = Path(f"/proc/{server.pid}/cmdline").read_text()
+    assert "the-key" not in command
+
+
+@pytest.mark.vllm
+def test_the_workers_tell_what_a_trainer_must_know(tied: tuple[RunningServer, Path]) -> None:
+    server, folder = tied
+    (info,) = (
+        Client(server, folder, "the-key").post("/collective_rpc", {"method": "ludic_server_info"}).json()["results"]
+    )
+    assert info["dtype"] == "float32" and info["device"] == "cpu" and info["transfer_backend"] == "ludic_shm"
+    assert info["logprobs_mode"] == "processed_logprobs" and info["tp_size"] == 1
+
+
+@pytest.mark.vllm
+def test_an_update_reaches_the_output_head_of_a_tied_model(tied: tuple[RunningServer, Path], tmp_path: Path) -> None:
+    server, folder = tied
+    check_update(Client(server, folder, "the-key"), folder, True, tmp_path)
+
+
+@pytest.mark.vllm
+def test_a_bad_update_is_refused_by_name_and_leaves_the_old_weights(
+    tied: tuple[RunningServer, Path], tmp_path: Path
+) -> None:
+    server, folder = tied
+    client = Client(server, folder, "the-key")
+    before = client.logprobs()
+    tensors = new_weights(make_tiny_model(tmp_path / "copy", tie_word_embeddings=True), seed=9)
+    good = tmp_path / "good.safetensors"
+    save_file(tensors, good)
+    victim = "model.layers.1.mlp.up_proj.weight"
+
+    corrupted = {name: tensor.clone() for name, tensor in tensors.items()}
+    corrupted[victim][3, 3] += 1e-3
+    save_file(corrupted, tmp_path / "corrupted.safetensors")
+    partial = {name: tensor for name, tensor in tensors.items() if name != victim}
+    save_file(partial, tmp_path / "partial.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes(good.read_bytes()[:-1000])
+    (tmp_path / "link.safetensors").symlink_to(good)
+    (tmp_path / "inside").mkdir()
+
+    def refusal(path: str, sent: dict[str, torch.Tensor] = tensors, **changes: object) -> str:
+        answer = client.send(sent, tmp_path / path, **changes)
+        assert answer.status_code == 500
+        return str(answer.json()["error"]["message"])
+
+    assert f"tensor '{victim}' arrived corrupted" in refusal("corrupted.safetensors")
+    assert f"tensor '{victim}' was announced but is missing" in refusal("partial.safetensors")
+    assert f"the update is partial: tensor '{victim}' is missing" in refusal("partial.safetensors", partial)
+    assert f"tensor '{victim}' is in" in refusal("good.safetensors", partial)
+    assert "not a whole safetensors file" in refusal("cut.safetensors")
+    assert "is not there" in refusal("absent.safetensors")
+    assert "not a regular file" in refusal("link.safetensors")
+    assert "is outside" in refusal("inside/x.safetensors", path=str(good))
+    assert "is outside" in refusal("inside/x.safetensors", path=str(tmp_path / "inside" / ".." / "good.safetensors"))
+    assert torch.equal(client.logprobs(), before)
+    assert client.send(tensors, good).ok
+    assert not torch.equal(client.logprobs(), before)
+
+
+@pytest.mark.vllm
+@pytest.mark.timeout(420)
+def test_an_update_reaches_an_untied_model_and_flags_may_have_underscores(tmp_path: Path) -> None:
+    make_tiny_model(tmp_path / "model", tie_word_embeddings=False)
+    with cpu_server(
+        tmp_path / "model", tmp_path / "log", extra_args=["--max_model_len=256", "--gpu_memory_utilization", "0.3"]
+    ) as server:
+        client = Client(server, tmp_path / "model", None)
+        models = client.session.get(f"{server.base_url}/v1/models", timeout=10).json()
+        assert models["data"][0]["max_model_len"] == 256
+        check_update(client, tmp_path / "model", False, tmp_path)
+    wait_for(lambda: group_members(server.pid) == [], timeout_s=5, what="the group is gone")
+
+
+@pytest.mark.vllm
+@pytest.mark.timeout(420)
+def test_a_parent_killed_outright_leaves_no_vllm_process(tmp_path: Path) -> None:
+    make_tiny_model(tmp_path / "model", tie_word_embeddings=False)
+    with start_in_another_process(
+        sys.executable, tmp_path / "log", str(tmp_path / "model"), "--enforce-eager"
+    ) as parent:
+        assert parent.stdout is not None
+        group = int(parent.stdout.readline())
+        # The API server, the engine core and its worker, beside multiprocessing's helpers.
+        wait_for(lambda: "VllmWorker" in (tmp_path / "log").read_text(), timeout_s=240, what="the worker runs")
+        assert len(group_members(group)) >= 3
+        parent.send_signal(signal.SIGKILL)
+        parent.wait()
+    wait_for(lambda: group_members(group) == [], timeout_s=30, what="no process of the server is left")
+
+
+@pytest.mark.vllm
+@pytest.mark.timeout(240)
+def test_a_server_that_cannot_start_says_why_in_its_own_words(tmp_path: Path) -> None:
+    def why(model: str, *flags: str) -> str:
+        with pytest.raises(ServerStartError) as error, cpu_server(Path(model), tmp_path / "log", extra_args=flags):
+            pass
+        return str(error.value)
+
+    assert "unrecognized arguments: --no-such-flag" in why("/x", "--no-such-flag")
+    text = why("/no/such/model")
+    assert "/no/such/model" in text and str(tmp_path / "log") in text and len(text.splitlines()) < 15
+    assert "not loopback" in why("/x", "--host", "0.0.0.0")
