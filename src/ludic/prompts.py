@@ -1,0 +1,118 @@
+"""Between chat messages and token ids: the tokenizer, its chat template, and the two crossings.
+
+A prompt is turned into ids once, here, by the trainer's own tokenizer; the engine gets ids. A completion is turned into
+text once, for the scorer, and never back. Training and evaluation use the same functions.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import jinja2
+
+from ludic.types import ChatMessage
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def load_tokenizer(
+    model: str | os.PathLike[str], chat_template_path: str | os.PathLike[str] | None = None
+) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a model folder or hub name, with its own chat template or the one in a Jinja file.
+
+    Raises:
+        ValueError: no such folder, no tokenizer in it, or a chat template that is missing or broken; one line.
+    """
+    name = os.fspath(model)
+    if _looks_like_a_path(name) and not Path(name).expanduser().is_dir():
+        raise ValueError(f"model folder {name} does not exist: give a folder with a saved model, or a hub name")
+    from transformers import AutoTokenizer  # takes seconds, so a wrong folder is refused first
+
+    location = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
+    try:
+        tokenizer = cast("PreTrainedTokenizerBase", AutoTokenizer.from_pretrained(location))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"no tokenizer could be loaded for {name}: {reason}") from error
+    if chat_template_path is not None:
+        tokenizer.chat_template = _read_template(Path(chat_template_path))
+    if tokenizer.chat_template is None:
+        raise ValueError(_no_template(name))
+    _try_template(tokenizer, name if chat_template_path is None else os.fspath(chat_template_path))
+    return tokenizer
+
+
+def encode_prompt(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[ChatMessage]) -> list[int]:
+    """The token ids of a chat with the start of the model's turn at its end: [P].
+
+    Raises:
+        ValueError: the tokenizer has no chat template, or its template refuses these messages; one line.
+    """
+    if tokenizer.chat_template is None:
+        raise ValueError(_no_template(tokenizer.name_or_path))
+    try:
+        encoded = tokenizer.apply_chat_template(
+            _plain(messages), add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+    except jinja2.TemplateError as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise ValueError(
+            f"the chat template refuses the messages ({roles}): {error}; where it knows no system turn, "
+            "pass --system-prompt ''"
+        ) from error
+    return cast("list[int]", encoded)
+
+
+def decode_completion(tokenizer: "PreTrainedTokenizerBase", token_ids: Sequence[int]) -> str:
+    """A completion's text, as scorers see it: without special tokens, and otherwise as the tokens spell it."""
+    text = tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return cast(str, text)
+
+
+def chat_template_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Sixteen hexadecimal digits that differ where the chat template differs; `none` where there is no template."""
+    template = tokenizer.chat_template
+    if template is None:
+        return "none"
+    return hashlib.sha256(json.dumps(template, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _plain(messages: Sequence[ChatMessage]) -> list[dict[str, str]]:
+    return [{"role": message["role"], "content": message["content"]} for message in messages]
+
+
+def _looks_like_a_path(name: str) -> bool:
+    """Whether `name` cannot be a hub name, which is `model` or `owner/model`."""
+    return name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1
+
+
+def _no_template(name: str) -> str:
+    return f"the tokenizer of {name} has no chat template: give one with --chat-template FILE"
+
+
+def _read_template(path: Path) -> str:
+    try:
+        template = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"chat template {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"chat template {path} is no UTF-8 text: {error}") from error
+    if not template.strip():
+        raise ValueError(f"chat template {path} is empty: it must be a Jinja template of a chat")
+    return template
+
+
+def _try_template(tokenizer: "PreTrainedTokenizerBase", source: str) -> None:
+    """Render one short chat, so that a broken template is found before anything else is loaded."""
+    probe: list[ChatMessage] = [{"role": "user", "content": "1 + 1"}]
+    try:
+        with_question = tokenizer.apply_chat_template(_plain(probe), tokenize=False)
+    except jinja2.TemplateError as error:
+        line = f" line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
+        raise ValueError(f"the chat template of {source} is broken{line}: {error}") from error
+    if "1 + 1" not in str(with_question):
+        raise ValueError(f"the chat template of {source} leaves out the user's message")

@@ -1,0 +1,105 @@
+"""Metrics as people read them: one line a step, and single figures with their units.
+
+The names of the metrics are fixed here and nowhere else in words: a rate is a fraction of 1 in the metrics and a
+percentage on the screen, a name that ends in `_s` is seconds, `*_length` and `*_tokens` are tokens.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+
+
+def percent(value: float) -> str:
+    """A fraction of 1 as a percentage: 0.4961 is `49.6%`."""
+    return f"{100 * value:.1f}%" if math.isfinite(value) else str(value)
+
+
+def seconds(value: float) -> str:
+    """Seconds with as many digits as matter: `0.15s`, `12.3s`, `4m05s`, `1h02m`."""
+    if not math.isfinite(value):
+        return str(value)
+    if value < 10:
+        return f"{value:.2f}s"
+    if value < 60:
+        return f"{value:.1f}s"
+    minutes, rest = divmod(round(value), 60)
+    return f"{minutes}m{rest:02d}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02d}m"
+
+
+def count(value: float) -> str:
+    """A whole number with thousands separators: `25,088`."""
+    return f"{value:,.0f}"
+
+
+def figure(value: float) -> str:
+    """Any other number, with four significant digits: `0.01234`."""
+    return f"{value:.4g}"
+
+
+_RATES = frozenset(
+    {"correct_rate", "parse_error_rate", "parse_err_rate", "truncation_rate", "zero_variance_share", "clip_fraction"}
+)
+_COUNTS = frozenset({"zero_variance_groups", "policy_version", "grader_failures", "num_problems", "num_completions"})
+
+
+def format_metric(name: str, value: float) -> str:
+    """`value` in the unit that the name of the metric says.
+
+    Example:
+        >>> format_metric("correct_rate", 0.5), format_metric("train_s", 0.913), format_metric("prompt_tokens", 25088)
+        ('50.0%', '0.91s', '25,088')
+    """
+    base = name.rpartition("/")[2]
+    if base in _RATES or base.endswith("accuracy") or base.startswith("pass@"):
+        return percent(value)
+    if base in _COUNTS or base.endswith(("_tokens", "_per_s")):
+        return count(value)
+    if base.endswith("_length"):
+        return f"{value:,.1f}"
+    if base == "seconds" or base.endswith("_s"):
+        return seconds(value)
+    return figure(value)
+
+
+def _fixed(digits: int) -> Callable[[float], str]:
+    return lambda value: f"{value:.{digits}f}"
+
+
+_STEP_COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    ("reward_mean", "reward", _fixed(3)),
+    ("correct_rate", "correct", percent),
+    ("avg_completion_length", "len", _fixed(0)),
+    ("loss", "loss", _fixed(4)),
+    ("grad_norm", "grad", figure),
+    ("logprob_gap", "gap", lambda value: f"{value:.2g}"),
+    ("tokens_per_s", "tok/s", count),
+    ("generation_s", "gen", seconds),
+    ("train_s", "train", seconds),
+    ("sync_s", "sync", seconds),
+)
+
+
+def format_step_line(step: int, total_steps: int | None, metrics: Mapping[str, float]) -> str:
+    """One line for people: what is there of the most telling metrics, in a fixed order, and every `eval/` figure.
+
+    Example:
+        >>> format_step_line(3, 40, {"reward_mean": 0.25, "correct_rate": 0.25, "train_s": 1.0})
+        'step  3/40  reward 0.250  correct 25.0%  train 1.00s'
+        >>> format_step_line(3, 40, {"eval/accuracy": 0.5})
+        'step  3/40  eval accuracy 50.0%'
+    """
+    parts = [f"{label} {show(metrics[name])}" for name, label, show in _STEP_COLUMNS if name in metrics]
+    evaluation = {name: value for name, value in metrics.items() if name.startswith("eval/")}
+    if evaluation:
+        parts.append(f"eval {format_evaluation(evaluation)}")
+    return "  ".join([format_step(step, total_steps), *parts])
+
+
+def format_step(step: int, total_steps: int | None) -> str:
+    """`step  3/40`, as wide for every step of the run; `step 3` where the total is not known."""
+    return f"step {step}" if total_steps is None else f"step {step:>{len(str(total_steps))}}/{total_steps}"
+
+
+def format_evaluation(metrics: Mapping[str, float]) -> str:
+    """The figures of one evaluation, in the order given: `accuracy 49.6%, strict accuracy 31.2%`."""
+    names = {name: name.removeprefix("eval/").replace("_", " ") for name in metrics}
+    return ", ".join(f"{names[name]} {format_metric(name, value)}" for name, value in metrics.items())

@@ -1,0 +1,469 @@
+"""Metrics reach every logger, and JSON lines files survive kills, full disks and odd text."""
+
+import errno
+import io
+import json
+import math
+import re
+import resource
+import signal
+import subprocess
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from ludic.telemetry import (
+    ComparisonRow,
+    EvaluationDisplay,
+    JsonlWriter,
+    comparison_table,
+    encode_line,
+    format_metric,
+    format_step_line,
+    make_logger,
+    parse_logger_names,
+    read_jsonl,
+    reward_curve_text,
+    save_reward_curve,
+)
+from ludic.telemetry.jsonl import JsonlFile
+from ludic.telemetry.live import sparkline
+from ludic.telemetry.report import smoothed
+
+ESCAPE = "\x1b"
+STEP = {
+    "reward_mean": 0.25,
+    "correct_rate": 0.2,
+    "avg_completion_length": 101.4,
+    "loss": -0.0123,
+    "grad_norm": 0.8712,
+    "logprob_gap": 0.00213,
+    "tokens_per_s": 12345.6,
+    "generation_s": 1.34,
+    "train_s": 62.0,
+    "sync_s": 0.15,
+    "learning_rate": 1e-6,
+}
+
+
+class Terminal(io.StringIO):
+    """A stream that claims to be a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+# -- JSON lines ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["\ud800 alone", "a\x00b\x1b\x07", "two\nlines\u2028and\r\nmore", 'quote " \\', "🐍"])
+def test_odd_text_survives_a_round_trip_as_one_ascii_line(tmp_path: Path, text: str) -> None:
+    with JsonlWriter(tmp_path / "a.jsonl") as writer:
+        writer.write({"text": text})
+    raw = (tmp_path / "a.jsonl").read_bytes()
+    assert raw.isascii() and raw.count(b"\n") == 1 and len(raw.splitlines()) == 1
+    assert read_jsonl(tmp_path / "a.jsonl") == [{"text": text}]
+
+
+def test_nan_and_infinities_become_null_wherever_they_are() -> None:
+    line = encode_line({"a": math.nan, "b": [1.5, math.inf], "c": {"d": (-math.inf,)}})
+    assert line == b'{"a": null, "b": [1.5, null], "c": {"d": [null]}}\n'
+
+
+def test_a_writer_keeps_the_order_and_appends_to_what_is_there(tmp_path: Path) -> None:
+    for start in (0, 100):
+        with JsonlWriter(tmp_path / "deep" / "a.jsonl", queue_length=3) as writer:
+            for number in range(start, start + 100):
+                writer.write({"n": number})
+    assert [record["n"] for record in read_jsonl(tmp_path / "deep" / "a.jsonl")] == list(range(200))
+
+
+def test_after_flush_the_lines_are_in_the_file(tmp_path: Path) -> None:
+    with JsonlWriter(tmp_path / "a.jsonl") as writer:
+        writer.write({"n": 1})
+        writer.flush()
+        assert (tmp_path / "a.jsonl").read_bytes() == b'{"n": 1}\n'
+
+
+def test_a_full_disk_is_an_error_of_flush_in_one_line_with_the_path() -> None:
+    writer = JsonlWriter("/dev/full")
+    writer.write({"n": 1})
+    with pytest.raises(OSError, match="cannot write /dev/full: No space left on device") as caught:
+        writer.flush()
+    assert caught.value.errno == errno.ENOSPC
+    with pytest.raises(OSError, match="No space left"):
+        writer.write({"n": 2})
+    with pytest.raises(OSError, match="No space left"):
+        writer.close()
+
+
+@pytest.fixture
+def file_size_limit() -> Iterator[int]:
+    """No file can grow beyond this many bytes while the test runs."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    yield 100
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_line_that_fits_only_in_part_is_taken_back(tmp_path: Path, file_size_limit: int) -> None:
+    file = JsonlFile(tmp_path / "a.jsonl")
+    file.append({"n": "x" * 40})
+    with pytest.raises(OSError, match=re.escape(f"cannot write {tmp_path / 'a.jsonl'}: File too large")):
+        file.append({"n": "y" * file_size_limit})
+    file.append({"n": "z"})
+    file.close()
+    assert read_jsonl(tmp_path / "a.jsonl") == [{"n": "x" * 40}, {"n": "z"}]
+
+
+def test_what_json_cannot_hold_is_an_error_of_the_caller_and_not_a_hang(tmp_path: Path) -> None:
+    writer = JsonlWriter(tmp_path / "a.jsonl", queue_length=1)
+    writer.write({"n": object()})
+    with pytest.raises(TypeError, match="object is not JSON serializable"):
+        for _ in range(5):
+            writer.write({"n": 1})
+            writer.flush()
+    with pytest.raises(TypeError):
+        writer.close()
+
+
+def test_a_closed_writer_refuses_to_write(tmp_path: Path) -> None:
+    writer = JsonlWriter(tmp_path / "a.jsonl")
+    writer.close()
+    writer.close()
+    with pytest.raises(ValueError, match="is closed"):
+        writer.write({})
+
+
+def test_a_torn_last_line_is_cut_off_when_the_file_is_opened_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"n": 1}\n{"n": 2, "text": "' + b"long " * 40_000)
+    with JsonlWriter(path) as writer:
+        writer.write({"n": 3})
+    assert read_jsonl(path) == [{"n": 1}, {"n": 3}]
+    assert "cut off a torn last line of 200018 bytes" in caplog.text
+
+
+def test_a_whole_last_line_without_its_newline_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"n": 1}\n{"n": 2}')
+    with JsonlWriter(path) as writer:
+        writer.write({"n": 3})
+    assert [record["n"] for record in read_jsonl(path)] == [1, 2, 3]
+
+
+def test_a_file_that_is_no_json_lines_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "thesis.txt"
+    path.write_bytes(b"chapter one\nnot finished")
+    with pytest.raises(ValueError, match=r"thesis\.txt is no JSON lines file"):
+        JsonlWriter(path)
+    assert path.read_bytes() == b"chapter one\nnot finished"
+
+
+def test_reading_leaves_out_a_torn_last_line_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"n": 1}\n{"n": "\xf0\x9f')
+    assert read_jsonl(path) == [{"n": 1}]
+    assert f"{path}:2: left out a torn last line of 9 bytes" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("middle", "reason"),
+    [
+        (b'{"n": ', "not valid JSON"),
+        (b"", "not valid JSON"),
+        (b"[1]", "a JSON object was expected, not list"),
+        (b'{"n": "\xff"}', "not valid JSON: 'utf-8'"),
+    ],
+)
+def test_a_bad_line_in_the_middle_is_named_with_file_line_and_reason(
+    tmp_path: Path, middle: bytes, reason: str
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"n": 1}\n' + middle + b'\n{"n": 3}\n')
+    with pytest.raises(ValueError, match=re.escape(f"{path}:2: {reason}")):
+        read_jsonl(path)
+
+
+def test_a_killed_writer_leaves_whole_lines_up_to_its_last_flush(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    program = (
+        "import sys; from ludic.telemetry.jsonl import JsonlWriter\n"
+        "writer = JsonlWriter(sys.argv[1])\n"
+        "for number in range(50): writer.write({'n': number})\n"
+        "writer.flush(); sys.stdout.write('flushed'); sys.stdout.flush()\n"
+        "while True: writer.write({'n': 'x' * 10000})\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", program, str(path)], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.read(7) == b"flushed"
+        process.kill()
+    with JsonlWriter(path) as writer:
+        writer.write({"n": "last"})
+    records = read_jsonl(path)
+    assert [record["n"] for record in records[:50]] == list(range(50))
+    assert records[-1] == {"n": "last"}
+
+
+# -- loggers -------------------------------------------------------------------------------------------------------
+
+
+def test_the_metrics_file_is_written_whatever_logger_is_chosen(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    logger = make_logger("none", metrics_path=path, run_name="r", config={}, total_steps=3)
+    logger.log(1, {"loss": 0.5, "kl": math.nan})
+    first = json.loads(path.read_bytes())  # before close: a kill must not lose it
+    logger.event(1, "watch out")
+    logger.close()
+    logger.close()
+    assert {key: first[key] for key in ("step", "loss", "kl")} == {"step": 1, "loss": 0.5, "kl": None}
+    assert read_jsonl(path)[1]["event"] == "watch out"
+
+
+def test_the_print_logger_writes_one_plain_line_a_step(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    logger = make_logger("print", metrics_path=tmp_path / "m", run_name="r", config={}, total_steps=20, stream=stream)
+    logger.log(3, STEP)
+    logger.event(3, "97% truncated")
+    logger.close()
+    assert stream.getvalue() == (
+        "step  3/20  reward 0.250  correct 20.0%  len 101  loss -0.0123  grad 0.8712  gap 0.0021  tok/s 12,346"
+        "  gen 1.34s  train 1m02s  sync 0.15s\n"
+        "step  3/20  97% truncated\n"
+    )
+
+
+def test_rich_without_a_terminal_is_plain_lines(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    logger = make_logger("rich", metrics_path=tmp_path / "m", run_name="r", config={}, total_steps=20, stream=stream)
+    logger.log(1, STEP)
+    logger.close()
+    assert stream.getvalue() == format_step_line(1, 20, STEP) + "\n"
+
+
+def test_rich_on_a_terminal_shows_bar_table_and_line_and_gives_the_cursor_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    stream = Terminal()
+    logger = make_logger("rich", metrics_path=tmp_path / "m", run_name="[x]", config={}, total_steps=20, stream=stream)
+    logger.log(1, STEP)
+    logger.log(2, STEP)
+    logger.event(2, "a [bold] warning")
+    logger.log(2, {"eval/accuracy": 0.5})
+    logger.close()
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue())
+    assert "[x]" in shown and "a [bold] warning" in shown  # no text is taken for markup
+    assert "2/20" in shown and "grad norm" in shown and "last eval  accuracy 50.0%" in shown
+    assert stream.getvalue().rindex(f"{ESCAPE}[?25h") > stream.getvalue().rindex(f"{ESCAPE}[?25l")
+
+
+class FakeRun:
+    def __init__(self) -> None:
+        self.calls: list[tuple[object, ...]] = []
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        self.calls.append(("log", step, metrics))
+
+    def alert(self, title: str, text: str) -> None:
+        self.calls.append(("alert", title, text))
+
+    def finish(self) -> None:
+        self.calls.append(("finish",))
+
+
+def fake_wandb(monkeypatch: pytest.MonkeyPatch, run: FakeRun | None) -> None:
+    module = types.ModuleType("wandb")
+
+    class Error(Exception):
+        pass
+
+    def init(name: str, config: dict[str, object]) -> FakeRun:
+        if run is None:
+            raise Error("No API key\n  configured.")
+        run.calls.append(("init", name, config))
+        return run
+
+    module.Error = Error  # type: ignore[attr-defined]
+    module.init = init  # type: ignore[attr-defined]
+    module.__spec__ = types.SimpleNamespace()  # type: ignore[assignment]
+    monkeypatch.setitem(sys.modules, "wandb", module)
+
+
+def test_wandb_gets_the_name_the_settings_the_metrics_at_their_steps_and_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = FakeRun()
+    fake_wandb(monkeypatch, run)
+    logger = make_logger("wandb,jsonl", metrics_path=tmp_path / "m", run_name="r", config={"lr": 1}, total_steps=None)
+    logger.log(4, {"loss": 0.5})
+    logger.event(4, "alarm")
+    logger.close()
+    assert run.calls == [
+        ("init", "r", {"lr": 1}),
+        ("log", 4, {"loss": 0.5}),
+        ("alert", "step 4", "alarm"),
+        ("finish",),
+    ]
+
+
+def test_wandb_that_does_not_start_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_wandb(monkeypatch, None)
+    with pytest.raises(ValueError, match=r"^--logger wandb: No API key configured\.; WANDB_MODE=offline .*$"):
+        make_logger("wandb", metrics_path=tmp_path / "m", run_name="r", config={}, total_steps=None)
+
+
+@pytest.mark.parametrize(
+    ("names", "reason"),
+    [
+        ("tensorboard", "'tensorboard' is not known: choose among rich, print, jsonl, wandb, none"),
+        ("none,print", "none goes alone"),
+        ("rich,print", "choose rich or print"),
+        (" , ", "--logger is empty"),
+    ],
+)
+def test_bad_logger_names_are_refused_with_the_way_out(names: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        parse_logger_names(names)
+
+
+def test_wandb_that_is_not_installed_is_refused_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match="uv sync --extra examples"):
+        parse_logger_names("wandb")
+
+
+# -- formatting and reports ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [
+        ("eval/strict_accuracy", 0.4961, "49.6%"),
+        ("learning_rate", 1e-6, "1e-06"),
+        ("clip_fraction", 0.001, "0.1%"),
+        ("step_s", 3725.0, "1h02m"),
+        ("tokens_per_s", 12345.6, "12,346"),
+        ("reward_mean", math.nan, "nan"),
+        ("train_s", math.inf, "inf"),
+        ("correct_rate", math.nan, "nan"),
+    ],
+)
+def test_a_metric_is_shown_in_the_unit_of_its_name(name: str, value: float, text: str) -> None:
+    assert format_metric(name, value) == text
+
+
+def test_the_sparkline_spans_its_values_and_leaves_gaps_for_what_is_not_finite() -> None:
+    assert sparkline([1.0, math.nan, 2.0, 1.5]) == "▁ █▅"
+    assert sparkline([3.0, 3.0]) == "▁▁"
+    assert sparkline([math.nan]) == " "
+
+
+def test_smoothing_starts_at_the_first_value_and_weighs_later_ones_more() -> None:
+    assert smoothed([2.0, 2.0, 2.0]) == pytest.approx([2.0, 2.0, 2.0])
+    assert smoothed([0.0, 1.0])[1] == pytest.approx(0.15 / (1 - 0.85**2))
+
+
+def test_the_comparison_table_shows_changes_in_points_and_keeps_missing_figures_apart() -> None:
+    rows = [
+        ComparisonRow(name="accuracy", before=0.11, after=0.52, kind="rate", before_ci95=(0.07, 0.16)),
+        ComparisonRow(name="length", before=100.0, after=88.5),
+        ComparisonRow(name="time", before=None, after=62.0, kind="seconds"),
+    ]
+    stream = io.StringIO()
+    Console(file=stream, width=80).print(comparison_table(rows, title="Result"))
+    lines = [" ".join(line.split()) for line in stream.getvalue().splitlines()]
+    assert "accuracy 11.0% (7.0 to 16.0) 52.0% +41.0 points" in lines
+    assert "length 100 88.5 -11.5" in lines
+    assert "time - 1m02s -" in lines
+
+
+def test_the_terminal_curve_has_the_size_asked_for_no_colours_and_rises_with_the_reward() -> None:
+    steps = list(range(1, 41))
+    picture = reward_curve_text(steps, [step / 40 for step in steps], width=70, height=14)
+    lines = picture.splitlines()
+    assert ESCAPE not in picture
+    assert len(lines) == 14 and max(map(len, lines)) <= 70
+    first_column_of_dots = [line.find("•") for line in lines if "•" in line]
+    assert first_column_of_dots == sorted(first_column_of_dots, reverse=True) and len(first_column_of_dots) > 5
+    assert lines[-1].split()[0] == "1" and lines[-1].split()[-1] == "40"
+
+
+@pytest.mark.parametrize("rewards", [[0.5], [0.5, 0.5], [math.nan, 1.0], [0.0, 0.0, 0.0]])
+def test_short_flat_and_broken_curves_are_drawn_too(tmp_path: Path, rewards: list[float]) -> None:
+    steps = list(range(len(rewards)))
+    assert "┤" in reward_curve_text(steps, rewards)
+    save_reward_curve(tmp_path / "c.png", steps, rewards)
+    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_a_finite_reward_there_is_a_sentence_in_place_of_a_curve() -> None:
+    assert reward_curve_text([1], [math.nan]) == "no finite reward was logged, so there is no curve to draw"
+
+
+def test_the_png_shows_evaluations_and_leaves_pyplot_alone(tmp_path: Path) -> None:
+    save_reward_curve(tmp_path / "plain.png", [1, 2, 3], [0.1, 0.2, 0.3])
+    save_reward_curve(tmp_path / "deep" / "c.png", [1, 2, 3], [0.1, 0.2, 0.3], evaluations=[(0, 0.1), (3, 1.0)])
+    assert (tmp_path / "deep" / "c.png").read_bytes() != (tmp_path / "plain.png").read_bytes()
+    assert "matplotlib.pyplot" not in sys.modules
+
+
+def test_an_unwritable_png_is_an_os_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        save_reward_curve(tmp_path / "file" / "c.png", [1], [1.0])
+
+
+def test_the_display_writes_about_ten_plain_lines_to_a_pipe_and_a_bar_to_a_terminal(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from ludic.evaluation import EvaluationProgress
+
+    monkeypatch.setenv("TERM", "xterm-256color")
+    for stream in (io.StringIO(), Terminal()):
+        with EvaluationDisplay("GSM8K [test]", stream=stream) as display:
+            for done in range(101):
+                display(
+                    EvaluationProgress(
+                        num_done=done, num_problems=100, accuracy=0.5, completion_tokens=10 * done, seconds=done / 10
+                    )
+                )
+        text = stream.getvalue()
+        if isinstance(stream, Terminal):
+            assert "100/100" in text and "GSM8K [test]" in text and ESCAPE in text
+        else:
+            assert ESCAPE not in text and len(text.splitlines()) == 10
+            assert text.splitlines()[-1] == "GSM8K [test]  100/100  accuracy 50.0%  100 tok/s  10.0s"
+
+
+def test_nothing_of_telemetry_writes_through_print() -> None:
+    folder = Path(__file__).parents[1] / "src" / "ludic" / "telemetry"
+    sources = sorted(folder.glob("*.py"))
+    assert sources
+    assert [path.name for path in sources if re.search(r"(?<![\w.])print\(", path.read_text())] == []
+
+
+def test_a_metrics_file_that_cannot_be_opened_is_one_line_with_its_path(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    path = tmp_path / "file" / "m.jsonl"
+    with pytest.raises(OSError, match=re.escape(f"cannot open {path}: ")):
+        make_logger("none", metrics_path=path, run_name="r", config={}, total_steps=None)
+
+
+def test_two_appenders_of_one_file_do_not_tear_each_other(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    with JsonlWriter(path) as one, JsonlWriter(path) as other:
+        for number in range(200):
+            one.write({"n": number, "text": "a" * 500})
+            other.write({"n": number, "text": "b" * 500})
+    records = read_jsonl(path)
+    for letter in "ab":
+        assert [record["n"] for record in records if str(record["text"])[0] == letter] == list(range(200))
