@@ -1,0 +1,152 @@
+"""Make a GSM8K policy from nothing, without any download: a tokenizer, a chat template, and a short supervised training.
+
+    PYTHONPATH=. uv run python benchmarks/make_policy.py --dataset DIR --out DIR --shape 0.5b --seconds 90
+
+The policy hardly solves a problem, but it writes solutions of the usual length that end by themselves with a boxed number,
+which is what a benchmark of the training loop needs and what random weights cannot give. DIR holds GSM8K's train.jsonl.
+It trains on packed rows with ludic's own log-probs; the padded kind would be several times slower.
+"""
+
+import argparse
+import random
+import re
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from environments.gsm8k import DEFAULT_SYSTEM_PROMPT, GSM8K, GSM8KSample, load
+from ludic.prompts import encode_prompt
+from ludic.training.attention import prepare_packed_attention
+from ludic.training.losses import token_logprobs
+from ludic.training.packing import pack
+from ludic.types import TrainingSample
+
+SHAPES: dict[str, dict[str, int]] = {
+    "tiny": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "vocab_size": 4096},
+    "0.5b": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
+             "num_key_value_heads": 2, "vocab_size": 151936},
+    "1.5b": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12,
+             "num_key_value_heads": 2, "vocab_size": 151936},
+}  # fmt: skip
+"""Qwen2.5's own shapes, vocabulary included, and one for CPUs. The tokenizer uses 8,192 (or 4,096) of the entries."""
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def build_tokenizer(samples: list[GSM8KSample], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE over the problems, with single digits as tokens and Qwen's chat markers."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    markers = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=markers,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = [f"{sample.question}\n{solution(sample)}" for sample in samples] + [DEFAULT_SYSTEM_PROMPT] * 50
+    bpe.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def solution(sample: GSM8KSample) -> str:
+    """GSM8K's worked answer without its calculator marks, ending in a box instead of `####`."""
+    worked = re.sub(r"<<[^>]*>>", "", sample.answer).rpartition("####")[0].strip()
+    return f"{worked}\nThe answer is \\boxed{{{sample.target}}}."
+
+
+def training_row(tokenizer: PreTrainedTokenizerFast, environment: GSM8K, sample: GSM8KSample) -> TrainingSample:
+    prompt = encode_prompt(tokenizer, environment.messages(sample))
+    completion = [*tokenizer.encode(solution(sample), add_special_tokens=False), tokenizer.eos_token_id]
+    return TrainingSample(
+        token_ids=prompt + completion,
+        loss_mask=[False] * len(prompt) + [True] * len(completion),
+        rollout_logprobs=None,
+        advantage=1.0,
+        policy_version=0,
+    )
+
+
+def train(
+    model: Qwen2ForCausalLM, rows: list[TrainingSample], *, seconds: float, budget: int, lr: float
+) -> tuple[int, float]:
+    """Supervised training for `seconds`; the number of steps, and the last loss in nats a token."""
+    device = next(model.parameters()).device
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), fused=device.type == "cuda")
+    prepare_packed_attention(model)
+    model.train()
+    shuffler = random.Random(0)
+    started, steps, loss = time.perf_counter(), 0, torch.zeros(())
+    while time.perf_counter() - started < seconds:
+        shuffler.shuffle(rows)
+        for first in range(0, len(rows), 64):
+            batch = pack(rows[first : first + 64], token_budget=budget, normalisation="token_mean")
+            total = torch.zeros((), device=device)
+            for row in batch:
+                row = row.to(device)
+                with torch.autocast("cuda", dtype=torch.bfloat16, enabled=device.type == "cuda"):
+                    stats = token_logprobs(model, row, temperature=1.0, with_entropy=False)
+                loss = -(stats.logprobs * row.loss_weights).sum()
+                loss.backward()
+                total += loss.detach()
+            done = (time.perf_counter() - started) / seconds
+            for group in optimizer.param_groups:
+                group["lr"] = lr * min(1.0, (steps + 1) / 20) * max(0.05, 1.0 - done)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            steps, loss = steps + 1, total
+            if done >= 1:
+                break
+    return steps, loss.item()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", required=True, help="folder with GSM8K's train.jsonl")
+    parser.add_argument("--out", required=True, type=Path, help="folder for the policy")
+    parser.add_argument("--shape", choices=tuple(SHAPES), default="0.5b")
+    parser.add_argument("--seconds", type=float, default=90.0, help="of supervised training (default: 90)")
+    parser.add_argument("--budget", type=int, default=16384, help="tokens of a micro-batch (default: 16384)")
+    parser.add_argument("--lr", type=float, default=3e-4)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    samples = load("train", dataset=args.dataset)
+    shape = SHAPES[args.shape]
+    tokenizer = build_tokenizer(samples, min(8192, shape["vocab_size"]))
+    config = Qwen2Config(
+        **shape,
+        max_position_embeddings=32768,
+        tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype="bfloat16",
+    )
+    model = Qwen2ForCausalLM(config).to(device, torch.float32)
+    environment = GSM8K(system_prompt=DEFAULT_SYSTEM_PROMPT)
+    rows = [training_row(tokenizer, environment, sample) for sample in samples]
+    steps, loss = train(model, rows, seconds=args.seconds, budget=args.budget, lr=args.lr)
+    model.to(torch.bfloat16).save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out)
+    parameters = sum(p.numel() for p in model.parameters())
+    sys.stdout.write(f"{args.out}: {parameters:,} parameters, {steps} steps in {args.seconds:.0f} s, loss {loss:.2f}\n")
+
+
+if __name__ == "__main__":
+    main()
