@@ -44,7 +44,8 @@ if TYPE_CHECKING:
 DEFAULT_MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+def build_parser() -> argparse.ArgumentParser:
+    """Every flag, in groups."""
     parser = argparse.ArgumentParser(
         prog="train_gsm8k.py",
         description="Train a model on GSM8K with GRPO, against a vLLM server that runs in another process.",
@@ -54,7 +55,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
                       help="a small policy and problems of our own, on the CPU, in about two minutes")  # fmt: skip
     task.add_argument("--model", default=DEFAULT_MODEL, help=f"hub name or folder (default: {DEFAULT_MODEL})")
     task.add_argument("--dataset", default=None, metavar="PATH",
-                      help="folder with train.jsonl and test.jsonl, or a JSONL file; default: openai/gsm8k on the hub")  # fmt: skip
+                      help="folder of train.jsonl and test.jsonl, or one JSONL file (default: openai/gsm8k on the hub)")  # fmt: skip
     task.add_argument(
         "--eval-dataset", default=None, metavar="PATH", help="problems to evaluate on, when not in --dataset"
     )
@@ -69,11 +70,23 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     files.add_argument("--resume", nargs="?", const="latest", default=None, metavar="CHECKPOINT",
                        help="continue from the last checkpoint in --out-dir, or from the one given")  # fmt: skip
     files.add_argument("--verbose", action="store_true", help="also log each weight sync with its proof")
+    return parser
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags, with the demo's own under those that were given.
+
+    Raises:
+        ValueError: a flag contradicts --demo.
+    """
+    parser = build_parser()
     args = parser.parse_args(argv)
     if args.demo:
         for flag in ("model", "dataset", "eval_dataset", "engine", "start_server", "resume"):
             if getattr(args, flag) != parser.get_default(flag):
-                raise ValueError(f"--demo brings its own policy and problems: it contradicts --{flag.replace('_', '-')}")
+                raise ValueError(
+                    f"--demo brings its own policy and problems: it contradicts --{flag.replace('_', '-')}"
+                )
         from demo import DEMO_FLAGS
 
         given = sys.argv[1:] if argv is None else argv
@@ -170,7 +183,7 @@ def _training_device(args: argparse.Namespace) -> Any:
 
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    shared = args.start_server and args.server_gpu in (None, "0") and torch.cuda.device_count() > 1
+    shared = args.start_server and not args.server_gpu and torch.cuda.device_count() > 1
     device = torch.device("cuda", 1 if shared else 0)
     torch.cuda.set_device(device)
     return device
@@ -286,11 +299,11 @@ def _comparison_rows(evaluations: list[dict[str, Any]]) -> list[ComparisonRow]:
         return ComparisonRow(name=name, before=before[key], after=after[key], kind=kind, **intervals)
 
     return [
-        row("accuracy (boxed, else last number)", "accuracy", "rate"),
-        row("accuracy (boxed only)", "strict_accuracy", "rate"),
+        row("accuracy", "accuracy", "rate"),
+        row("strict accuracy", "strict_accuracy", "rate"),
         row("no boxed answer", "parse_err_rate", "rate"),
         row("truncated", "truncation_rate", "rate"),
-        row("tokens per completion", "avg_completion_length", "number"),
+        row("tokens each", "avg_completion_length", "number"),
     ]
 
 

@@ -9,12 +9,14 @@ import contextlib
 import os
 import shlex
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ludic.inference.errors import EngineError
+from ludic.inference.server_process import ServerStartError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,7 +40,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         "--chat-template", default=None, metavar="FILE", help="a Jinja chat template in place of the model's"
     )
     group.add_argument("--start-server", action="store_true", help="start the server as a child, and end it at the end")
-    group.add_argument("--server-gpu", default=None, metavar="N",
+    group.add_argument("--server-gpu", type=int, default=None, metavar="N",
                        help="the GPU of a started server (default: 0); the trainer's is CUDA_VISIBLE_DEVICES")  # fmt: skip
     group.add_argument(
         "--server-args", default="", metavar="'...'", help="more vLLM flags for a started server, in one string"
@@ -60,7 +62,7 @@ def check_engine_arguments(args: argparse.Namespace) -> None:
     if args.engine == "local" and args.start_server:
         raise ValueError("--engine local generates in this process: it contradicts --start-server")
     for flag in ("server_gpu", "server_args", "server_log"):
-        if getattr(args, flag) and not args.start_server:
+        if getattr(args, flag) not in (None, "") and not args.start_server:
             raise ValueError(f"--{flag.replace('_', '-')} is for --start-server, which was not given")
 
 
@@ -91,7 +93,9 @@ async def open_engine(
     with contextlib.ExitStack() as stack:
         base_url = f"http://{args.host}:{args.port}"
         if args.start_server:
-            base_url = await asyncio.to_thread(_start_server, stack, args, out_dir, max_seq_len, say)
+            stop = threading.Event()  # a cancelled start must not go on loading in its thread
+            stack.callback(stop.set)
+            base_url = await asyncio.to_thread(_start_server, stack, args, out_dir, max_seq_len, say, stop)
         engine = VLLMEngine(
             base_url,
             model=args.model,
@@ -115,7 +119,12 @@ def _local_engine(model: str) -> Any:
 
 
 def _start_server(
-    stack: contextlib.ExitStack, args: argparse.Namespace, out_dir: Path, max_seq_len: int, say: Callable[[str], None]
+    stack: contextlib.ExitStack,
+    args: argparse.Namespace,
+    out_dir: Path,
+    max_seq_len: int,
+    say: Callable[[str], None],
+    stop: threading.Event,
 ) -> str:
     from ludic.inference.vllm_server import start_server
 
@@ -127,6 +136,8 @@ def _start_server(
     last_said = [time.monotonic()]
 
     def on_progress(seconds: float, line: str) -> None:
+        if stop.is_set():
+            raise EngineError("the start of the server was interrupted")
         if sys.stdout.isatty() or time.monotonic() - last_said[0] >= 10:
             last_said[0] = time.monotonic()
             say(f"server loading, {seconds:.0f} s: {line[-100:]}")
@@ -199,5 +210,7 @@ def _first_user_error(group: BaseExceptionGroup[Any]) -> Exception | None:
 def _complain(name: str, error: Exception) -> int:
     if os.environ.get("LUDIC_TRACEBACK"):
         raise error
-    sys.stderr.write(f"{name}: error: {' '.join(str(error).split())}\n")
+    # A server that did not start speaks in its own lines; everything of ours is one.
+    text = str(error) if isinstance(error, ServerStartError) else " ".join(str(error).split())
+    sys.stderr.write(f"{name}: error: {text}\n")
     return 2

@@ -8,11 +8,14 @@ P is a prompt's length in tokens, C a completion's, G the group size, L = P + C,
 sequences in it.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, TypedDict
+from typing import TYPE_CHECKING, Literal, TypedDict
 
-import torch
+if TYPE_CHECKING:  # parsers and graders, and the worker processes of the latter, do without torch
+    import torch
 
 FinishReason = Literal["stop", "length"]
 """`stop`: the model ended by itself, with a stop token. `length`: it was cut off at `max_tokens` (truncated)."""
@@ -157,7 +160,7 @@ class MicroBatch:
     sample_indices: tuple[int, ...]
     """[S]: the place of each sequence in the list that was packed"""
 
-    def to(self, device: torch.device) -> "MicroBatch":
+    def to(self, device: torch.device) -> MicroBatch:
         """The same micro-batch with its tensors on `device`."""
 
         def move(tensor: torch.Tensor) -> torch.Tensor:

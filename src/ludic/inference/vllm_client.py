@@ -10,6 +10,7 @@ Left out: streaming, several servers. Recovery from a server that was restarted 
 import asyncio
 import collections
 import contextlib
+import json
 import logging
 import random
 from collections.abc import AsyncIterator, Sequence
@@ -286,7 +287,7 @@ class VLLMEngine:
                         raise EngineError(f"the server refused a request with {failure}")
             except TimeoutError:
                 failure = f"no answer within {timeout.total:.0f} s"
-            except aiohttp.ClientError as error:
+            except (aiohttp.ClientError, json.JSONDecodeError, UnicodeDecodeError) as error:
                 failure = f"{type(error).__name__}: {error}"
         if failure.startswith("ClientConnectorError"):
             raise ServerUnreachableError(
@@ -372,10 +373,14 @@ class _WeightedSemaphore:
             else:
                 with contextlib.suppress(ValueError):
                     self._waiting.remove(entry)
+                self._wake()  # those behind it may be small enough
             raise
 
     def _release(self, count: int) -> None:
         self._free += count
+        self._wake()
+
+    def _wake(self) -> None:
         while self._waiting and self._free >= self._waiting[0][0]:
             wanted, turn = self._waiting.popleft()
             if not turn.done():

@@ -15,6 +15,7 @@ Left out: sharded trainers and servers whose weights are quantised or split (the
 log-prob proof stands alone).
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -88,7 +89,7 @@ class ServerControl:
                     timeout=(10.0, deadline_s),
                 )
         except requests.Timeout as error:
-            raise EngineError(f"{path} on {self.base_url} did not answer within {deadline_s:.0f} s") from error
+            raise EngineError(f"{path} on {self.base_url} did not answer within {deadline_s:g} s") from error
         except requests.ConnectionError as error:
             raise ServerUnreachableError(
                 f"nothing answers at {self.base_url} ({path}): {error.__class__.__name__}"
@@ -99,7 +100,12 @@ class ServerControl:
             )
         if not response.ok:
             raise EngineError(f"{path} on {self.base_url} answered {response.status_code}: {error_text(response.text)}")
-        return response.json() if response.content else None
+        try:
+            return response.json() if response.content else None
+        except requests.JSONDecodeError as error:
+            raise EngineError(
+                f"{path} on {self.base_url} answered what is not JSON, so it is no vLLM server: {error_text(response.text, 80)}"
+            ) from error
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         self.request("POST", "/init_weight_transfer_engine", json_body={"init_info": init_info})
@@ -400,7 +406,7 @@ class WeightSync:
         thread.join(self._deadline_s)
         if not outcome:
             raise WeightSyncError(
-                f"weight sync {policy_version} over {self._transport.name} did not end within {self._deadline_s:.0f} s; "
+                f"weight sync {policy_version} over {self._transport.name} did not end within {self._deadline_s:g} s; "
                 "the server's log says where it waits"
             )
         result = outcome[0]
@@ -441,8 +447,11 @@ class WeightSync:
             lap("send")
             proven = self._prove_digests(weights)
             lap("digests")
-        finally:
-            self._control.resume()
+        except BaseException:
+            with contextlib.suppress(EngineError):  # what went wrong first is what must be seen
+                self._control.resume()
+            raise
+        self._control.resume()
         lap("resume")
         gap = self._prove_logprobs(model)
         lap("probe")
@@ -512,7 +521,11 @@ def _prompt_logprobs(model: "PreTrainedModel", token_ids: list[int]) -> torch.Te
     (row,) = pack([probe], token_budget=len(token_ids), normalisation="token_mean")
     was_training = model.training
     model.eval()
-    with torch.autocast("cuda", dtype=torch.bfloat16, enabled=device.type == "cuda"):
+    # Eager: a compiled policy would be compiled once more for a forward without gradients.
+    with (
+        torch.compiler.set_stance("force_eager"),
+        torch.autocast("cuda", dtype=torch.bfloat16, enabled=device.type == "cuda"),
+    ):
         stats = token_logprobs(model, row.to(device), temperature=1.0, with_entropy=False)
     model.train(was_training)
     return stats.logprobs[1:].float().cpu()

@@ -12,6 +12,7 @@ earlier ones as they were.
 import json
 import logging
 import os
+import pickle
 import re
 import shutil
 from dataclasses import asdict, dataclass, field
@@ -66,23 +67,30 @@ def save_checkpoint(
     """
     final = folder / f"step_{state.step}"
     partial = folder / f".step_{state.step}.partial"
+    replaced = folder / f".step_{state.step}.replaced"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         _write(partial, model, tokenizer, optimizer, state, model_dtype)
-        if final.exists():  # the same step again, after a resume: the new one replaces it
-            shutil.rmtree(final)
+        shutil.rmtree(replaced, ignore_errors=True)
+        if final.exists():  # the same step again, after a resume: the new one takes its place
+            os.rename(final, replaced)
         os.rename(partial, final)
         _sync_folder(folder)
     except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if replaced.exists() and not final.exists():
+            os.rename(replaced, final)
         kept = latest_checkpoint(folder)
         raise CheckpointError(
             f"checkpoint {final} could not be written ({error}); "
             + (f"the last good one is {kept}" if kept else "there is no earlier one")
         ) from error
-    for old in list_checkpoints(folder)[:-keep]:
+    shutil.rmtree(replaced, ignore_errors=True)
+    checkpoints = list_checkpoints(folder)
+    # Those after this one are of another attempt, which a resume from an earlier step left behind: they do not count.
+    for old in checkpoints[: checkpoints.index(final) + 1][:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return final
 
@@ -160,9 +168,10 @@ def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer, device: t
     path = checkpoint / _OPTIMIZER_FILE
     try:
         stored = torch.load(path, map_location=device, weights_only=True)
+        generators = stored["generators"]
         optimizer.load_state_dict(stored["optimizer"])
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise CheckpointError(f"{path} does not fit this model: {error}") from error
-    torch.set_rng_state(stored["generators"]["cpu"].cpu())
-    if "cuda" in stored["generators"] and device.type == "cuda":
-        torch.cuda.set_rng_state(stored["generators"]["cuda"].cpu())
+    except (OSError, EOFError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{path} is damaged or does not fit this model: {error!r}") from error
+    torch.set_rng_state(generators["cpu"].cpu())
+    if "cuda" in generators and device.type == "cuda":
+        torch.cuda.set_rng_state(generators["cuda"].cpu())

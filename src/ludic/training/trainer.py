@@ -24,10 +24,10 @@ from ludic.rollouts import Prompt, RolloutBatch, collect_groups, derive_seed, ro
 from ludic.telemetry.jsonl import JsonlWriter
 from ludic.telemetry.loggers import MetricLogger
 from ludic.training.advantages import training_samples
-from ludic.training.attention import prepare_packed_attention
+from ludic.training.attention import check_isolation, compile_layers, prepare_packed_attention
 from ludic.training.checkpoint import TrainerState, load_optimizer, save_checkpoint
 from ludic.training.config import GRPOConfig, RunPaths
-from ludic.training.losses import LOSSES, LossSettings, loss_inputs, reduce_metrics, token_logprobs
+from ludic.training.losses import LOSSES, LossSettings, check_head, loss_inputs, reduce_metrics, token_logprobs
 from ludic.training.packing import pack
 from ludic.types import MicroBatch, SamplingParams, TrainingSample
 
@@ -114,11 +114,19 @@ class GRPOTrainer(Generic[SampleT]):
         self._prompt_token_ids = self._tokenise(train_samples)
 
         prepare_packed_attention(model)
+        with (
+            self._autocast()
+        ):  # two proofs that cost milliseconds: no leak between packed sequences, the model's own logits
+            check_isolation(model)
+            check_head(model)
         if reference_model is not None:
             prepare_packed_attention(reference_model)
             reference_model.requires_grad_(False).eval()
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self._compile = config.compile and self._device.type == "cuda"
+        if self._compile:
+            compile_layers(model)
         model.train()
         self._loss = LOSSES[config.loss]
         self._loss_settings = LossSettings(
@@ -179,7 +187,8 @@ class GRPOTrainer(Generic[SampleT]):
                     if done or (config.save_every and self.state.step % config.save_every == 0):
                         self.save()
             except (asyncio.CancelledError, KeyboardInterrupt):
-                if self.state.step > first_step:
+                at_this_step = self.paths.checkpoints / f"step_{self.state.step}"
+                if self.state.step > first_step and self.last_checkpoint != at_this_step:
                     self.save()
                 raise
         return self._summary()
@@ -256,6 +265,7 @@ class GRPOTrainer(Generic[SampleT]):
                         row,
                         temperature=config.temperature,
                         chunk_size=config.logprob_chunk,
+                        compile_head=self._compile,
                         num_loss_tokens=num_loss_tokens[index],
                     )
                 inputs = loss_inputs(stats, row, old_logprobs=old_logprobs[index], ref_logprobs=ref_logprobs[index])
@@ -334,8 +344,7 @@ class GRPOTrainer(Generic[SampleT]):
         self.state = dataclasses.replace(
             self.state, evaluations=[*self.state.evaluations, {"step": self.state.step, **summary}]
         )
-        figures = {f"eval/{name}": value for name, value in summary.items() if isinstance(value, int | float)}
-        self.metric_logger.log(self.state.step, figures)
+        self.metric_logger.log(self.state.step, {f"eval/{name}": float(str(summary[name])) for name in _EVAL_METRICS})
 
     def save(self) -> "Path":
         """Write a checkpoint of the last finished update.
@@ -428,6 +437,8 @@ def schedule_factor(config: GRPOConfig, step: int) -> float:
 
 
 _METRIC_NAMES = {"logprob_gap_mean": "logprob_gap"}
+_EVAL_METRICS = ("accuracy", "strict_accuracy", "qwen_accuracy", "correct_rate", "parse_err_rate", "truncation_rate",
+                 "avg_completion_length", "num_problems", "seconds")  # fmt: skip
 
 
 def _named(metrics: Mapping[str, float]) -> dict[str, float]:
