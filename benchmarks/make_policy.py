@@ -13,6 +13,7 @@ import re
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -25,7 +26,7 @@ from ludic.training.losses import token_logprobs
 from ludic.training.packing import pack
 from ludic.types import TrainingSample
 
-SHAPES: dict[str, dict[str, int]] = {
+SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4,
              "num_key_value_heads": 2, "vocab_size": 4096},
     "0.5b": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
@@ -138,11 +139,13 @@ def main() -> None:
         pad_token_id=tokenizer.pad_token_id,
         dtype="bfloat16",
     )
-    model = Qwen2ForCausalLM(config).to(device, torch.float32)
+    model = Qwen2ForCausalLM(config)
+    torch.nn.Module.to(model, device, torch.float32)
     environment = GSM8K(system_prompt=DEFAULT_SYSTEM_PROMPT)
     rows = [training_row(tokenizer, environment, sample) for sample in samples]
     steps, loss = train(model, rows, seconds=args.seconds, budget=args.budget, lr=args.lr)
-    model.to(torch.bfloat16).save_pretrained(args.out)
+    torch.nn.Module.to(model, torch.bfloat16)
+    model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     parameters = sum(p.numel() for p in model.parameters())
     sys.stdout.write(f"{args.out}: {parameters:,} parameters, {steps} steps in {args.seconds:.0f} s, loss {loss:.2f}\n")

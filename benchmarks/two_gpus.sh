@@ -30,6 +30,11 @@ CUDA_VISIBLE_DEVICES=1 $python examples/gsm8k/train_gsm8k.py --model "$out/polic
   --micro-token-budget 16384 --max-seq-len 1024 --max-tokens 512 --rollouts-per-update 256 --group-size 8 \
   --train-steps "$updates" --eval-limit 0 --save-every 0 --logger print --verbose --out-dir "$out/run"
 
+# Three updates more: the run continues from its checkpoint, and this time every request carries a seed.
+CUDA_VISIBLE_DEVICES=1 $python examples/gsm8k/train_gsm8k.py --model "$out/policy" --dataset "$dataset" \
+  --micro-token-budget 16384 --max-seq-len 1024 --max-tokens 512 --rollouts-per-update 256 --group-size 8 \
+  --train-steps "$((updates + 3))" --eval-limit 0 --save-every 0 --logger print --out-dir "$out/run" --resume --seed-requests
+
 $python examples/gsm8k/eval_gsm8k_vllm.py --model "$out/policy" --dataset "$dataset" --split test --limit 250 \
   --temperature 0.0 --max-tokens 512 --system-prompt 'First, think step by step. Then put your final answer inside \boxed{...}.' \
   --out "$out/gsm8k_eval.jsonl" --overwrite

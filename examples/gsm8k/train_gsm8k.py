@@ -16,6 +16,7 @@ import logging
 import os
 import shutil
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -55,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
                       help="a small policy and problems of our own, on the CPU, in about two minutes")  # fmt: skip
     task.add_argument("--model", default=DEFAULT_MODEL, help=f"hub name or folder (default: {DEFAULT_MODEL})")
     task.add_argument("--dataset", default=None, metavar="PATH",
-                      help="folder of train.jsonl and test.jsonl, or one JSONL file (default: openai/gsm8k on the hub)")  # fmt: skip
+                      help="folder of train.jsonl and test.jsonl, or a JSONL file (default: openai/gsm8k, hub)")  # fmt: skip
     task.add_argument(
         "--eval-dataset", default=None, metavar="PATH", help="problems to evaluate on, when not in --dataset"
     )
@@ -114,28 +115,25 @@ async def main() -> int:
     eval_samples = _load_eval_samples(args, config)
     environment = GSM8K(system_prompt=args.system_prompt)
     _check_prompts(environment, tokenizer, config, train_samples)
-    if resume_from is None:
-        _set_aside(paths)
 
     from ludic.training.trainer import GRPOTrainer
 
-    summary: TrainingSummary | None = None
-    metric_logger = make_logger(
-        args.logger,
-        metrics_path=paths.metrics,
-        run_name=f"GRPO {Path(args.model).name}",
-        config={**dataclasses.asdict(config), "model": args.model, "dataset": args.dataset or "openai/gsm8k"},
-        total_steps=config.train_steps,
-    )
-    with contextlib.closing(metric_logger):
-        async with open_engine(
-            args, tokenizer, out_dir=paths.out_dir, max_seq_len=config.max_seq_len, say=_say
-        ) as engine:
-            policy, dtype = load_policy(str(resume_from[0]) if resume_from else args.model, _training_device(args))
-            if hasattr(engine, "enable_weight_sync"):
-                probe = encode_prompt(tokenizer, environment.messages(train_samples[0]))[:64]
-                await engine.enable_weight_sync(probe)
-            reference = load_policy(args.model, policy.device)[0] if config.kl_coef > 0 else None
+    async with open_engine(args, tokenizer, out_dir=paths.out_dir, max_seq_len=config.max_seq_len, say=_say) as engine:
+        policy, dtype = load_policy(str(resume_from[0]) if resume_from else args.model, _training_device(args))
+        if hasattr(engine, "enable_weight_sync"):
+            probe = encode_prompt(tokenizer, environment.messages(train_samples[0]))[:64]
+            await engine.enable_weight_sync(probe)
+        reference = load_policy(args.model, policy.device)[0] if config.kl_coef > 0 else None
+        if resume_from is None:
+            _set_aside(paths)  # not before there is a run that takes the place of the earlier one
+        metric_logger = make_logger(
+            args.logger,
+            metrics_path=paths.metrics,
+            run_name=f"GRPO {Path(args.model).name}",
+            config={**dataclasses.asdict(config), "model": args.model, "dataset": args.dataset or "openai/gsm8k"},
+            total_steps=config.train_steps,
+        )
+        with contextlib.closing(metric_logger):
             trainer = GRPOTrainer(
                 config=config,
                 model=policy,
@@ -221,13 +219,13 @@ def _check_prompts(
     environment: GSM8K, tokenizer: "PreTrainedTokenizerBase", config: GRPOConfig, samples: list[GSM8KSample]
 ) -> None:
     """Find the prompt that is too long before a server is started for it."""
-    longest = max(samples, key=lambda sample: len(sample.question))
-    length = len(encode_prompt(tokenizer, environment.messages(longest)))
-    if length > config.max_prompt_len:
-        raise ValueError(
-            f"the longest prompt is {length} tokens, more than --max-seq-len {config.max_seq_len} allows "
-            f"with one token for an answer: {longest.question[:60]!r}..."
-        )
+    for sample in samples:
+        length = len(encode_prompt(tokenizer, environment.messages(sample)))
+        if length > config.max_prompt_len:
+            raise ValueError(
+                f"a prompt is {length} tokens, more than --max-seq-len {config.max_seq_len} allows "
+                f"with one token for an answer: {sample.question[:60]!r}..."
+            )
 
 
 def _set_aside(paths: RunPaths) -> None:
@@ -237,8 +235,10 @@ def _set_aside(paths: RunPaths) -> None:
     ]
     if not old:
         return
-    folder = paths.out_dir / "earlier_runs" / time.strftime("%Y%m%d-%H%M%S")
-    folder.mkdir(parents=True)
+    parent = paths.out_dir / "earlier_runs"
+    parent.mkdir(exist_ok=True)
+    # A name of its own even for two runs within one second.
+    folder = Path(tempfile.mkdtemp(prefix=time.strftime("%Y%m%d-%H%M%S-"), dir=parent))
     for path in old:
         shutil.move(path, folder / path.name)
     _say(f"an earlier run's files were moved to {folder}")
@@ -265,8 +265,9 @@ def _finish(
     record = {**dataclasses.asdict(summary), "wall_seconds": seconds, "model": args.model}
     paths.summary.write_text(json.dumps(record, indent=2) + "\n")
     metrics = [json.loads(line) for line in paths.metrics.read_text().splitlines() if line.strip()]
-    curve = [(row["step"], row["reward_mean"]) for row in metrics if row.get("reward_mean") is not None]
-    steps, rewards = [step for step, _ in curve], [reward for _, reward in curve]
+    # After a kill and a resume some steps are there twice; the later row is of the run that went on.
+    curve = {row["step"]: row["reward_mean"] for row in metrics if row.get("reward_mean") is not None}
+    steps, rewards = list(curve), list(curve.values())
     if len(curve) > 1:
         _say(reward_curve_text(steps, rewards))
         points = [(row["step"], row["eval/accuracy"]) for row in metrics if row.get("eval/accuracy") is not None]

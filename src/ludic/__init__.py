@@ -1,0 +1,119 @@
+"""GRPO with verifiable rewards: generation in a vLLM server, training beside it.
+
+The names below are the public ones; each lives in the module that its import names, and is loaded when it is first
+used. `import ludic` alone therefore loads neither PyTorch nor transformers. What is not listed here may change.
+
+    from ludic import GRPOConfig, GRPOTrainer, LocalEngine, Score
+
+README.md has a complete example of a task of one's own.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ludic.environment import Environment
+    from ludic.evaluation import EvaluationResult, evaluate
+    from ludic.grading import Grader, Verdict, answers_match
+    from ludic.inference.engine import InferenceEngine, WeightSyncReport
+    from ludic.inference.errors import EngineError
+    from ludic.inference.local import LocalEngine
+    from ludic.inference.server_process import RunningServer, start_server
+    from ludic.inference.vllm_client import VLLMEngine
+    from ludic.parsers import boxed_parser, last_number_parser
+    from ludic.prompts import load_tokenizer
+    from ludic.telemetry.loggers import MetricLogger, make_logger
+    from ludic.training.config import GRPOConfig, RunPaths
+    from ludic.training.trainer import GRPOTrainer, TrainingSummary
+    from ludic.types import (
+        ChatMessage,
+        Completion,
+        ParseResult,
+        Rollout,
+        RolloutGroup,
+        SamplingParams,
+        Score,
+        TrainingSample,
+    )
+
+__all__ = [
+    "ChatMessage",
+    "Completion",
+    "EngineError",
+    "Environment",
+    "EvaluationResult",
+    "GRPOConfig",
+    "GRPOTrainer",
+    "Grader",
+    "InferenceEngine",
+    "LocalEngine",
+    "MetricLogger",
+    "ParseResult",
+    "Rollout",
+    "RolloutGroup",
+    "RunPaths",
+    "RunningServer",
+    "SamplingParams",
+    "Score",
+    "TrainingSample",
+    "TrainingSummary",
+    "VLLMEngine",
+    "Verdict",
+    "WeightSyncReport",
+    "answers_match",
+    "boxed_parser",
+    "evaluate",
+    "last_number_parser",
+    "load_tokenizer",
+    "make_logger",
+    "start_server",
+]
+
+_HOMES = {
+    "ChatMessage": "types",
+    "Completion": "types",
+    "EngineError": "inference.errors",
+    "Environment": "environment",
+    "EvaluationResult": "evaluation",
+    "GRPOConfig": "training.config",
+    "GRPOTrainer": "training.trainer",
+    "Grader": "grading",
+    "InferenceEngine": "inference.engine",
+    "LocalEngine": "inference.local",
+    "MetricLogger": "telemetry.loggers",
+    "ParseResult": "types",
+    "Rollout": "types",
+    "RolloutGroup": "types",
+    "RunPaths": "training.config",
+    "RunningServer": "inference.server_process",
+    "SamplingParams": "types",
+    "Score": "types",
+    "TrainingSample": "types",
+    "TrainingSummary": "training.trainer",
+    "VLLMEngine": "inference.vllm_client",
+    "Verdict": "grading",
+    "WeightSyncReport": "inference.engine",
+    "answers_match": "grading",
+    "boxed_parser": "parsers",
+    "evaluate": "evaluation",
+    "last_number_parser": "parsers",
+    "load_tokenizer": "prompts",
+    "make_logger": "telemetry.loggers",
+    "start_server": "inference.server_process",
+}
+"""The module below `ludic` that defines each public name."""
+
+
+if not TYPE_CHECKING:  # a type checker would take every name for one that exists
+
+    def __getattr__(name: str) -> object:
+        """Load a public name from its module, once (PEP 562)."""
+        if name not in _HOMES:
+            raise AttributeError(f"module 'ludic' has no attribute {name!r}")
+        value = getattr(importlib.import_module(f"ludic.{_HOMES[name]}"), name)
+        globals()[name] = value
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -36,6 +36,8 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--api-key", default=None,
                        help="the server's key; better in LUDIC_API_KEY or VLLM_API_KEY than on the command line")  # fmt: skip
     group.add_argument("--concurrency", type=int, default=256, help="completions in flight at once (default: 256)")
+    group.add_argument("--seed-requests", action="store_true",
+                       help="send a seed with each request; slower, and repeatable only as far as the server is")  # fmt: skip
     group.add_argument(
         "--chat-template", default=None, metavar="FILE", help="a Jinja chat template in place of the model's"
     )
@@ -102,6 +104,7 @@ async def open_engine(
             api_key=api_key(args),
             concurrency=args.concurrency,
             stop_token_ids=stop_token_ids(args.model, tokenizer),
+            seed_requests=args.seed_requests,
         )
         try:
             await engine.connect(tokenizer, max_seq_len=max_seq_len)

@@ -58,6 +58,8 @@ class VLLMEngine:
         model: the name under which the server serves the model.
         concurrency: completions (not requests) in flight at once.
         stop_token_ids: ids that end a completion beside the model's own end-of-sequence token.
+        seed_requests: send `sampling.seed`. vLLM then samples row by row, which costs time, and its results still depend
+            on what else is in the batch; without, the server draws from its own generator.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class VLLMEngine:
         concurrency: int = 256,
         stop_token_ids: Sequence[int] = (),
         with_logprobs: bool = True,
+        seed_requests: bool = False,
     ) -> None:
         if concurrency < 1:
             raise ValueError(f"concurrency must be at least 1, not {concurrency}")
@@ -79,6 +82,7 @@ class VLLMEngine:
         self._concurrency = concurrency
         self._stop_token_ids = list(stop_token_ids)
         self._with_logprobs = with_logprobs
+        self._seed_requests = seed_requests
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._control = ServerControl(base_url, api_key=api_key)
         self._session: aiohttp.ClientSession | None = None
@@ -237,7 +241,7 @@ class VLLMEngine:
             "return_token_ids": True,
             "add_special_tokens": False,
         }
-        if sampling.seed is not None:
+        if self._seed_requests and sampling.seed is not None:
             body["seed"] = sampling.seed + offset  # vLLM seeds member i of a request with seed + i
         if self._with_logprobs:
             body["logprobs"] = 0

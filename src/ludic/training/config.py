@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ludic.training.losses import LOSSES
-
 Schedule = Literal["constant", "linear", "cosine"]
+LOSS_NAMES = ("grpo", "dr_grpo", "dapo", "gspo", "cispo")
+"""The names in `ludic.training.losses.LOSSES`, without the seconds that its import takes: --help has to be quick."""
 
 
 def _setting(default: Any, group: str, help_text: str, *, choices: tuple[str, ...] | None = None) -> Any:
@@ -41,7 +41,7 @@ class GRPOConfig:
     )
 
     train_steps: int = _setting(100, "optimisation", "updates in this run")
-    loss: str = _setting("dapo", "optimisation", "policy loss; dapo is the token mean", choices=tuple(LOSSES))
+    loss: str = _setting("dapo", "optimisation", "policy loss; dapo is the token mean", choices=LOSS_NAMES)
     learning_rate: float = _setting(1e-6, "optimisation", "peak learning rate of AdamW")
     lr_schedule: Schedule = _setting(
         "constant", "optimisation", "after the warm-up", choices=("constant", "linear", "cosine")

@@ -270,7 +270,7 @@ class GRPOTrainer(Generic[SampleT]):
                     )
                 inputs = loss_inputs(stats, row, old_logprobs=old_logprobs[index], ref_logprobs=ref_logprobs[index])
                 output = self._loss.loss(inputs, self._loss_settings)
-                output.loss.backward()  # type: ignore[no-untyped-call]
+                output.loss.backward()
                 collected.append(output.metrics)
                 if epoch == 0 and config.epochs_per_update > 1:
                     old_logprobs[index] = stats.logprobs.detach()

@@ -1,0 +1,195 @@
+"""The documentation says what is so: its tables, fields, commands, links and its example are held against the code."""
+
+import ast
+import dataclasses
+import json
+import re
+import runpy
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ludic.evaluation import CompletionRecord, ProblemRecord, summarise
+from ludic.training.config import RunPaths, from_arguments
+from ludic.training.trainer import TrainingSummary
+from scripts import write_docs
+
+ROOT = write_docs.ROOT
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [
+    ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "AGENTS.md", "examples/gsm8k/README.md")
+]
+
+
+def _section(title: str) -> str:
+    """The text of README.md between a heading (or a line that begins a table) and the next one."""
+    _, found, rest = README.partition(title)
+    assert found, f"README.md has no {title!r}"
+    return re.split(r"\n(?:##|Fields of|What to know) ", rest, maxsplit=1)[0]
+
+
+def _first_cells(text: str) -> list[tuple[str, str]]:
+    """(backquoted words of the first cell, the rest of the row) of each table row."""
+    rows = [line.strip("| ").split(" | ", 1) for line in text.splitlines() if line.startswith("| ")]
+    return [(name, rest) for first, rest in rows for name in re.findall(r"`([^`]+)`", first)]
+
+
+def _code_blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExampleRun:
+    """What README.md's own task wrote."""
+
+    output: str
+    metrics: list[dict[str, object]]
+    rollouts: list[dict[str, object]]
+    checkpoint: Path
+
+
+@pytest.fixture(scope="module")
+def example_run(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Iterator[ExampleRun]:
+    (program,) = _code_blocks(_section("## A task of your own"), "python")
+    folder = tmp_path_factory.mktemp("sums")
+    script = folder / "sums.py"
+    script.write_text(program, encoding="utf-8")
+    output = folder / "output.txt"
+    with pytest.MonkeyPatch.context() as patch, output.open("w", encoding="utf-8") as stream:
+        patch.setattr(sys, "argv", [str(script), str(tiny_model_dir)])
+        patch.setattr(sys, "stdout", stream)
+        patch.chdir(folder)
+        runpy.run_path(str(script), run_name="__main__")
+    paths = RunPaths(out_dir=folder, name="sums")
+    yield ExampleRun(
+        output=output.read_text(encoding="utf-8"),
+        metrics=[json.loads(line) for line in paths.metrics.read_text(encoding="utf-8").splitlines()],
+        rollouts=[json.loads(line) for line in paths.rollouts.read_text(encoding="utf-8").splitlines()],
+        checkpoint=paths.checkpoints / "step_2",
+    )
+
+
+def test_the_example_task_trains_two_updates_and_leaves_a_checkpoint(example_run: ExampleRun) -> None:
+    assert "right before: 0.0, after: 0.0" in example_run.output
+    assert str(example_run.checkpoint) in example_run.output
+    assert (example_run.checkpoint / "model.safetensors").is_file()
+    assert [row["step"] for row in example_run.metrics if "reward_mean" in row] == [1, 2]
+
+
+def test_every_logged_metric_is_explained_and_every_explained_metric_is_logged(example_run: ExampleRun) -> None:
+    logged = {name for row in example_run.metrics for name in row if name not in ("step", "time")}
+    logged = {re.sub(r"^sync/\w+_s$", "sync/PHASE_s", name) for name in logged}
+    explained = dict(_first_cells(_section("## Metrics\n")))
+    conditional = {name for name, meaning in explained.items() if "only with" in meaning}
+    used_in_meanings = {"kl_ref", "kl_rollout", "train_s"}
+    assert logged - explained.keys() == set()
+    assert explained.keys() - conditional - used_in_meanings - logged == set()
+
+
+def test_the_fields_of_a_rollout_are_the_documented_ones(example_run: ExampleRun) -> None:
+    documented = [name for name, _ in _first_cells(_section("Fields of `gsm8k_train_rollouts.jsonl`"))]
+    assert len(example_run.rollouts) == 64
+    assert all(sorted(row) == sorted(documented) for row in example_run.rollouts)
+
+
+def test_the_fields_of_the_training_summary_are_the_documented_ones() -> None:
+    documented = {name for name, _ in _first_cells(_section("Fields of `gsm8k_train_summary.json`"))}
+    assert documented == {field.name for field in dataclasses.fields(TrainingSummary)} | {"wall_seconds", "model"}
+
+
+def test_the_fields_of_an_evaluation_record_are_the_documented_ones() -> None:
+    documented = {name for name, _ in _first_cells(_section("Fields of `gsm8k_eval.jsonl`,"))}
+    assert documented == {*ProblemRecord.__annotations__, *CompletionRecord.__annotations__}
+
+
+def test_the_fields_of_an_evaluation_summary_are_the_documented_ones() -> None:
+    completion = CompletionRecord(
+        text="1",
+        num_tokens=2,
+        finish_reason="stop",
+        answer="1",
+        parse_error=None,
+        strict=True,
+        flexible=True,
+        qwen=False,
+        correct=True,
+        grader_failed=False,
+        policy_version=0,
+    )
+    record = ProblemRecord(
+        index=0, question_id="", prompt=[], prompt_tokens=3, target="1", completions=[completion, completion]
+    )
+    summary = summarise([record], seconds=1.0).to_summary(model="m", settings={})
+    documented = {name for name, _ in _first_cells(_section("Fields of `gsm8k_eval.jsonl.summary.json`"))}
+    assert documented - {"pass@1", "pass@K"} == summary.keys() - {"pass@1", "pass@2"}
+
+
+def test_every_file_of_a_run_is_in_the_table_of_files() -> None:
+    documented = {name.rstrip("/") for name, _ in _first_cells(_section("## Files that a run writes"))}
+    paths = RunPaths(out_dir=Path())
+    assert {str(path) for path in (paths.rollouts, paths.metrics, paths.summary, paths.curve)} <= documented
+    assert f"{paths.checkpoints}/step_N" in documented
+
+
+@pytest.mark.parametrize("page", write_docs.DOCUMENTS, ids=lambda page: str(page.relative_to(ROOT)))
+def test_generated_tables_are_those_of_the_code(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert write_docs.rendered(text) == text, "run `uv run python scripts/write_docs.py`"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_in_the_documentation_are_accepted_by_the_scripts(page: Path) -> None:
+    train, evaluation = write_docs.train_parser(), write_docs.eval_parser()
+    for line in "".join(_code_blocks(page.read_text(encoding="utf-8"), "bash")).splitlines():
+        words = shlex.split(line, comments=True)
+        if "examples/gsm8k/train_gsm8k.py" in words:
+            from_arguments(train.parse_args(words[words.index("examples/gsm8k/train_gsm8k.py") + 1 :]))
+        if "examples/gsm8k/eval_gsm8k_vllm.py" in words:
+            evaluation.parse_args(words[words.index("examples/gsm8k/eval_gsm8k_vllm.py") + 1 :])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_within_the_repository_lead_somewhere(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", text):
+        path, _, anchor = target.partition("#")
+        linked = (page.parent / path).resolve() if path else page
+        assert linked.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", linked.read_text(encoding="utf-8"), flags=re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}, (
+                target
+            )
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_python_files_that_are_named_exist(page: Path) -> None:
+    named = re.findall(r"`((?:src|tests|environments|examples|scripts)/[\w/.]+)`", page.read_text(encoding="utf-8"))
+    assert [path for path in named if path.endswith((".py", "/")) and not (ROOT / path).exists()] == []
+
+
+def test_the_functions_on_a_samples_way_are_in_the_files_that_are_named() -> None:
+    rows = re.findall(r"^\| [^|]+ \| ([^|]+) \| ([^|]+) \|$", _section("## Follow one sample"), flags=re.MULTILINE)
+    rows = [(functions, links) for functions, links in rows if "`" in functions]
+    assert len(rows) >= 15
+    for functions, links in rows:
+        text = "".join((ROOT / link).read_text(encoding="utf-8") for link in re.findall(r"\]\(([^)]+)\)", links))
+        for function in re.findall(r"`(\w+)`", functions):
+            assert re.search(rf"def {function}\b", text), f"{function} is not in {links}"
+
+
+def _strings_of_the_code() -> list[str]:
+    files = [path for folder in ("src", "environments", "examples") for path in sorted((ROOT / folder).rglob("*.py"))]
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in files]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    return [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+
+
+def test_the_messages_under_troubleshooting_are_messages_of_the_code() -> None:
+    messages = [name for name, _ in _first_cells(_section("## Troubleshooting")) if " " in name]
+    strings = _strings_of_the_code()
+    assert len(messages) >= 10
+    assert [message for message in messages if not any(message in string for string in strings)] == []
