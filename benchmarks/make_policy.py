@@ -82,7 +82,7 @@ def training_row(tokenizer: PreTrainedTokenizerFast, environment: GSM8K, sample:
 
 
 def train(
-    model: Qwen2ForCausalLM, rows: list[TrainingSample], *, seconds: float, budget: int, lr: float
+    model: Qwen2ForCausalLM, rows: list[TrainingSample], *, seconds: float, batch_size: int, budget: int, lr: float
 ) -> tuple[int, float]:
     """Supervised training for `seconds`; the number of steps, and the last loss in nats a token."""
     device = next(model.parameters()).device
@@ -93,8 +93,8 @@ def train(
     started, steps, loss = time.perf_counter(), 0, torch.zeros(())
     while time.perf_counter() - started < seconds:
         shuffler.shuffle(rows)
-        for first in range(0, len(rows), 64):
-            batch = pack(rows[first : first + 64], token_budget=budget, normalisation="token_mean")
+        for first in range(0, len(rows), batch_size):
+            batch = pack(rows[first : first + batch_size], token_budget=budget, normalisation="token_mean")
             total = torch.zeros((), device=device)
             for row in batch:
                 row = row.to(device)
@@ -122,7 +122,8 @@ def main() -> None:
     parser.add_argument("--shape", choices=tuple(SHAPES), default="0.5b")
     parser.add_argument("--seconds", type=float, default=90.0, help="of supervised training (default: 90)")
     parser.add_argument("--budget", type=int, default=16384, help="tokens of a micro-batch (default: 16384)")
-    parser.add_argument("--lr", type=float, default=3e-4)
+    parser.add_argument("--batch-size", type=int, default=64, help="solutions a step (default: 64)")
+    parser.add_argument("--lr", type=float, default=3e-4, help="peak learning rate (default: 3e-4)")
     args = parser.parse_args()
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -143,7 +144,7 @@ def main() -> None:
     torch.nn.Module.to(model, device, torch.float32)
     environment = GSM8K(system_prompt=DEFAULT_SYSTEM_PROMPT)
     rows = [training_row(tokenizer, environment, sample) for sample in samples]
-    steps, loss = train(model, rows, seconds=args.seconds, budget=args.budget, lr=args.lr)
+    steps, loss = train(model, rows, seconds=args.seconds, batch_size=args.batch_size, budget=args.budget, lr=args.lr)
     torch.nn.Module.to(model, torch.bfloat16)
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)

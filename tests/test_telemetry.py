@@ -21,6 +21,7 @@ from ludic.telemetry import (
     EvaluationDisplay,
     JsonlWriter,
     comparison_table,
+    drop_steps_after,
     encode_line,
     format_metric,
     format_step_line,
@@ -467,3 +468,11 @@ def test_two_appenders_of_one_file_do_not_tear_each_other(tmp_path: Path) -> Non
     records = read_jsonl(path)
     for letter in "ab":
         assert [record["n"] for record in records if str(record["text"])[0] == letter] == list(range(200))
+
+
+def test_steps_after_a_checkpoint_are_dropped_and_the_others_keep_their_lines(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 0.5}\n{"step": 2}\n{"event": "note"}\n{"step": 3}\n{"step": 3, "to')
+    assert drop_steps_after(path, 2) == 1
+    assert read_jsonl(path) == [{"step": 1, "loss": 0.5}, {"step": 2}, {"event": "note"}]
+    assert drop_steps_after(tmp_path / "missing.jsonl", 0) == 0

@@ -429,6 +429,26 @@ def test_every_form_of_a_vllm_flag_arrives() -> None:
     assert args.middleware == ["ludic.inference.vllm_server.RequireApiKey", "mine.Middleware"]
 
 
+@pytest.mark.vllm
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("flags", "reason"), [(["--host", "0.0.0.0"], "not loopback"), (["--port", "{taken}"], "cannot listen on")]
+)
+def test_a_bad_address_ends_with_one_line_and_code_2_before_anything_loads(
+    flags: list[str], reason: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "1")  # so that what main() sets does not outlive the test
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.listen()
+        with pytest.raises(SystemExit) as stop:
+            vllm_server.main([flag.format(taken=sock.getsockname()[1]) for flag in flags])
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert reason in line
+
+
 # --- inside the worker, without a server ------------------------------------------------------------------------------
 
 
@@ -466,13 +486,15 @@ class Client:
 
     def __init__(self, server: RunningServer, model: Path, key: str | None) -> None:
         self.url, self.model = server.base_url, str(model)
-        self.session = requests.Session()
-        self.session.trust_env = False
-        if key is not None:
-            self.session.headers["Authorization"] = f"Bearer {key}"
+        self.headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+
+    def request(self, method: str, path: str, body: object = None) -> requests.Response:
+        with requests.Session() as session:  # a new connection each time: the server drops one after an error
+            session.trust_env = False
+            return session.request(method, f"{self.url}{path}", json=body, headers=self.headers, timeout=120)
 
     def post(self, path: str, body: object = None) -> requests.Response:
-        return self.session.post(f"{self.url}{path}", json=body, timeout=120)
+        return self.request("POST", path, body)
 
     def logprobs(self) -> torch.Tensor:
         body = {"model": self.model, "prompt": PROMPT, "max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0}
@@ -485,12 +507,15 @@ class Client:
         """Mean difference between the server's log-probs and transformers', in nats."""
         return (self.logprobs() - torch.tensor(prompt_logprobs(model, PROMPT))).abs().mean().item()
 
-    def send(self, tensors: dict[str, torch.Tensor], path: Path, **changes: object) -> requests.Response:
+    def send(self, tensors: dict[str, torch.Tensor], path: Path, *, directory: Path | None = None) -> requests.Response:
+        """One update; the server's answer to its last step, or to the step that it refused."""
         digests = {name: digest_hex(tensor_digest(tensor)) for name, tensor in tensors.items()}
-        self.post("/init_weight_transfer_engine", {"init_info": {"directory": str(path.parent)}}).raise_for_status()
+        self.post(
+            "/init_weight_transfer_engine", {"init_info": {"directory": str(directory or path.parent)}}
+        ).raise_for_status()
         self.post("/pause?mode=wait").raise_for_status()
         self.post("/start_weight_update").raise_for_status()
-        update_info = {"path": str(path), "names": list(tensors), "digests": digests} | changes
+        update_info = {"path": str(path), "names": list(tensors), "digests": digests}
         answer = self.post("/update_weights", {"update_info": update_info})
         if answer.ok:
             answer = self.post("/finish_weight_update")
@@ -541,11 +566,11 @@ def test_with_a_key_health_is_open_and_every_control_request_without_it_is_refus
 ) -> None:
     server, folder = tied
     stranger = Client(server, folder, None)
-    assert stranger.session.get(f"{server.base_url}/health", timeout=10).status_code == 200
+    assert stranger.request("GET", "/health").status_code == 200
     for path in ("/collective_rpc", "/pause", "/update_weights", "/v1/completions", "/reset_prefix_cache", "/tokenize"):
         assert stranger.post(path, {}).status_code == 401
         assert Client(server, folder, "another").post(path, {}).status_code == 401
-    models = Client(server, folder, "the-key").session.get(f"{server.base_url}/v1/models", timeout=10).json()
+    models = Client(server, folder, "the-key").request("GET", "/v1/models").json()
     assert models["data"][0]["id"] == str(folder) and models["data"][0]["max_model_len"] == 512
     command = Path(f"/proc/{server.pid}/cmdline").read_text()
     assert "the-key" not in command
@@ -588,8 +613,8 @@ def test_a_bad_update_is_refused_by_name_and_leaves_the_old_weights(
     (tmp_path / "link.safetensors").symlink_to(good)
     (tmp_path / "inside").mkdir()
 
-    def refusal(path: str, sent: dict[str, torch.Tensor] = tensors, **changes: object) -> str:
-        answer = client.send(sent, tmp_path / path, **changes)
+    def refusal(file: str, sent: dict[str, torch.Tensor] = tensors, directory: str = "") -> str:
+        answer = client.send(sent, tmp_path / file, directory=tmp_path / directory)
         assert answer.status_code == 500
         return str(answer.json()["error"]["message"])
 
@@ -600,8 +625,11 @@ def test_a_bad_update_is_refused_by_name_and_leaves_the_old_weights(
     assert "not a whole safetensors file" in refusal("cut.safetensors")
     assert "is not there" in refusal("absent.safetensors")
     assert "not a regular file" in refusal("link.safetensors")
-    assert "is outside" in refusal("inside/x.safetensors", path=str(good))
-    assert "is outside" in refusal("inside/x.safetensors", path=str(tmp_path / "inside" / ".." / "good.safetensors"))
+    assert "is outside" in refusal("good.safetensors", directory="inside")
+    assert "is outside" in refusal("inside/../good.safetensors", directory="inside")
+    assert torch.equal(client.logprobs(), before)
+    # A trainer that died after its start: the next one closes its session with a finish.
+    assert client.post("/start_weight_update").ok and client.post("/finish_weight_update").ok
     assert torch.equal(client.logprobs(), before)
     assert client.send(tensors, good).ok
     assert not torch.equal(client.logprobs(), before)
@@ -615,7 +643,7 @@ def test_an_update_reaches_an_untied_model_and_flags_may_have_underscores(tmp_pa
         tmp_path / "model", tmp_path / "log", extra_args=["--max_model_len=256", "--gpu_memory_utilization", "0.3"]
     ) as server:
         client = Client(server, tmp_path / "model", None)
-        models = client.session.get(f"{server.base_url}/v1/models", timeout=10).json()
+        models = client.request("GET", "/v1/models").json()
         assert models["data"][0]["max_model_len"] == 256
         check_update(client, tmp_path / "model", False, tmp_path)
     wait_for(lambda: group_members(server.pid) == [], timeout_s=5, what="the group is gone")
@@ -649,4 +677,3 @@ def test_a_server_that_cannot_start_says_why_in_its_own_words(tmp_path: Path) ->
     assert "unrecognized arguments: --no-such-flag" in why("/x", "--no-such-flag")
     text = why("/no/such/model")
     assert "/no/such/model" in text and str(tmp_path / "log") in text and len(text.splitlines()) < 15
-    assert "not loopback" in why("/x", "--host", "0.0.0.0")

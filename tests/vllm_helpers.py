@@ -51,7 +51,7 @@ def make_tiny_tokenizer() -> PreTrainedTokenizerFast:
 def tiny_config(family: str, *, tie_word_embeddings: bool, vocab_size: int = 512) -> "PretrainedConfig":
     """The configuration of a two-layer model of about 0.2M parameters: hidden 64, 2 heads of 32, 1 KV head."""
     classes = {"qwen2": Qwen2Config, "llama": LlamaConfig, "gemma": GemmaConfig}
-    return classes[family](
+    config: PretrainedConfig = classes[family](
         vocab_size=vocab_size,
         hidden_size=64,
         intermediate_size=128,
@@ -66,6 +66,7 @@ def tiny_config(family: str, *, tie_word_embeddings: bool, vocab_size: int = 512
         pad_token_id=0,
         dtype="float32",
     )
+    return config
 
 
 def make_tiny_model(
@@ -103,7 +104,8 @@ def prompt_logprobs(model: "PreTrainedModel", token_ids: Sequence[int]) -> list[
     """[len(token_ids) - 1] natural log-probabilities of each token after the first, by transformers."""
     ids = torch.tensor([list(token_ids)])
     logprobs = model(input_ids=ids).logits[0, :-1].float().log_softmax(-1)
-    return logprobs.gather(1, ids[0, 1:, None])[:, 0].tolist()
+    values: list[float] = logprobs.gather(1, ids[0, 1:, None])[:, 0].tolist()
+    return values
 
 
 @contextlib.contextmanager

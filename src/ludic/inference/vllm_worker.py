@@ -24,6 +24,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.logger import init_logger
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from ludic.inference.digest import digest_hex, tensor_digest
@@ -31,6 +32,8 @@ from ludic.inference.digest import digest_hex, tensor_digest
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+logger = init_logger(f"vllm.{__name__}")  # a child of vLLM's logger: workers have no other handler
 
 SHARED_MEMORY_BACKEND = "ludic_shm"
 
@@ -98,9 +101,14 @@ class SharedMemoryWeightTransferEngine(WeightTransferEngine[SharedMemoryInitInfo
         self._loaded = True
 
     def finish_weight_update(self) -> None:
-        """Put the loaded layers in place, and rebuild what the reload leaves stale."""
+        """Put the loaded layers in place, and rebuild what the reload leaves stale.
+
+        Without an update before it, it changes nothing and warns. To raise would leave vLLM's session open for good, and
+        a finish is how a new trainer closes the session of one that died.
+        """
         if not self._loaded:
-            raise ValueError("finish_weight_update came before any update_weights: nothing was loaded")
+            logger.warning("finish_weight_update came without an update_weights: the weights are those from before")
+            return
         self._loaded = False
         finalize_layerwise_reload(self.model, self.model_config)
         _rebuild_tied_cpu_heads(self.model)

@@ -111,7 +111,14 @@ class ServerControl:
         self.request("POST", "/init_weight_transfer_engine", json_body={"init_info": init_info})
 
     def start_weight_update(self) -> None:
-        self.request("POST", "/start_weight_update")
+        try:
+            self.request("POST", "/start_weight_update")
+        except EngineError as error:
+            if "already" not in str(error):
+                raise
+            # A trainer that was killed in the middle of a sync left its update open: end that one, then start ours.
+            self.finish_weight_update()
+            self.request("POST", "/start_weight_update")
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         self.request("POST", "/update_weights", json_body={"update_info": update_info})

@@ -196,6 +196,28 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, object]]:
     return records
 
 
+def drop_steps_after(path: str | os.PathLike[str], step: int) -> int:
+    """Take out the lines of a JSON lines file whose `step` is above `step`; returns how many there were.
+
+    A run that continues from a checkpoint makes those updates again. The file is replaced as a whole or not at all; a
+    torn last line goes too. A file that is not there has nothing to drop.
+
+    Raises:
+        OSError: the file cannot be read or replaced.
+        ValueError: `file:line: reason` for a line that is not one JSON object.
+    """
+    path = Path(path)
+    if not path.exists():
+        return 0
+    records = read_jsonl(path)
+    kept = [record for record in records if not isinstance(at := record.get("step"), int) or at <= step]
+    if len(kept) < len(records):
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_bytes(b"".join(encode_line(record) for record in kept))
+        os.replace(partial, path)
+    return len(records) - len(kept)
+
+
 def _decode_line(line: bytes, path: Path, number: int) -> dict[str, object]:
     try:
         record = json.loads(line)

@@ -5,7 +5,6 @@ trains, and the next batch waits for the new weights. Left out: overlapping gene
 training GPU.
 """
 
-import asyncio
 import dataclasses
 import logging
 import math
@@ -25,7 +24,7 @@ from ludic.telemetry.jsonl import JsonlWriter
 from ludic.telemetry.loggers import MetricLogger
 from ludic.training.advantages import training_samples
 from ludic.training.attention import check_isolation, compile_layers, prepare_packed_attention
-from ludic.training.checkpoint import TrainerState, load_optimizer, save_checkpoint
+from ludic.training.checkpoint import CheckpointError, TrainerState, load_optimizer, save_checkpoint
 from ludic.training.config import GRPOConfig, RunPaths
 from ludic.training.losses import LOSSES, LossSettings, check_head, loss_inputs, reduce_metrics, token_logprobs
 from ludic.training.packing import pack
@@ -144,6 +143,9 @@ class GRPOTrainer(Generic[SampleT]):
         )
         self.state = TrainerState(step=0, policy_version=0, model=model_name, config=dataclasses.asdict(config))
         self.last_checkpoint: Path | None = None
+        self._mid_update = False
+        self._saved_step = 0
+        self._started, self._seconds_before = time.perf_counter(), 0.0
         if resume_from is not None:
             self.last_checkpoint, state = resume_from
             load_optimizer(self.last_checkpoint, self.optimizer, self._device)
@@ -152,46 +154,52 @@ class GRPOTrainer(Generic[SampleT]):
     # -- the loop --------------------------------------------------------------------------------------------------
 
     async def run(self) -> TrainingSummary:
-        """Train until `config.train_steps` updates are done. Cancelling it saves a checkpoint first."""
+        """Train until `config.train_steps` updates are done.
+
+        Whatever ends it early, a cancellation or an error, a checkpoint of the last finished update is written first.
+        """
         config = self.config
-        first_step, started = self.state.step, time.perf_counter()
-        seconds_before = self.state.seconds
+        self._started, self._seconds_before = time.perf_counter(), self.state.seconds
+        self._saved_step = self.state.step
         with JsonlWriter(self.paths.rollouts) as rollout_writer:
             try:
                 await self._sync_weights()
                 if not self.state.evaluations:
                     await self._evaluate()
                 while self.state.step < config.train_steps:
-                    step_started = time.perf_counter()
-                    step = self.state.step
-                    batch = await collect_groups(
-                        self.engine,
-                        self.environment,
-                        self._prompts(step),
-                        group_size=config.group_size,
-                        tokenizer=self.tokenizer,
-                        step=step + 1,
-                        writer=rollout_writer,
-                    )
-                    train_started = time.perf_counter()
-                    metrics = self._train_on(batch)
-                    train_s = time.perf_counter() - train_started
-                    self._count(batch, seconds_before + time.perf_counter() - started)
-                    report = await self._sync_weights()
-                    rollout_writer.flush()
-                    step_s = time.perf_counter() - step_started
-                    self._log_step(metrics, batch, report, train_s=train_s, step_s=step_s)
+                    await self._update(rollout_writer)
                     done = self.state.step == config.train_steps
                     if done or (config.eval_every and self.state.step % config.eval_every == 0):
                         await self._evaluate()
                     if done or (config.save_every and self.state.step % config.save_every == 0):
                         self.save()
-            except (asyncio.CancelledError, KeyboardInterrupt):
-                at_this_step = self.paths.checkpoints / f"step_{self.state.step}"
-                if self.state.step > first_step and self.last_checkpoint != at_this_step:
+            except CheckpointError:
+                raise
+            except BaseException:
+                if self.state.step > self._saved_step and not self._mid_update:
+                    logger.warning("stopping at update %d; writing a checkpoint first", self.state.step)
                     self.save()
                 raise
         return self._summary()
+
+    async def _update(self, rollout_writer: JsonlWriter) -> None:
+        """One step: sample and score, train, hand the weights over, log."""
+        started = time.perf_counter()
+        batch = await collect_groups(
+            self.engine,
+            self.environment,
+            self._prompts(self.state.step),
+            group_size=self.config.group_size,
+            tokenizer=self.tokenizer,
+            step=self.state.step + 1,
+            writer=rollout_writer,
+        )
+        train_started = time.perf_counter()
+        metrics = self._train_on(batch)
+        train_s = time.perf_counter() - train_started
+        report = await self._sync_weights()
+        rollout_writer.flush()
+        self._log_step(metrics, batch, report, train_s=train_s, step_s=time.perf_counter() - started)
 
     def _prompts(self, step: int) -> list[Prompt[SampleT]]:
         """The prompts of one update: the data in a fresh random order each epoch, cut into updates without a gap."""
@@ -236,9 +244,16 @@ class GRPOTrainer(Generic[SampleT]):
                 "update %d: no group has any variance in its rewards, nothing to learn from", self.state.step + 1
             )
         metrics["learning_rate"] = learning_rate
+        rollouts = [rollout for group in batch.groups for rollout in group.rollouts]
         self.state = dataclasses.replace(
-            self.state, step=self.state.step + 1, policy_version=self.state.policy_version + 1
+            self.state,
+            step=self.state.step + 1,
+            policy_version=self.state.policy_version + 1,
+            rollouts=self.state.rollouts + len(rollouts),
+            completion_tokens=self.state.completion_tokens + sum(len(r.completion.token_ids) for r in rollouts),
+            seconds=self._seconds_before + time.perf_counter() - self._started,
         )
+        self._mid_update = False
         return metrics
 
     def _optimise(self, samples: Sequence[TrainingSample]) -> dict[str, float]:
@@ -276,6 +291,7 @@ class GRPOTrainer(Generic[SampleT]):
                     old_logprobs[index] = stats.logprobs.detach()
             max_norm = config.max_grad_norm or math.inf
             grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
+            self._mid_update = True  # until the update is counted, the weights belong to no step
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         metrics = _named(reduce_metrics(collected))
@@ -361,16 +377,8 @@ class GRPOTrainer(Generic[SampleT]):
             model_dtype=self._model_dtype,
             keep=self.config.keep_checkpoints,
         )
+        self._saved_step = self.state.step
         return self.last_checkpoint
-
-    def _count(self, batch: RolloutBatch, seconds: float) -> None:
-        rollouts = [rollout for group in batch.groups for rollout in group.rollouts]
-        self.state = dataclasses.replace(
-            self.state,
-            rollouts=self.state.rollouts + len(rollouts),
-            completion_tokens=self.state.completion_tokens + sum(len(r.completion.token_ids) for r in rollouts),
-            seconds=seconds,
-        )
 
     def _log_step(
         self, metrics: dict[str, float], batch: RolloutBatch, report: WeightSyncReport, *, train_s: float, step_s: float

@@ -1,0 +1,153 @@
+"""A stand-in for a vLLM server: the same routes and the same JSON on a real socket, and a model that just counts.
+
+It answers as vLLM 0.32 does, errors included, and knows nothing of models. `faults` are answers that replace the next
+completions, in order, so that a test can say how the wire breaks.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from aiohttp import web
+from transformers import PreTrainedTokenizerFast
+
+MODEL = "tiny"
+
+
+def error_body(status: int, message: str) -> dict[str, Any]:
+    """An error as vLLM writes it."""
+    return {"error": {"message": message, "type": "BadRequestError", "param": None, "code": status}}
+
+
+@dataclass(kw_only=True)
+class FakeServer:
+    """What it serves and what it has seen; a test changes the first and reads the second."""
+
+    tokenizer: PreTrainedTokenizerFast
+    model: str = MODEL
+    max_model_len: int = 512
+    api_key: str | None = None
+    rl_routes: bool = True
+    server_info: dict[str, Any] = field(
+        default_factory=lambda: {
+            "dtype": "float32",
+            "transfer_backend": "ludic_shm",
+            "logprobs_mode": "processed_logprobs",
+        }
+    )
+    faults: list[web.StreamResponse | str] = field(default_factory=list)
+    hold: asyncio.Event | None = None
+    """Completions wait for it, if it is there."""
+
+    base_url: str = ""
+    requests: list[dict[str, Any]] = field(default_factory=list)
+    """The bodies of all completion requests."""
+    in_flight: int = 0
+    most_in_flight: int = 0
+    """Completions, not requests."""
+
+    def app(self) -> web.Application:
+        app = web.Application(middlewares=[self._check_key])
+        app.router.add_get("/v1/models", self._models)
+        app.router.add_post("/tokenize", self._tokenize)
+        app.router.add_post("/v1/completions", self._completions)
+        if self.rl_routes:
+            app.router.add_get("/is_paused", self._is_paused)
+            app.router.add_post("/collective_rpc", self._collective_rpc)
+        return app
+
+    @web.middleware
+    async def _check_key(self, request: web.Request, handler: Any) -> web.StreamResponse:
+        if self.api_key is not None and request.headers.get("Authorization") != f"Bearer {self.api_key}":
+            return web.json_response({"error": "Unauthorized"}, status=401)
+        try:
+            answer: web.StreamResponse = await handler(request)
+        except web.HTTPNotFound:
+            return web.json_response({"detail": "Not Found"}, status=404)
+        return answer
+
+    async def _models(self, request: web.Request) -> web.Response:
+        entry = {"id": self.model, "object": "model", "max_model_len": self.max_model_len}
+        return web.json_response({"object": "list", "data": [entry]})
+
+    async def _tokenize(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        if "messages" in body:
+            if self.tokenizer.chat_template is None:
+                return web.json_response(error_body(400, "the model has no chat template"), status=400)
+            tokens = self.tokenizer.apply_chat_template(
+                body["messages"], add_generation_prompt=body["add_generation_prompt"], return_dict=False
+            )
+        else:
+            tokens = self.tokenizer.encode(body["prompt"], add_special_tokens=body["add_special_tokens"])
+        return web.json_response({"count": len(tokens), "max_model_len": self.max_model_len, "tokens": tokens})
+
+    async def _is_paused(self, request: web.Request) -> web.Response:
+        return web.json_response({"is_paused": False})
+
+    async def _collective_rpc(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        if body["method"] != "ludic_server_info" or not self.server_info:
+            return web.json_response(error_body(500, f"no method {body['method']}"), status=500)
+        return web.json_response({"results": [self.server_info]})
+
+    async def _completions(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        self.requests.append(body)
+        self.in_flight += body["n"]
+        self.most_in_flight = max(self.most_in_flight, self.in_flight)
+        try:
+            await (asyncio.sleep(0) if self.hold is None else self.hold.wait())
+            if self.faults:
+                fault = self.faults.pop(0)
+                return await self._cut_off(request) if isinstance(fault, str) else fault
+            return web.json_response(self._answer(body))
+        finally:
+            self.in_flight -= body["n"]
+
+    async def _cut_off(self, request: web.Request) -> web.StreamResponse:
+        """Announce more bytes than come."""
+        response = web.StreamResponse(headers={"Content-Type": "application/json", "Content-Length": "5000"})
+        await response.prepare(request)
+        await response.write(b'{"choices": [')
+        assert request.transport is not None
+        request.transport.close()
+        return response
+
+    def _answer(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Member i of a request with seed s answers with the tokens [s + i, s + i, ..., 1] (modulo 200), 1 to stop."""
+        choices = []
+        for member in range(body["n"]):
+            length = min(4, body["max_tokens"])
+            ids = [(body.get("seed", 0) + member) % 200] * (length - 1) + [1 if length == 4 else 9]
+            choice = {
+                "index": member,
+                "text": "",
+                "logprobs": {"token_logprobs": [-0.25 * (place + 1) for place in range(length)]},
+                "finish_reason": "stop" if ids[-1] == 1 else "length",
+                "token_ids": ids if body.get("return_token_ids") else None,
+                "prompt_token_ids": body["prompt"],
+            }
+            if body.get("logprobs") is None:
+                choice["logprobs"] = None
+            choices.append(choice)
+        return {"id": "cmpl-1", "object": "text_completion", "model": self.model, "choices": choices[::-1]}
+
+
+@contextlib.asynccontextmanager
+async def serving(server: FakeServer) -> AsyncIterator[FakeServer]:
+    """Run it on a free port of this machine."""
+    runner = web.AppRunner(server.app(), access_log=None)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    host, port = runner.addresses[0][:2]
+    server.base_url = f"http://{host}:{port}"
+    try:
+        yield server
+    finally:
+        if server.hold is not None:
+            server.hold.set()
+        await runner.cleanup()

@@ -1,0 +1,260 @@
+"""Rollouts: groups in the order of their prompts, complete records, and a failure that is never a shorter group."""
+
+import asyncio
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from ludic.inference.engine import WeightSyncReport
+from ludic.prompts import encode_prompt
+from ludic.rollouts import Prompt, collect_groups, derive_seed, rollout_metrics, rollout_record
+from ludic.types import ChatMessage, Completion, FinishReason, ParseResult, Rollout, RolloutGroup, SamplingParams, Score
+from tests.vllm_helpers import make_tiny_tokenizer
+
+VERSION = 3
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return make_tiny_tokenizer()
+
+
+class EchoEngine:
+    """Completes every prompt with `<its question><member>`; later prompts are answered sooner."""
+
+    policy_version = VERSION
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.tokenizer = tokenizer
+        self.sampling: list[SamplingParams] = []
+        self.started = 0
+
+    async def generate(
+        self, prompt_token_ids: Sequence[int], *, num_completions: int, sampling: SamplingParams
+    ) -> list[Completion]:
+        self.sampling.append(sampling)
+        self.started += 1
+        for _ in range(20 - self.started):
+            await asyncio.sleep(0)
+        question = str(self.tokenizer.decode(list(prompt_token_ids), skip_special_tokens=True))
+        return [self._completion(f"{question}{member}") for member in range(num_completions)]
+
+    def _completion(self, text: str) -> Completion:
+        ids = [*self.tokenizer.encode(text, add_special_tokens=False), int(self.tokenizer.eos_token_id)]
+        return Completion(token_ids=ids, logprobs=[-0.5] * len(ids), finish_reason="stop", policy_version=VERSION)
+
+    async def update_weights(self, model: torch.nn.Module, *, policy_version: int) -> WeightSyncReport:
+        raise AssertionError("rollouts do not change weights")
+
+    async def aclose(self) -> None:
+        raise AssertionError("rollouts do not close the engine")
+
+
+class LastDigit:
+    """The reward is the last character of the text; `boom` as a sample makes the score of member 1 fail."""
+
+    def __init__(self) -> None:
+        self.cancelled = 0
+
+    def messages(self, sample: str, /) -> list[ChatMessage]:
+        return [{"role": "user", "content": sample}]
+
+    def target(self, sample: str, /) -> str:
+        return f"target of {sample}"
+
+    async def score(self, sample: str, text: str, /) -> Score:
+        if sample == "boom":
+            if text.endswith("1"):
+                raise RuntimeError("the scorer broke")
+            await self.wait_for_ever()
+        if sample == "slow":
+            await self.wait_for_ever()
+        return Score(
+            reward=float(text[-1]),
+            correct=text[-1] == "1",
+            parse=ParseResult(answer=text[-1]),
+            parts={"format": 1.0, "flexible": 0.0},
+        )
+
+    async def wait_for_ever(self) -> None:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+
+
+class ListWriter:
+    def __init__(self) -> None:
+        self.records: list[dict[str, Any]] = []
+
+    def write(self, record: Mapping[str, Any], /) -> None:
+        self.records.append(dict(record))
+
+
+def prompts(tokenizer: PreTrainedTokenizerFast, *samples: str) -> list[Prompt[str]]:
+    return [
+        Prompt(
+            group_id=40 + index,
+            sample=sample,
+            token_ids=encode_prompt(tokenizer, [{"role": "user", "content": sample}]),
+            sampling=SamplingParams(seed=derive_seed(0, 2, index)),
+        )
+        for index, sample in enumerate(samples)
+    ]
+
+
+async def test_groups_come_back_in_the_order_of_their_prompts_whoever_is_first(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    batch = await collect_groups(
+        EchoEngine(tokenizer),
+        LastDigit(),
+        prompts(tokenizer, "a", "b", "c"),
+        group_size=2,
+        tokenizer=tokenizer,
+        step=1,
+    )
+    assert [group.group_id for group in batch.groups] == [40, 41, 42]
+    assert [group.target for group in batch.groups] == ["target of a", "target of b", "target of c"]
+    texts = [[rollout.text for rollout in group.rollouts] for group in batch.groups]
+    assert texts == [["a0", "a1"], ["b0", "b1"], ["c0", "c1"]]
+    assert [[rollout.rollout_id for rollout in group.rollouts] for group in batch.groups] == [[0, 1]] * 3
+    assert [[rollout.score.reward for rollout in group.rollouts] for group in batch.groups] == [[0.0, 1.0]] * 3
+    assert batch.generation_s > 0 and batch.grading_s >= 0
+
+
+async def test_every_prompt_is_sampled_with_its_own_seed(tokenizer: PreTrainedTokenizerFast) -> None:
+    engine = EchoEngine(tokenizer)
+    await collect_groups(engine, LastDigit(), prompts(tokenizer, "a", "b"), group_size=2, tokenizer=tokenizer, step=1)
+    assert [sampling.seed for sampling in engine.sampling] == [derive_seed(0, 2, 0), derive_seed(0, 2, 1)]
+
+
+def test_a_seed_depends_on_every_part_and_on_their_order() -> None:
+    parts = [(seed, step, prompt) for seed in range(3) for step in range(12) for prompt in range(12)]
+    seeds = {derive_seed(*part) for part in parts}
+    assert len(seeds) == len(parts)  # (1, 11, 0) is not (1, 1, 10)
+    assert all(0 <= seed < 2**62 for seed in seeds)
+    assert derive_seed(7) != derive_seed(7, 0)
+    assert derive_seed(0, 3, 1) == 267571849633092395  # written down: a run repeats with every release
+
+
+async def test_every_rollout_is_recorded_with_all_that_is_needed_to_read_it(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    writer = ListWriter()
+    await collect_groups(
+        EchoEngine(tokenizer),
+        LastDigit(),
+        prompts(tokenizer, "a", "b"),
+        group_size=2,
+        tokenizer=tokenizer,
+        step=9,
+        writer=writer,
+    )
+    assert sorted((record["group"], record["rollout"]) for record in writer.records) == [
+        (40, 0), (40, 1), (41, 0), (41, 1),
+    ]  # fmt: skip
+    record = next(record for record in writer.records if record["completion"] == "b1")
+    assert record == {
+        "step": 9,
+        "group": 41,
+        "rollout": 1,
+        "prompt": "b",
+        "completion": "b1",
+        "completion_token_ids": [*tokenizer.encode("b1", add_special_tokens=False), tokenizer.eos_token_id],
+        "answer": "1",
+        "parse_error": None,
+        "target": "target of b",
+        "reward": 1.0,
+        "reward_parts": {"format": 1.0, "flexible": 0.0},
+        "correct": True,
+        "finish_reason": "stop",
+        "policy_version": VERSION,
+        "prompt_tokens": len(encode_prompt(tokenizer, [{"role": "user", "content": "b"}])),
+        "completion_tokens": 3,
+    }
+    assert json.loads(json.dumps(record)) == record
+
+
+async def test_a_score_that_fails_cancels_the_others_and_propagates(tokenizer: PreTrainedTokenizerFast) -> None:
+    environment, writer = LastDigit(), ListWriter()
+    with pytest.raises(ExceptionGroup) as failure:
+        await collect_groups(
+            EchoEngine(tokenizer),
+            environment,
+            prompts(tokenizer, "slow", "boom"),
+            group_size=3,
+            tokenizer=tokenizer,
+            step=1,
+            writer=writer,
+        )
+    (error,) = failure.value.exceptions
+    assert isinstance(error, RuntimeError) and str(error) == "the scorer broke"
+    assert environment.cancelled >= 3, "the scores of the other prompt still wait"
+    assert writer.records == [], "a group that is not whole was recorded"
+
+
+def rollout(
+    *, group: int = 0, reward: float, tokens: int, correct: bool = False, parse_error: str | None = None,
+    finish_reason: FinishReason = "stop", version: int = VERSION, grader_failed: float = 0.0, prompt_tokens: int = 5,
+) -> Rollout:  # fmt: skip
+    return Rollout(
+        group_id=group,
+        rollout_id=0,
+        prompt_token_ids=list(range(prompt_tokens)),
+        completion=Completion(
+            token_ids=[1] * tokens, logprobs=None, finish_reason=finish_reason, policy_version=version
+        ),
+        text="",
+        score=Score(
+            reward=reward,
+            correct=correct,
+            parse=ParseResult(answer=None if parse_error else "1", error=parse_error),
+            parts={"grader_failed": grader_failed},
+        ),
+    )
+
+
+def test_the_metrics_of_an_update_are_those_counted_by_hand() -> None:
+    first = (
+        rollout(reward=1.0, tokens=10, correct=True),
+        rollout(reward=0.0, tokens=20, finish_reason="length", parse_error="no box"),
+    )
+    second = (
+        rollout(group=1, reward=0.5, tokens=3, version=VERSION - 2, prompt_tokens=7),
+        rollout(group=1, reward=0.5, tokens=7, grader_failed=1.0, prompt_tokens=7),
+    )
+    groups = [RolloutGroup(group_id=i, target="1", rollouts=members) for i, members in enumerate((first, second))]
+    assert rollout_metrics(groups, policy_version=VERSION) == {
+        "reward_mean": 0.5,
+        "reward_std": pytest.approx((0.5 / 4) ** 0.5),  # squares of 0.5, -0.5, 0 and 0
+        "correct_rate": 0.25,
+        "parse_error_rate": 0.25,
+        "truncation_rate": 0.25,
+        "avg_completion_length": 10.0,
+        "total_completion_tokens": 40,
+        "prompt_tokens": 24,
+        "staleness": 0.5,
+        "grader_failures": 1.0,
+    }
+
+
+def test_metrics_of_no_rollouts_are_refused() -> None:
+    with pytest.raises(ValueError, match="no rollouts"):
+        rollout_metrics([], policy_version=0)
+
+
+def test_a_record_of_a_truncated_answer_without_a_box_says_both() -> None:
+    record = rollout_record(
+        rollout(reward=0.0, tokens=4, finish_reason="length", parse_error="no \\boxed{...}"),
+        step=1,
+        prompt="?",
+        target="7",
+    )
+    assert record["answer"] is None and record["parse_error"] == "no \\boxed{...}"
+    assert record["finish_reason"] == "length" and record["completion_tokens"] == 4

@@ -1,0 +1,527 @@
+"""The training loop with the in-process engine: it learns, repeats, resumes, and counts what it leaves out."""
+
+import asyncio
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from ludic.inference.engine import WeightSyncReport
+from ludic.inference.local import LocalEngine
+from ludic.prompts import load_tokenizer
+from ludic.training.checkpoint import latest_checkpoint, list_checkpoints, read_state
+from ludic.training.config import GRPOConfig, RunPaths
+from ludic.training.losses import LOSSES
+from ludic.training.trainer import GRPOTrainer, TrainingSummary, schedule_factor
+from ludic.types import ChatMessage, Completion, ParseResult, SamplingParams, Score
+
+SMALL = GRPOConfig(
+    rollouts_per_update=16,
+    group_size=8,
+    max_seq_len=64,
+    max_completion_len=12,
+    micro_token_budget=256,
+    train_steps=2,
+    learning_rate=3e-3,
+    warmup_steps=0,
+    eval_limit=4,
+    save_every=0,
+)
+LOGGED_EVERY_STEP = {
+    "loss", "reward_mean", "reward_std", "correct_rate", "parse_error_rate", "truncation_rate", "zero_variance_groups",
+    "avg_completion_length", "total_completion_tokens", "prompt_tokens", "entropy", "clip_fraction", "kl", "logprob_gap",
+    "grad_norm", "learning_rate", "policy_version", "staleness", "generation_s", "grading_s", "train_s", "sync_s",
+    "tokens_per_s",
+}  # fmt: skip
+
+
+class AlwaysSeven:
+    """Right is a 7, whatever was asked. `score_with` replaces the rule."""
+
+    def __init__(self, score_with: Callable[[str], float] | None = None) -> None:
+        self._score_with = score_with or (lambda text: float("7" in text))
+
+    def messages(self, sample: int, /) -> list[ChatMessage]:
+        return [{"role": "user", "content": f"Q{sample}"}]
+
+    def target(self, sample: int, /) -> str:
+        return "7"
+
+    async def score(self, sample: int, text: str, /) -> Score:
+        reward = self._score_with(text)
+        return Score(reward=reward, correct=reward == 1.0, parse=ParseResult(answer=text or " "))
+
+
+class ListLogger:
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+
+    def log(self, step: int, metrics: Mapping[str, float], /) -> None:
+        self.rows.append({"step": step, **metrics})
+
+    def event(self, step: int, message: str, /) -> None: ...
+
+    def close(self) -> None: ...
+
+    def updates(self) -> list[dict[str, float]]:
+        """The rows of updates, without what a clock has measured."""
+        return [
+            {name: value for name, value in row.items() if not name.endswith("_s")}
+            for row in self.rows
+            if "reward_mean" in row
+        ]
+
+
+class Run:
+    """A trainer with its engine, model and log, from a policy's folder."""
+
+    def __init__(
+        self,
+        policy: Path,
+        out_dir: Path,
+        *,
+        environment: AlwaysSeven | None = None,
+        samples: Sequence[int] = range(5),
+        resume: bool = False,
+        with_reference: bool = False,
+        **settings: Any,
+    ) -> None:
+        self.out_dir, self.logger = out_dir, ListLogger()
+        self.config = dataclasses.replace(SMALL, **settings)
+        self.paths = RunPaths(out_dir=out_dir)
+        checkpoint = latest_checkpoint(self.paths.checkpoints) if resume else None
+        self.model = load(checkpoint or policy)
+        self.engine = LocalEngine.from_pretrained(policy)  # always the initial weights, as a server that was restarted
+        try:
+            self.trainer = GRPOTrainer(
+                config=self.config,
+                model=self.model,
+                model_name="digits",
+                tokenizer=load_tokenizer(policy),
+                engine=self.engine,
+                environment=environment or AlwaysSeven(),
+                train_samples=samples,
+                eval_samples=range(100, 106),
+                metric_logger=self.logger,
+                paths=self.paths,
+                reference_model=load(policy) if with_reference else None,
+                resume_from=(checkpoint, read_state(checkpoint)) if checkpoint else None,
+            )
+        except ValueError:
+            asyncio.run(self.engine.aclose())
+            raise
+
+    def go(self) -> TrainingSummary:
+        async def train() -> TrainingSummary:
+            try:
+                return await self.trainer.run()
+            finally:
+                await self.engine.aclose()
+
+        return asyncio.run(train())
+
+    def rollouts(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.paths.rollouts.read_text().splitlines()]
+
+
+def load(folder: Path) -> PreTrainedModel:
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model
+
+
+def same_weights(one: PreTrainedModel, other: PreTrainedModel) -> bool:
+    others = other.state_dict()
+    return all(torch.equal(tensor, others[name]) for name, tensor in one.state_dict().items())
+
+
+# --- what a run does --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ten_updates(digit_policy_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, TrainingSummary]:
+    run = Run(digit_policy_dir, tmp_path_factory.mktemp("ten"), train_steps=10, rollouts_per_update=32)
+    return run, run.go()
+
+
+def test_the_policy_learns_what_is_rewarded(ten_updates: tuple[Run, TrainingSummary]) -> None:
+    rewards = [row["reward_mean"] for row in ten_updates[0].logger.updates()]
+    assert len(rewards) == 10
+    assert rewards[0] < 0.35 and rewards[-1] > 0.8, rewards
+
+
+def test_the_summary_counts_the_run_and_compares_before_with_after(ten_updates: tuple[Run, TrainingSummary]) -> None:
+    run, summary = ten_updates
+    assert summary.accuracy_before == 0.0 and summary.accuracy_after == 1.0
+    assert summary.eval_problems == 4 and summary.updates == 10 and summary.rollouts == 320
+    assert summary.completion_tokens == sum(row["completion_tokens"] for row in run.rollouts())
+    assert [evaluation["step"] for evaluation in summary.evaluations] == [0, 10]
+    assert summary.last_checkpoint == str(run.paths.checkpoints / "step_10")
+    assert 0 < summary.seconds < 300
+
+
+def test_every_step_logs_all_that_a_reader_of_the_run_needs(ten_updates: tuple[Run, TrainingSummary]) -> None:
+    rows = [row for row in ten_updates[0].logger.rows if "reward_mean" in row]
+    for row in rows:
+        if row["zero_variance_groups"] < 4:
+            assert row.keys() >= LOGGED_EVERY_STEP
+    evaluations = [row for row in ten_updates[0].logger.rows if "eval/accuracy" in row]
+    assert [row["step"] for row in evaluations] == [0, 10]
+
+
+def test_no_completion_claims_weights_that_it_was_not_sampled_with(ten_updates: tuple[Run, TrainingSummary]) -> None:
+    run, _ = ten_updates
+    assert all(row["policy_version"] == row["step"] - 1 for row in run.rollouts())
+    assert [row["policy_version"] for row in run.logger.updates()] == list(range(1, 11))
+    assert all(row["staleness"] == 0.0 for row in run.logger.updates())
+    assert run.engine.policy_version == 10
+
+
+def test_sampler_and_trainer_describe_one_distribution(digit_policy_dir: Path, tmp_path: Path) -> None:
+    run = Run(digit_policy_dir, tmp_path, temperature=0.7, train_steps=2)
+    run.go()
+    for row in run.logger.updates():
+        assert row["logprob_gap"] < 1e-5 and row["logprob_gap_max"] < 1e-4
+        assert row["entropy"] > 0.01
+
+
+def test_each_epoch_meets_every_sample_once_and_the_next_begins_where_it_ends(
+    ten_updates: tuple[Run, TrainingSummary],
+) -> None:
+    asked = {row["group"]: row["prompt"] for row in ten_updates[0].rollouts()}
+    order = [asked[group] for group in range(40)]
+    epochs = [order[start : start + 5] for start in range(0, 40, 5)]
+    assert all(sorted(epoch) == [f"Q{i}" for i in range(5)] for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 1, "no epoch was shuffled"
+
+
+def test_prompt_and_completion_stay_within_the_sequence_length(digit_policy_dir: Path, tmp_path: Path) -> None:
+    run = Run(digit_policy_dir, tmp_path, max_seq_len=12, max_completion_len=0, train_steps=1, eval_limit=0)
+    run.go()
+    assert {row["prompt_tokens"] + row["completion_tokens"] for row in run.rollouts()} == {12}
+    assert {row["finish_reason"] for row in run.rollouts()} == {"length"}
+
+
+def test_a_run_repeats_bit_for_bit_and_another_seed_does_not(digit_policy_dir: Path, tmp_path: Path) -> None:
+    runs = [
+        Run(digit_policy_dir, tmp_path / name, seed=seed, train_steps=3)
+        for name, seed in (("one", 0), ("again", 0), ("other", 1))
+    ]
+    for run in runs:
+        run.go()
+    one, again, other = runs
+    assert one.logger.updates() == again.logger.updates()
+    assert one.rollouts() == again.rollouts()
+    assert same_weights(one.model, again.model)
+    assert not same_weights(one.model, other.model)
+
+
+def test_two_updates_and_two_after_a_resume_are_four_updates(digit_policy_dir: Path, tmp_path: Path) -> None:
+    whole = Run(digit_policy_dir, tmp_path / "whole", train_steps=4, eval_every=2)
+    summary = whole.go()
+    first = Run(digit_policy_dir, tmp_path / "parts", train_steps=2, eval_every=2)
+    first.go()
+    torch.manual_seed(999)
+    second = Run(digit_policy_dir, tmp_path / "parts", train_steps=4, eval_every=2, resume=True)
+    resumed = second.go()
+
+    assert second.logger.updates() == whole.logger.updates()[2:]
+    assert second.rollouts() == whole.rollouts()  # one file, appended to
+    assert same_weights(second.model, whole.model)
+    moments, wanted = (run.trainer.optimizer.state_dict()["state"] for run in (second, whole))
+    assert all(torch.equal(moments[index]["exp_avg_sq"], wanted[index]["exp_avg_sq"]) for index in wanted)
+    counted = ("updates", "rollouts", "completion_tokens", "accuracy_before", "accuracy_after", "eval_problems")
+    assert [getattr(resumed, name) for name in counted] == [getattr(summary, name) for name in counted]
+    assert [evaluation["step"] for evaluation in resumed.evaluations] == [0, 2, 4]
+    assert resumed.seconds > read_state(tmp_path / "parts" / "checkpoints_gsm8k" / "step_2").seconds
+
+
+def test_a_resumed_run_gives_the_engine_its_weights_before_the_first_rollout(
+    digit_policy_dir: Path, tmp_path: Path
+) -> None:
+    Run(digit_policy_dir, tmp_path, train_steps=2, eval_limit=0, rollouts_per_update=64).go()
+    run = Run(digit_policy_dir, tmp_path, train_steps=3, eval_limit=0, rollouts_per_update=64, resume=True)
+    handed_over: list[tuple[int, bool]] = []
+    original, checkpoint = run.engine.update_weights, load(tmp_path / "checkpoints_gsm8k" / "step_2")
+
+    async def update_weights(model: torch.nn.Module, *, policy_version: int) -> WeightSyncReport:
+        assert isinstance(model, PreTrainedModel)
+        handed_over.append((policy_version, same_weights(checkpoint, model)))
+        return await original(model, policy_version=policy_version)
+
+    run.engine.update_weights = update_weights  # type: ignore[method-assign]
+    run.go()
+    assert handed_over == [(2, True), (3, False)]
+
+
+def test_a_run_that_is_done_already_trains_no_more(digit_policy_dir: Path, tmp_path: Path) -> None:
+    first = Run(digit_policy_dir, tmp_path, train_steps=2)
+    summary = first.go()
+    again = Run(digit_policy_dir, tmp_path, train_steps=2, resume=True)
+    assert dataclasses.replace(again.go(), seconds=summary.seconds) == summary
+    assert again.logger.updates() == [] and same_weights(first.model, again.model)
+
+
+def test_checkpoints_are_written_at_their_steps_and_the_last_few_stay(digit_policy_dir: Path, tmp_path: Path) -> None:
+    run = Run(digit_policy_dir, tmp_path, train_steps=5, save_every=2, keep_checkpoints=2, eval_limit=0)
+    run.go()
+    assert [path.name for path in list_checkpoints(run.paths.checkpoints)] == ["step_4", "step_5"]
+    assert same_weights(load(run.paths.checkpoints / "step_5"), run.model)
+
+
+# --- updates that teach nothing ---------------------------------------------------------------------------------------
+
+
+def test_an_update_without_any_variance_takes_no_step_but_counts(
+    digit_policy_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = Run(digit_policy_dir, tmp_path, environment=AlwaysSeven(lambda text: 0.25), weight_decay=0.1)
+    summary = run.go()
+    assert same_weights(run.model, load(digit_policy_dir))
+    assert run.trainer.optimizer.state_dict()["state"] == {}
+    assert summary.updates == 2 and summary.rollouts == 32
+    for row in run.logger.updates():
+        assert row["zero_variance_groups"] == 2 and row["zero_variance_share"] == 1.0
+        assert row["trained_sequences"] == 0 and row["reward_mean"] == 0.25 and "loss" not in row
+    assert caplog.text.count("nothing to learn from") == 2
+
+
+def test_groups_without_variance_are_left_out_and_the_others_trained_on(digit_policy_dir: Path, tmp_path: Path) -> None:
+    run = Run(digit_policy_dir, tmp_path, rollouts_per_update=64, train_steps=1, eval_limit=0)
+    run.go()
+    rewards: dict[int, set[float]] = {}
+    for row in run.rollouts():
+        rewards.setdefault(row["group"], set()).add(row["reward"])
+    flat = sum(len(values) == 1 for values in rewards.values())
+    (metrics,) = run.logger.updates()
+    assert 0 < flat < 8
+    assert metrics["zero_variance_groups"] == flat and metrics["trained_sequences"] == (8 - flat) * 8
+    assert not same_weights(run.model, load(digit_policy_dir))
+
+
+@pytest.mark.parametrize("mask_truncated", [False, True])
+def test_truncated_completions_are_masked_or_kept_as_the_flag_says(
+    digit_policy_dir: Path, tmp_path: Path, mask_truncated: bool
+) -> None:
+    turns = iter(range(10_000))
+    environment = AlwaysSeven(lambda text: float(next(turns) % 2))
+    run = Run(
+        digit_policy_dir,
+        tmp_path,
+        environment=environment,
+        max_completion_len=3,
+        train_steps=1,
+        eval_limit=0,
+        mask_truncated=mask_truncated,
+    )
+    run.go()
+    (metrics,) = run.logger.updates()
+    assert metrics["truncation_rate"] == 1.0
+    assert metrics["truncated_masked"] == (16 if mask_truncated else 0)
+    assert same_weights(run.model, load(digit_policy_dir)) == mask_truncated
+
+
+# --- settings of the update -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", list(LOSSES))
+def test_every_loss_moves_the_policy_to_the_reward(digit_policy_dir: Path, tmp_path: Path, loss: str) -> None:
+    run = Run(digit_policy_dir, tmp_path, loss=loss, train_steps=6, rollouts_per_update=32, eval_limit=0)
+    run.go()
+    rewards = [row["reward_mean"] for row in run.logger.updates()]
+    assert rewards[-1] > rewards[0] + 0.2, rewards
+
+
+def test_one_epoch_is_strictly_on_policy_and_two_are_not(digit_policy_dir: Path, tmp_path: Path) -> None:
+    figures = []
+    for epochs in (1, 2):
+        run = Run(
+            digit_policy_dir, tmp_path / str(epochs), epochs_per_update=epochs, train_steps=1, eval_limit=0,
+            learning_rate=1e-2,
+        )  # fmt: skip
+        run.go()
+        figures += run.logger.updates()
+    once, twice = figures
+    assert once["ratio_mean"] == 1.0 and once["clip_fraction"] == 0.0 and once["kl_old"] == 0.0
+    assert twice["ratio_mean"] != 1.0 and twice["clip_fraction"] > 0.0 and twice["kl_old"] > 0.0
+
+
+def test_the_gradient_does_not_depend_on_how_an_update_is_cut_or_recomputed(
+    digit_policy_dir: Path, tmp_path: Path
+) -> None:
+    settings: dict[str, dict[str, Any]] = {
+        "whole": {"micro_token_budget": 4096},
+        "cut": {"micro_token_budget": 64, "logprob_chunk": 5},
+        "recomputed": {"gradient_checkpointing": True},
+    }
+    runs = {
+        name: Run(digit_policy_dir, tmp_path / name, train_steps=1, eval_limit=0, rollouts_per_update=64, **setting)
+        for name, setting in settings.items()
+    }
+    for run in runs.values():
+        run.go()
+    figures = {name: run.logger.updates()[0] for name, run in runs.items()}
+    assert figures["whole"]["micro_batches"] == 1 and figures["cut"]["micro_batches"] > 4
+    for name in ("cut", "recomputed"):
+        assert figures[name]["grad_norm"] == pytest.approx(figures["whole"]["grad_norm"], rel=1e-5)
+        assert figures[name]["loss"] == pytest.approx(figures["whole"]["loss"], abs=1e-6)
+
+
+def test_gradients_are_clipped_to_their_norm(digit_policy_dir: Path, tmp_path: Path) -> None:
+    run = Run(digit_policy_dir, tmp_path, max_grad_norm=1e-3, train_steps=1, eval_limit=0)
+    seen: list[float] = []
+    step = run.trainer.optimizer.step
+
+    def look(*arguments: Any, **options: Any) -> Any:
+        squares = [parameter.grad.square().sum() for parameter in run.model.parameters() if parameter.grad is not None]
+        seen.append(float(torch.stack(squares).sum().sqrt()))
+        return step(*arguments, **options)
+
+    run.trainer.optimizer.step = look  # type: ignore[method-assign]
+    run.go()
+    (metrics,) = run.logger.updates()
+    assert seen == [pytest.approx(1e-3, rel=1e-2)] and metrics["grad_norm"] > 1e-2
+
+
+def test_the_penalty_to_the_reference_needs_a_reference_and_is_logged(digit_policy_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="a reference model is needed if, and only if, kl_coef is above 0"):
+        Run(digit_policy_dir, tmp_path, kl_coef=0.1)
+    with pytest.raises(ValueError, match="reference model"):
+        Run(digit_policy_dir, tmp_path, kl_coef=0.0, with_reference=True)
+    run = Run(digit_policy_dir, tmp_path, kl_coef=0.1, with_reference=True, eval_limit=0, train_steps=2)
+    run.go()
+    first, second = run.logger.updates()
+    assert first["kl"] == pytest.approx(0.0, abs=1e-9) and second["kl"] > 1e-5
+
+
+@pytest.mark.parametrize(
+    ("settings", "factors"),
+    [
+        ({"warmup_steps": 0}, [1.0, 1.0, 1.0, 1.0]),
+        ({"warmup_steps": 3}, [0.25, 0.5, 0.75, 1.0]),
+        ({"warmup_steps": 0, "lr_schedule": "linear"}, [1.0, 0.75, 0.5, 0.25]),
+        ({"warmup_steps": 2, "lr_schedule": "linear"}, [1 / 3, 2 / 3, 1.0, 0.5]),
+        ({"warmup_steps": 0, "lr_schedule": "cosine"}, [1.0, 0.8535534, 0.5, 0.1464466]),
+        ({"warmup_steps": 9, "lr_schedule": "cosine"}, [0.1, 0.2, 0.3, 0.4]),
+    ],
+    ids=str,
+)
+def test_the_learning_rate_rises_and_then_follows_its_schedule(settings: dict[str, Any], factors: list[float]) -> None:
+    config = GRPOConfig(train_steps=4, **settings)
+    assert [schedule_factor(config, step) for step in range(4)] == pytest.approx(factors)
+    assert 0.0 <= schedule_factor(config, 40) <= 1.0
+
+
+def test_the_optimizer_takes_the_learning_rate_of_its_step(digit_policy_dir: Path, tmp_path: Path) -> None:
+    run = Run(digit_policy_dir, tmp_path, warmup_steps=1, lr_schedule="linear", train_steps=3, eval_limit=0)
+    run.go()
+    assert [row["learning_rate"] for row in run.logger.updates()] == pytest.approx([1.5e-3, 3e-3, 1.5e-3])
+
+
+# --- refusals and ends ------------------------------------------------------------------------------------------------
+
+
+def test_a_prompt_that_is_too_long_is_refused_with_its_place_and_length(digit_policy_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="training sample 2 is 10 tokens, more than --max-seq-len 8"):
+        Run(digit_policy_dir, tmp_path, samples=[1, 2, 123456], max_seq_len=8, max_completion_len=4)
+
+
+def test_a_policy_whose_masters_are_not_fp32_is_refused(digit_policy_dir: Path, tmp_path: Path) -> None:
+    good = Run(digit_policy_dir, tmp_path)
+    asyncio.run(good.engine.aclose())
+    model = AutoModelForCausalLM.from_pretrained(digit_policy_dir, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"model\.embed_tokens\.weight is not float32"):
+        GRPOTrainer(
+            config=SMALL,
+            model=model,
+            model_name="digits",
+            tokenizer=good.trainer.tokenizer,
+            engine=good.engine,
+            environment=AlwaysSeven(),
+            train_samples=[1],
+            eval_samples=[],
+            metric_logger=ListLogger(),
+            paths=good.paths,
+        )
+
+
+def test_no_samples_are_refused(digit_policy_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no samples to train on"):
+        Run(digit_policy_dir, tmp_path, samples=[])
+
+
+class StopsInUpdate:
+    """Hands generation on to an engine until the update that is to be interrupted; then it waits for ever."""
+
+    def __init__(self, engine: LocalEngine, version: int) -> None:
+        self._engine, self._version = engine, version
+        self.reached = asyncio.Event()
+
+    @property
+    def policy_version(self) -> int:
+        return self._engine.policy_version
+
+    async def generate(
+        self, prompt_token_ids: Sequence[int], *, num_completions: int, sampling: SamplingParams
+    ) -> list[Completion]:
+        if self.policy_version == self._version:
+            self.reached.set()
+            await asyncio.Event().wait()
+        return await self._engine.generate(prompt_token_ids, num_completions=num_completions, sampling=sampling)
+
+    async def update_weights(self, model: torch.nn.Module, *, policy_version: int) -> WeightSyncReport:
+        return await self._engine.update_weights(model, policy_version=policy_version)
+
+    async def aclose(self) -> None:
+        await self._engine.aclose()
+
+
+@pytest.mark.parametrize(("interrupted_in", "saved"), [(0, []), (2, ["step_2"])])
+async def test_a_cancelled_run_saves_its_last_finished_update(
+    digit_policy_dir: Path, tmp_path: Path, interrupted_in: int, saved: list[str]
+) -> None:
+    run = Run(digit_policy_dir, tmp_path, train_steps=5, eval_limit=0)
+    run.trainer.engine = engine = StopsInUpdate(run.engine, interrupted_in)
+    training = asyncio.create_task(run.trainer.run())
+    await engine.reached.wait()
+    training.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await training
+    await engine.aclose()
+    assert [path.name for path in list_checkpoints(run.paths.checkpoints)] == saved
+    assert all(row["step"] <= len(saved) * 2 for row in run.rollouts())
+    if saved:
+        checkpoint = run.paths.checkpoints / "step_2"
+        state = read_state(checkpoint)
+        assert (state.step, state.policy_version, state.rollouts) == (2, 2, 32)
+        assert same_weights(load(checkpoint), run.model)
+
+
+async def test_a_checkpoint_that_is_there_already_is_not_written_again_by_a_cancelled_run(
+    digit_policy_dir: Path, tmp_path: Path
+) -> None:
+    run = Run(digit_policy_dir, tmp_path, train_steps=5, eval_limit=0, save_every=2)
+    run.trainer.engine = engine = StopsInUpdate(run.engine, 2)
+    training = asyncio.create_task(run.trainer.run())
+    await engine.reached.wait()
+    state_file = run.paths.checkpoints / "step_2" / "trainer_state.json"
+    written = state_file.stat().st_mtime_ns
+    training.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await training
+    await engine.aclose()
+    assert state_file.stat().st_mtime_ns == written
+
+
+def test_a_scorer_that_fails_ends_the_run_and_is_seen(digit_policy_dir: Path, tmp_path: Path) -> None:
+    def broken(text: str) -> float:
+        raise RuntimeError("the scorer broke")
+
+    run = Run(digit_policy_dir, tmp_path, environment=AlwaysSeven(broken), eval_limit=0)
+    with pytest.raises(ExceptionGroup) as failure:
+        run.go()
+    assert "the scorer broke" in str(failure.value.exceptions[0])

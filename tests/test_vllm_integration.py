@@ -1,0 +1,327 @@
+"""ludic's own parts against one real vLLM server on the CPU: generation, syncs, both scripts.
+
+The server serves the digit policy (tied embeddings, float32) for the whole session. Every test hands it the weights that
+it wants first, so the order of the tests does not matter. What the server does by itself is in test_vllm_server.py.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from ludic.inference.errors import ServerMismatchError, WeightSyncError
+from ludic.inference.server_process import RunningServer, free_port
+from ludic.inference.vllm_client import VLLMEngine, stop_token_ids
+from ludic.inference.weight_sync import ServerControl, SharedMemoryTransport, WeightSync, WireWeights
+from ludic.prompts import decode_completion, encode_prompt, load_tokenizer
+from ludic.training.attention import prepare_packed_attention
+from ludic.types import Completion, SamplingParams
+from tests.conftest import digit_chat, make_digit_policy
+from tests.vllm_helpers import CPU_SERVER_ARGS, CPU_SERVER_ENV, randomize_weights
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+EXAMPLES = Path(__file__).parent.parent / "examples" / "gsm8k"
+PROMPTS = [list(range(10, 40)), list(range(200, 150, -1)), [300]]
+SETTINGS = [
+    *("--rollouts-per-update", "16", "--group-size", "8", "--max-seq-len", "160", "--micro-token-budget", "640"),
+    *("--max-tokens", "12", "--lr", "3e-3", "--warmup-steps", "0", "--train-steps", "2", "--eval-limit", "8"),
+    *("--logger", "print", "--verbose"),
+]
+
+
+@pytest.fixture
+def server(digit_server: tuple[RunningServer, Path]) -> RunningServer:
+    return digit_server[0]
+
+
+@pytest.fixture
+def tokenizer(digit_policy_dir: Path) -> PreTrainedTokenizerBase:
+    return load_tokenizer(digit_policy_dir)
+
+
+@pytest.fixture
+async def engine(
+    server: RunningServer, digit_policy_dir: Path, tokenizer: PreTrainedTokenizerBase
+) -> AsyncIterator[VLLMEngine]:
+    """A client that is connected, sends seeds, and has given the server the digit policy as version 0."""
+    client = VLLMEngine(
+        server.base_url,
+        model=str(digit_policy_dir),
+        stop_token_ids=stop_token_ids(str(digit_policy_dir), tokenizer),
+        seed_requests=True,
+    )
+    await client.connect(tokenizer, max_seq_len=512)
+    await client.enable_weight_sync(list(range(5, 60)))
+    await client.update_weights(policy(digit_policy_dir), policy_version=0)
+    yield client
+    await client.aclose()
+
+
+def plain(folder: Path, *, random_seed: int | None = None) -> PreTrainedModel:
+    """The digit policy as transformers runs it, or random weights in its shape."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if random_seed is not None:
+        randomize_weights(model, seed=random_seed)
+    return model
+
+
+def policy(folder: Path, *, random_seed: int | None = None) -> PreTrainedModel:
+    """The same as the trainer has it."""
+    model = plain(folder, random_seed=random_seed)
+    prepare_packed_attention(model)
+    return model
+
+
+@torch.no_grad()
+def logprobs_of(model: PreTrainedModel, prompt: list[int], completion: Completion, temperature: float) -> torch.Tensor:
+    """[C] log-probabilities of the completion's tokens, by transformers."""
+    ids = torch.tensor([prompt + completion.token_ids])
+    logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1] / temperature
+    return logits.log_softmax(-1).gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+
+
+# --- generation -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+async def test_log_probs_are_those_of_the_distribution_that_was_sampled_from(
+    engine: VLLMEngine, digit_policy_dir: Path, temperature: float
+) -> None:
+    await engine.update_weights(policy(digit_policy_dir, random_seed=5), policy_version=1)
+    model = plain(digit_policy_dir, random_seed=5)
+    sampling = SamplingParams(temperature=temperature, max_tokens=24, seed=3)
+    different_tokens = set()
+    for prompt in PROMPTS:
+        completions = await engine.generate(prompt, num_completions=8, sampling=sampling)
+        assert len(completions) == 8
+        for completion in completions:
+            different_tokens.update(completion.token_ids)
+            wanted = logprobs_of(model, prompt, completion, temperature)
+            assert completion.logprobs is not None and completion.policy_version == 1
+            torch.testing.assert_close(torch.tensor(completion.logprobs), wanted, atol=1e-3, rtol=0)
+    assert len(different_tokens) > 50
+
+
+async def test_greedy_decoding_takes_the_most_likely_token_each_time(
+    engine: VLLMEngine, digit_policy_dir: Path
+) -> None:
+    model = plain(digit_policy_dir, random_seed=6)
+    await engine.update_weights(policy(digit_policy_dir, random_seed=6), policy_version=1)
+    (completion,) = await engine.generate(
+        PROMPTS[0], num_completions=1, sampling=SamplingParams(temperature=0.0, max_tokens=16)
+    )
+    ids = torch.tensor([PROMPTS[0] + completion.token_ids])
+    likeliest = model(input_ids=ids).logits[0, len(PROMPTS[0]) - 1 : -1].argmax(-1)
+    assert likeliest.tolist() == completion.token_ids
+
+
+async def test_a_finished_completion_ends_with_its_stop_token_and_a_truncated_one_has_none(
+    engine: VLLMEngine, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    prompt = encode_prompt(tokenizer, digit_chat(1))
+    whole = await engine.generate(prompt, num_completions=6, sampling=SamplingParams(max_tokens=40, seed=1))
+    for completion in whole:
+        assert completion.finish_reason == "stop"
+        assert completion.token_ids.index(tokenizer.eos_token_id) == len(completion.token_ids) - 1
+        assert re.fullmatch(r"\\boxed\{\d\}", decode_completion(tokenizer, completion.token_ids))
+    (cut,) = await engine.generate(prompt, num_completions=1, sampling=SamplingParams(max_tokens=5, seed=1))
+    assert cut.finish_reason == "length" and cut.token_ids == whole[0].token_ids[:5]
+
+
+async def test_a_seed_repeats_a_group_and_its_members_differ(engine: VLLMEngine, digit_policy_dir: Path) -> None:
+    await engine.update_weights(policy(digit_policy_dir, random_seed=5), policy_version=1)
+
+    async def group(seed: int, client: VLLMEngine) -> list[list[int]]:
+        sampling = SamplingParams(temperature=3.0, max_tokens=12, seed=seed)
+        completions = await client.generate(PROMPTS[0], num_completions=6, sampling=sampling)
+        return [completion.token_ids for completion in completions]
+
+    first = await group(11, engine)
+    assert await group(11, engine) == first
+    assert await group(1000, engine) != first
+    assert len({tuple(ids) for ids in first}) == 6
+    in_parts = VLLMEngine(engine.base_url, model=engine.model, concurrency=4, seed_requests=True)
+    assert await group(11, in_parts) == first, "a group asked for in parts is not the group asked for at once"
+    await in_parts.aclose()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"model": "another/model"}, "serves .*, not another/model"),
+        ({"max_seq_len": 513}, "context is 512 tokens, shorter than --max-seq-len 513"),
+        ({"tokenizer": "with another word"}, "tokenizer is not the trainer's"),
+        ({"tokenizer": "with another template"}, "chat template is not the trainer's"),
+    ],
+    ids=str,
+)
+async def test_a_server_that_is_not_the_one_that_the_run_needs_is_told_apart(
+    server: RunningServer, digit_policy_dir: Path, change: dict[str, Any], said: str
+) -> None:
+    tokenizer = load_tokenizer(digit_policy_dir)
+    if change.get("tokenizer") == "with another word":
+        tokenizer.add_tokens(["boxes"])
+    elif "tokenizer" in change:
+        tokenizer.chat_template = "{{ messages[-1]['content'] }}"
+    client = VLLMEngine(server.base_url, model=change.get("model", str(digit_policy_dir)))
+    with pytest.raises(ServerMismatchError, match=said):
+        await client.connect(tokenizer, max_seq_len=change.get("max_seq_len", 512))
+    await client.aclose()
+
+
+# --- syncs ------------------------------------------------------------------------------------------------------------
+
+
+async def test_a_sync_changes_what_is_sampled_and_reports_what_it_compared(
+    engine: VLLMEngine, digit_policy_dir: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    prompt = encode_prompt(tokenizer, digit_chat(1))
+    greedy = SamplingParams(temperature=0.0, max_tokens=12)
+    (before,) = await engine.generate(prompt, num_completions=1, sampling=greedy)
+    report = await engine.update_weights(policy(digit_policy_dir, random_seed=5), policy_version=7)
+    (after,) = await engine.generate(prompt, num_completions=1, sampling=greedy)
+    assert (before.policy_version, after.policy_version) == (0, 7)
+    assert before.token_ids != after.token_ids, "stale weights or a stale prefix cache"
+    assert report.policy_version == 7 and report.num_tensors == 26
+    assert report.logprob_gap is not None and report.logprob_gap < 1e-3
+    assert "digests" in report.proof and "nats" in report.proof
+
+
+def is_paused(server: RunningServer) -> bool:
+    return bool(requests.get(f"{server.base_url}/is_paused", timeout=10).json()["is_paused"])
+
+
+async def test_one_element_that_changes_on_the_way_is_caught_and_the_old_weights_go_on_serving(
+    engine: VLLMEngine, server: RunningServer, digit_policy_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    greedy = SamplingParams(temperature=0.0, max_tokens=12)
+    (before,) = await engine.generate(PROMPTS[0], num_completions=1, sampling=greedy)
+    original = ServerControl.update_weights
+
+    def corrupt(self: ServerControl, update_info: dict[str, Any]) -> None:
+        tensors = load_file(update_info["path"])  # its digests were computed before
+        tensors["model.layers.1.mlp.up_proj.weight"][3, 5] += 1e-3
+        save_file(tensors, update_info["path"])
+        original(self, update_info)
+
+    monkeypatch.setattr(ServerControl, "update_weights", corrupt)
+    with pytest.raises(WeightSyncError, match=r"model\.layers\.1\.mlp\.up_proj\.weight.*corrupted"):
+        await engine.update_weights(policy(digit_policy_dir, random_seed=5), policy_version=1)
+    assert not is_paused(server) and engine.policy_version == 0
+    assert await engine.generate(PROMPTS[0], num_completions=1, sampling=greedy) == [before]
+
+
+@pytest.mark.parametrize("with_digests", [True, False])
+async def test_other_weights_than_the_policys_are_caught_by_digests_and_by_log_probs_alike(
+    engine: VLLMEngine,
+    server: RunningServer,
+    digit_policy_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    with_digests: bool,
+) -> None:
+    send, stale = SharedMemoryTransport.send, policy(digit_policy_dir, random_seed=8)
+
+    def send_stale(self: SharedMemoryTransport, weights: WireWeights, *, weight_version: str) -> None:
+        send(self, WireWeights(model=stale, dtype=weights.dtype), weight_version=weight_version)
+
+    monkeypatch.setattr(SharedMemoryTransport, "send", send_stale)
+    if not with_digests:
+        monkeypatch.setattr(WeightSync, "_prove_digests", lambda self, weights: 0)
+    with pytest.raises(WeightSyncError, match="differ from those sent" if with_digests else "log-probs of the probe"):
+        await engine.update_weights(policy(digit_policy_dir, random_seed=5), policy_version=1)
+    assert not is_paused(server)
+
+
+async def test_a_model_of_another_shape_is_refused_in_the_servers_words(
+    engine: VLLMEngine, server: RunningServer, tmp_path: Path
+) -> None:
+    from tests.vllm_helpers import make_tiny_model
+
+    other = make_tiny_model(tmp_path, tie_word_embeddings=True, vocab_size=640)
+    prepare_packed_attention(other)
+    with pytest.raises(WeightSyncError, match=r"embed_tokens\.weight"):
+        await engine.update_weights(other, policy_version=1)
+    assert not is_paused(server)
+
+
+# --- the scripts ------------------------------------------------------------------------------------------------------
+
+
+def run_script(name: str, *flags: str, timeout_s: float = 280) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, str(EXAMPLES / name), *flags],
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        env={**os.environ, **CPU_SERVER_ENV},
+    )
+
+
+def check_training(out_dir: Path, printed: str) -> None:
+    """Two updates that changed the policy, each with a sync that was proven."""
+    proofs = [line for line in printed.splitlines() if "weight sync" in line]
+    assert [int(re.findall(r"weight sync (\d+)", line)[0]) for line in proofs] == [0, 1, 2]
+    gaps = [float(re.findall(r"within (\S+) nats", line)[0]) for line in proofs]
+    assert max(gaps) < 1e-3, proofs
+    assert all("digests of" in line for line in proofs)
+    metrics = [json.loads(line) for line in (out_dir / "gsm8k_train_metrics.jsonl").read_text().splitlines()]
+    updates = [row for row in metrics if "reward_mean" in row]
+    assert [row["policy_version"] for row in updates] == [1, 2]
+    assert all(row["logprob_gap"] < 1e-3 and row["grad_norm"] > 0 for row in updates if row["trained_sequences"])
+    assert any(row["trained_sequences"] for row in updates), "no group had any variance: nothing was trained"
+    rollouts = [json.loads(line) for line in (out_dir / "gsm8k_train_rollouts.jsonl").read_text().splitlines()]
+    assert len(rollouts) == 32 and all(row["policy_version"] == row["step"] - 1 for row in rollouts)
+    summary = json.loads((out_dir / "gsm8k_train_summary.json").read_text())
+    assert summary["updates"] == 2 and summary["accuracy_before"] == 0.0 and summary["eval_problems"] == 8
+
+
+def test_the_training_script_trains_against_the_server_and_the_evaluation_script_scores_it(
+    server: RunningServer, digit_policy_dir: Path, digit_problems: Path, tmp_path: Path
+) -> None:
+    port = server.base_url.rpartition(":")[2]
+    shared = ["--model", str(digit_policy_dir), "--port", port, "--dataset", str(digit_problems)]
+    trained = run_script("train_gsm8k.py", *SETTINGS, *shared, "--out-dir", str(tmp_path))
+    assert trained.returncode == 0, trained.stderr
+    check_training(tmp_path, trained.stdout + trained.stderr)
+
+    scored = run_script(
+        "eval_gsm8k_vllm.py", *shared, "--limit", "32", "--max-tokens", "16", "--out-dir", str(tmp_path),
+        "--out", "eval.jsonl",
+    )  # fmt: skip
+    assert scored.returncode == 0, scored.stderr
+    records = [json.loads(line) for line in (tmp_path / "eval.jsonl").read_text().splitlines()]
+    assert sorted(record["index"] for record in records) == list(range(32))
+    summary = json.loads((tmp_path / "eval.jsonl.summary.json").read_text())
+    right = sum(record["completions"][0]["text"].endswith("{7}") for record in records)
+    assert summary["num_problems"] == 32 and summary["accuracy"] == summary["strict_accuracy"] == right / 32
+    assert summary["total_completion_tokens"] > 32 and summary["truncation_rate"] == 0.0
+
+
+def test_the_training_script_starts_its_own_server_for_an_untied_policy_and_ends_it(
+    digit_problems: Path, tmp_path: Path
+) -> None:
+    model = make_digit_policy(tmp_path / "model", tie_word_embeddings=False)
+    assert "lm_head.weight" in load_file(model / "model.safetensors")
+    port = free_port("127.0.0.1")
+    flags = ["--model", str(model), "--dataset", str(digit_problems), "--out-dir", str(tmp_path), "--start-server"]
+    server_args = [arg for arg in CPU_SERVER_ARGS if arg not in ("--max-model-len", "512")]
+    trained = run_script(
+        "train_gsm8k.py", *SETTINGS, *flags, "--port", str(port), "--server-args", " ".join(server_args)
+    )
+    assert trained.returncode == 0, trained.stderr
+    check_training(tmp_path, trained.stdout + trained.stderr)
+    assert f"the server is up at http://127.0.0.1:{port}" in trained.stdout
+    assert "max_model_len" in (tmp_path / "vllm_server.log").read_text()
+    with pytest.raises(requests.ConnectionError):
+        requests.get(f"http://127.0.0.1:{port}/health", timeout=5)
