@@ -106,7 +106,7 @@ def test_every_field_has_a_flag_that_sets_it() -> None:
         if setting.name in other:
             text = other[setting.name]
         elif "int" in str(setting.type):
-            text = str((setting.default or 0) + 8)
+            text = str(getattr(GRPOConfig(), setting.name) + 8)
         else:
             text = "0.5"
         value = getattr(parse(flag, text), setting.name)

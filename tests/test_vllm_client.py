@@ -36,11 +36,12 @@ async def server(tokenizer: PreTrainedTokenizerFast) -> AsyncIterator[FakeServer
 
 @pytest.fixture
 async def open_client(server: FakeServer) -> AsyncIterator[Callable[..., VLLMEngine]]:
-    """Makes clients of the server, and closes them."""
+    """Makes clients of the server that send seeds, and closes them."""
     opened: list[VLLMEngine] = []
 
     def make(**options: Any) -> VLLMEngine:
-        opened.append(VLLMEngine(**({"base_url": server.base_url, "model": MODEL, "seed_requests": True} | options)))
+        settings: dict[str, Any] = {"model": MODEL, "seed_requests": True} | options
+        opened.append(VLLMEngine(server.base_url, **settings))
         return opened[-1]
 
     yield make
@@ -80,7 +81,7 @@ async def test_a_seed_is_sent_only_when_asked_for(server: FakeServer, open_clien
 async def test_the_prompts_ids_go_out_as_they_are_and_the_completions_ids_come_back_as_they_are(
     server: FakeServer, open_client: Callable[..., VLLMEngine]
 ) -> None:
-    client = open_client(stop_token_ids=[1, 77], seed_requests=True)
+    client = open_client(stop_token_ids=[1, 77])
     sampling = SamplingParams(temperature=0.7, top_p=0.9, max_tokens=16, seed=50)
     completions = await client.generate(PROMPT, num_completions=3, sampling=sampling)
     (request,) = server.requests
@@ -128,10 +129,8 @@ async def test_a_group_above_the_concurrency_is_asked_for_in_parts_with_the_seed
     server: FakeServer, open_client: Callable[..., VLLMEngine]
 ) -> None:
     sampling = SamplingParams(max_tokens=4, seed=10)
-    whole = await open_client(seed_requests=True).generate(PROMPT, num_completions=8, sampling=sampling)
-    in_parts = await open_client(concurrency=3, seed_requests=True).generate(
-        PROMPT, num_completions=8, sampling=sampling
-    )
+    whole = await open_client().generate(PROMPT, num_completions=8, sampling=sampling)
+    in_parts = await open_client(concurrency=3).generate(PROMPT, num_completions=8, sampling=sampling)
     assert in_parts == whole
     assert [(request["n"], request["seed"]) for request in server.requests] == [(8, 10), (3, 10), (3, 13), (2, 16)]
 
@@ -193,7 +192,7 @@ async def test_what_is_transient_is_tried_again_and_counted(
     fault: Callable[[], web.StreamResponse | str],
 ) -> None:
     server.faults = [fault(), fault()]
-    client = open_client(seed_requests=True)
+    client = open_client()
     (completion,) = await client.generate(PROMPT, num_completions=1, sampling=SamplingParams(max_tokens=4, seed=8))
     assert completion.token_ids == [8, 8, 8, 1]
     assert client.num_retries == 2 and len(server.requests) == 3 and len(no_backoff) == 2

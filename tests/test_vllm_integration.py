@@ -27,7 +27,7 @@ from ludic.prompts import decode_completion, encode_prompt, load_tokenizer
 from ludic.training.attention import prepare_packed_attention
 from ludic.types import Completion, SamplingParams
 from tests.conftest import digit_chat, make_digit_policy
-from tests.vllm_helpers import CPU_SERVER_ARGS, CPU_SERVER_ENV, randomize_weights
+from tests.vllm_helpers import CPU_SERVER_ARGS, CPU_SERVER_ENV, make_tiny_model, randomize_weights
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -88,7 +88,8 @@ def logprobs_of(model: PreTrainedModel, prompt: list[int], completion: Completio
     """[C] log-probabilities of the completion's tokens, by transformers."""
     ids = torch.tensor([prompt + completion.token_ids])
     logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1] / temperature
-    return logits.log_softmax(-1).gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+    logprobs: torch.Tensor = logits.log_softmax(-1).gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+    return logprobs
 
 
 # --- generation -------------------------------------------------------------------------------------------------------
@@ -143,7 +144,7 @@ async def test_a_seed_repeats_a_group_and_its_members_differ(engine: VLLMEngine,
     await engine.update_weights(policy(digit_policy_dir, random_seed=5), policy_version=1)
 
     async def group(seed: int, client: VLLMEngine) -> list[list[int]]:
-        sampling = SamplingParams(temperature=3.0, max_tokens=12, seed=seed)
+        sampling = SamplingParams(temperature=2.0, max_tokens=12, seed=seed)
         completions = await client.generate(PROMPTS[0], num_completions=6, sampling=sampling)
         return [completion.token_ids for completion in completions]
 
@@ -246,8 +247,6 @@ async def test_other_weights_than_the_policys_are_caught_by_digests_and_by_log_p
 async def test_a_model_of_another_shape_is_refused_in_the_servers_words(
     engine: VLLMEngine, server: RunningServer, tmp_path: Path
 ) -> None:
-    from tests.vllm_helpers import make_tiny_model
-
     other = make_tiny_model(tmp_path, tie_word_embeddings=True, vocab_size=640)
     prepare_packed_attention(other)
     with pytest.raises(WeightSyncError, match=r"embed_tokens\.weight"):

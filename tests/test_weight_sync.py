@@ -166,11 +166,11 @@ def test_no_file_and_no_folder_is_left(control: FakeControl, policy: PreTrainedM
 
 
 def test_weights_go_over_the_wire_in_the_servers_dtype(control: FakeControl, policy: PreTrainedModel) -> None:
-    control.model.to(torch.bfloat16)
+    control.model.bfloat16()
     try:
         report = sync_with(control, dtype=torch.bfloat16).sync(policy, 0)
     finally:
-        control.model.to(torch.float32)
+        control.model.float()
     assert report.num_bytes == sum(parameter.numel() * 2 for parameter in policy.parameters())
     assert report.logprob_gap is not None and 0 < report.logprob_gap < 0.1
     assert policy.dtype == torch.float32

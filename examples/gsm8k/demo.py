@@ -1,0 +1,409 @@
+r"""What `train_gsm8k.py --demo` trains on: word problems, a tokenizer and a tiny policy, all of our own making.
+
+Nothing is downloaded. `build_demo` writes an ordinary model folder and two ordinary JSONL files in GSM8K's format, so
+that the training script runs on them as it would on the real thing: same trainer, same environment, same reward.
+
+The problems take one to three steps of arithmetic. The policy is *warm-started* by imitating worked solutions of hasty
+students: they do every step that they write rightly, but of the problems with more than one step they finish only some,
+and put an intermediate result in the box of the others. Greedy decoding of the imitator is therefore hasty too, while
+sampling still shows a finished solution now and then. What GRPO has to find, from the reward of a right final answer
+alone, is to go on until the question is answered, and to get every step right. The completions grow longer while it
+does.
+
+What it leaves out: any supervision after the warm start, and any problem of the held-out split during either.
+"""
+
+import json
+import random
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+DEMO_FLAGS: dict[str, str] = {
+    "--engine": "local",
+    "--system-prompt": "",
+    "--group-size": "8",
+    "--rollouts-per-update": "256",
+    "--concurrency": "256",
+    "--train-steps": "60",
+    "--lr": "1e-3",
+    "--warmup-steps": "3",
+    "--max-tokens": "40",
+    "--max-seq-len": "96",
+    "--micro-token-budget": "2048",
+    "--eval-limit": "256",
+}
+"""Flags of `train_gsm8k.py` with which the demo learns in its time; a flag given by the user comes first."""
+
+NUM_TRAIN_PROBLEMS = 4_000
+NUM_TEST_PROBLEMS = 256
+NUM_WARM_START_PROBLEMS = 36_000
+FINISHED_SHARE = 0.45
+"""How many of the students' solutions to problems of several steps get to the end."""
+
+# fmt: off
+NAMES = ("Ada", "Ben", "Cleo", "Dan", "Emma", "Finn", "Grace", "Hugo",
+         "Iris", "Jack", "Kate", "Liam", "Mia", "Noah", "Olive", "Paul")
+ITEMS = ("apples", "beads", "books", "cards", "coins", "cookies", "eggs",
+         "flowers", "marbles", "pencils", "plums", "shells", "stamps", "stickers")
+# fmt: on
+_LARGEST_RESULT = 99
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Kind:
+    """One kind of problem. Formulas name operands a to d and the results of earlier steps, x and y."""
+
+    formulas: tuple[str, ...]
+    wordings: tuple[str, ...]
+
+
+_KINDS = (
+    _Kind(
+        formulas=("A+b",),
+        wordings=(
+            "{name} has {A} {items} and {friend} has {b} {items}. How many {items} do they have together?",
+            "{name} had {A} {items} and then found {b} more. How many {items} does {name} have now?",
+        ),
+    ),
+    _Kind(
+        formulas=("A-b",),
+        wordings=(
+            "{name} had {A} {items} and gave {b} of them to {friend}. How many {items} does {name} have left?",
+            "There were {A} {items} on a table. {name} took {b} of them. How many {items} are still there?",
+        ),
+    ),
+    _Kind(
+        formulas=("a*b",),
+        wordings=(
+            "{name} has {a} boxes with {b} {items} in each box. How many {items} does {name} have?",
+            "One bag holds {b} {items}. How many {items} does {name} have in {a} bags?",
+        ),
+    ),
+    _Kind(
+        formulas=("a+b", "x-c"),
+        wordings=(
+            "{name} has {a} {items}, finds {b} more and gives {c} to {friend}. How many {items} does {name} have left?",
+            "{name} had {a} {items} and {friend} had {b}. Together they sold {c} {items}. How many are left?",
+        ),
+    ),
+    _Kind(
+        formulas=("a*b", "x-c"),
+        wordings=(
+            "{name} buys {a} boxes with {b} {items} in each box and loses {c} {items}. How many {items} are left?",
+            "There are {a} bags of {b} {items}. {friend} takes {c} {items} away. How many {items} are still there?",
+        ),
+    ),
+    _Kind(
+        formulas=("a*b", "x+c"),
+        wordings=(
+            "{name} has {a} bags of {b} {items}, and {c} more {items}. How many {items} does {name} have in all?",
+            "{name} fills {a} boxes with {b} {items} each. Then {friend} brings {c} {items}. How many are there now?",
+        ),
+    ),
+    _Kind(
+        formulas=("a+b", "a+x"),
+        wordings=(
+            "{name} has {a} {items}. {friend} has {b} more {items} than {name}. How many do they have together?",
+            "On Monday {name} sold {a} {items}, and on Tuesday {b} more than on Monday. How many did {name} sell?",
+        ),
+    ),
+    _Kind(
+        formulas=("a*b", "a+x"),
+        wordings=(
+            "{name} has {a} {items}. {friend} has {b} times as many {items}. How many do they have together?",
+            "On Monday {name} sold {a} {items}, and on Tuesday {b} times as many. How many did {name} sell?",
+        ),
+    ),
+    _Kind(
+        formulas=("a-b", "x*c"),
+        wordings=(
+            "{name} has {a} {items}, loses {b} and sells the others for {c} dollars each. How many dollars is that?",
+            "{name} had {a} boxes and gave {b} to {friend}. Each holds {c} {items}. How many {items} are left?",
+        ),
+    ),
+    _Kind(
+        formulas=("a+b", "x+c", "y-d"),
+        wordings=(
+            "{name} had {a} {items}, found {b}, bought {c} and gave {d} to {friend}. How many {items} are left?",
+            "{name} sold {a} {items}, {friend} sold {b} and then {c}. They got {d} back. How many did they sell?",
+        ),
+    ),
+    _Kind(
+        formulas=("a*b", "x+c", "y-d"),
+        wordings=(
+            "{name} has {a} bags of {b} {items}, finds {c} more and gives {d} to {friend}. How many {items} are left?",
+            "{name} buys {a} boxes of {b} {items}. {friend} brings {c} and takes {d}. How many are there now?",
+        ),
+    ),
+    _Kind(
+        formulas=("a-b", "x*c", "y+d"),
+        wordings=(
+            "{name} had {a} bags of {c} {items}. {friend} took {b} bags and left {d} {items}. How many are there now?",
+            "{name} has {a} {items}, keeps {b}, sells the rest for {c} dollars each and gets {d} more. How much is it?",
+        ),
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """One word problem with its worked steps.
+
+    Example:
+        Problem(question="Ada has 3 boxes ...", steps=("3*4=12", "12-5=7"), results=(12, 7), key=(4, 3, 4, 5))
+    """
+
+    question: str
+    steps: tuple[str, ...]
+    results: tuple[int, ...]
+    key: tuple[int, ...]
+    """Kind and operands. Problems with equal keys differ in words only, and never stand on both sides of a split."""
+
+    @property
+    def row(self) -> dict[str, str]:
+        """The problem as a row of GSM8K."""
+        return {"question": self.question, "answer": "\n".join((*self.steps, f"#### {self.results[-1]}"))}
+
+    def solution(self, num_steps: int | None = None) -> str:
+        r"""The response format: the first `num_steps` steps (all if None), and `\boxed{}` around the last result."""
+        num_steps = len(self.steps) if num_steps is None else num_steps
+        return "\n".join((*self.steps[:num_steps], f"\\boxed{{{self.results[num_steps - 1]}}}"))
+
+
+def problems(rng: random.Random) -> Iterator[Problem]:
+    """Draw problems without end. Every number and result is between 1 and 99, so that answers are plain integers."""
+    while True:
+        index = rng.randrange(len(_KINDS))
+        kind = _KINDS[index]
+        letters = sorted(set(re.findall("[Aa-d]", " ".join(kind.formulas))))
+        operands = {letter: rng.randint(10, 80) if letter == "A" else rng.randint(2, 9) for letter in letters}
+        steps, results = _work_out(kind.formulas, operands)
+        factor_values = [int(value) for value in re.findall(r"\d+(?=\*)|(?<=\*)\d+", " ".join(steps))]
+        if not all(1 <= result <= _LARGEST_RESULT for result in results) or max(factor_values, default=0) > 9:
+            continue
+        name, friend = rng.sample(NAMES, 2)
+        question = rng.choice(kind.wordings).format(name=name, friend=friend, items=rng.choice(ITEMS), **operands)
+        yield Problem(question=question, steps=steps, results=results, key=(index, *operands.values()))
+
+
+def _work_out(formulas: Sequence[str], operands: dict[str, int]) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """The written steps, e.g. `12-5=7`, and their results."""
+    values, steps, results = dict(operands), [], []
+    for formula, letter in zip(formulas, "xyz", strict=False):
+        left, operator, right = values[formula[0]], formula[1], values[formula[2]]
+        result = {"+": left + right, "-": left - right, "*": left * right}[operator]
+        values[letter] = result
+        steps.append(f"{left}{operator}{right}={result}")
+        results.append(result)
+    return tuple(steps), tuple(results)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DemoProblems:
+    """Three sets of problems. None of the held-out `test` shares its kind and operands with any other."""
+
+    train: list[Problem]
+    test: list[Problem]
+    warm_start: list[Problem]
+
+
+def draw_problems(seed: int, *, num_train: int, num_test: int, num_warm_start: int) -> DemoProblems:
+    """Draw the splits. The held-out problems come first; what the others draw of them is thrown away."""
+    stream = problems(random.Random(f"demo problems {seed}"))
+    test: dict[tuple[int, ...], Problem] = {}
+    while len(test) < num_test:
+        problem = next(stream)
+        test.setdefault(problem.key, problem)
+    train: dict[str, Problem] = {}
+    while len(train) < num_train + num_warm_start:
+        problem = next(stream)
+        if problem.key not in test:
+            train.setdefault(problem.question, problem)
+    others = list(train.values())
+    return DemoProblems(train=others[:num_train], test=list(test.values()), warm_start=others[num_train:])
+
+
+SPECIAL_TOKENS = ("<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+PROMPT = "<|user|>{}<|end|><|assistant|>"
+"""What the chat template makes of a question without a system prompt; a test holds the two together."""
+
+
+def build_tokenizer(texts: Sequence[str], *, vocab_size: int = 640) -> PreTrainedTokenizerFast:
+    r"""A byte-level BPE tokenizer trained on `texts`: it can write any text, and each digit is a token of its own."""
+    tokenizer = Tokenizer(models.BPE())
+    pieces = Regex(r"\\boxed\{|\d| ?[A-Za-z]+|[^\sA-Za-z\d]+|\s+")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(pieces, behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|pad|>",
+        eos_token="<|end|>",
+        additional_special_tokens=list(SPECIAL_TOKENS[2:]),
+        chat_template=CHAT_TEMPLATE,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        model_max_length=256,
+    )
+
+
+def build_policy(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
+    """A Llama of 0.1 million parameters with random weights, in float32."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        initializer_range=0.08,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        policy = LlamaForCausalLM(config)
+    policy.generation_config.eos_token_id = tokenizer.eos_token_id
+    policy.generation_config.pad_token_id = tokenizer.pad_token_id
+    return policy
+
+
+def student_solution(problem: Problem, rng: random.Random) -> str:
+    """What a hasty student hands in: right as far as it goes, and seldom finished if there are several steps."""
+    num_steps = len(problem.steps)
+    if num_steps > 1 and rng.random() >= FINISHED_SHARE:
+        num_steps = 1
+    return problem.solution(num_steps)
+
+
+def warm_start(
+    policy: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    practice: Sequence[Problem],
+    *,
+    seed: int,
+    batch_size: int = 16,
+    lr: float = 2e-3,
+    on_progress: Callable[[str], None] | None = None,
+) -> None:
+    """Train `policy` in place, one pass over `practice`, to imitate the students. Loss on the solutions only."""
+    rng = random.Random(f"demo students {seed}")
+    prompts = tokenizer([PROMPT.format(p.question) for p in practice])["input_ids"]
+    solutions = tokenizer([student_solution(p, rng) + "<|end|>" for p in practice])["input_ids"]
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    num_steps = len(practice) // batch_size
+    num_rising = max(1, num_steps // 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / num_rising, (num_steps - step) / (num_steps - num_rising))
+    )
+    policy.train()
+    for step, batch in enumerate(_batches(prompts, solutions, batch_size, rng)):
+        input_ids, labels = _pad_batch([prompts[i] for i in batch], [solutions[i] for i in batch])
+        hidden = policy.model(input_ids=input_ids, use_cache=False)[0][:, :-1]
+        predicted = labels[:, 1:] != -100  # Only these positions are put through the output head
+        loss = torch.nn.functional.cross_entropy(policy.lm_head(hidden[predicted]), labels[:, 1:][predicted])
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if on_progress is not None and (step + 1) % 200 == 0:
+            on_progress(f"warm start: step {step + 1} of {num_steps}, loss {loss.item():.3f}")
+    policy.eval()
+
+
+def _batches(
+    prompts: Sequence[list[int]], solutions: Sequence[list[int]], batch_size: int, rng: random.Random
+) -> list[list[int]]:
+    """Cut the examples into batches of similar length, which saves a quarter of the padding, in random order."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(solutions[i]) + rng.random() * 6)
+    batches = [order[i : i + batch_size] for i in range(0, len(order) - batch_size + 1, batch_size)]
+    rng.shuffle(batches)
+    return batches
+
+
+def _pad_batch(prompts: Sequence[list[int]], solutions: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Input ids and labels [B, L], filled up on the right; labels are -100 where there is nothing to learn."""
+    width = max(len(prompt) + len(solution) for prompt, solution in zip(prompts, solutions, strict=True))
+    input_ids = torch.zeros(len(prompts), width, dtype=torch.long)
+    labels = torch.full((len(prompts), width), -100)
+    for row, (prompt, solution) in enumerate(zip(prompts, solutions, strict=True)):
+        input_ids[row, : len(prompt) + len(solution)] = torch.tensor([*prompt, *solution])
+        labels[row, len(prompt) : len(prompt) + len(solution)] = torch.tensor(solution)
+    return input_ids, labels
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DemoSetup:
+    """Where the demo's parts lie, and what it took to make them."""
+
+    model_dir: Path
+    train_path: Path
+    test_path: Path
+    num_parameters: int
+    num_train: int
+    num_test: int
+    num_warm_start: int
+    """Students' solutions that the policy was warm-started on."""
+    warm_start_s: float
+    """Seconds of supervised training, which is no part of GRPO."""
+
+
+def build_demo(
+    out_dir: str | Path,
+    seed: int = 0,
+    *,
+    num_train: int = NUM_TRAIN_PROBLEMS,
+    num_test: int = NUM_TEST_PROBLEMS,
+    num_warm_start: int = NUM_WARM_START_PROBLEMS,
+    on_progress: Callable[[str], None] | None = None,
+) -> DemoSetup:
+    """Write `model/`, `train.jsonl` and `test.jsonl` into `out_dir`. The same seed writes the same files."""
+    out_dir = Path(out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    drawn = draw_problems(seed, num_train=num_train, num_test=num_test, num_warm_start=num_warm_start)
+    train_path, test_path, model_dir = out_dir / "train.jsonl", out_dir / "test.jsonl", out_dir / "model"
+    for path, rows in ((train_path, drawn.train), (test_path, drawn.test)):
+        path.write_text("".join(json.dumps(problem.row) + "\n" for problem in rows), encoding="utf-8")
+    tokenizer = build_tokenizer([f"{p.question}\n{p.solution()}" for p in drawn.train])
+    policy = build_policy(tokenizer, seed)
+    start_s = time.perf_counter()
+    warm_start(policy, tokenizer, drawn.warm_start, seed=seed, on_progress=on_progress)
+    warm_start_s = time.perf_counter() - start_s
+    policy.save_pretrained(model_dir)
+    tokenizer.save_pretrained(model_dir)
+    return DemoSetup(
+        model_dir=model_dir,
+        train_path=train_path,
+        test_path=test_path,
+        num_parameters=sum(parameter.numel() for parameter in policy.parameters()),
+        num_train=num_train,
+        num_test=num_test,
+        num_warm_start=num_warm_start,
+        warm_start_s=warm_start_s,
+    )
