@@ -20,7 +20,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from ludic.inference.local import LocalEngine, _inverse_cdf, _keep_nucleus
+from ludic.inference.local import LocalEngine
+from ludic.inference.local_decoding import inverse_cdf, keep_nucleus
 from ludic.types import Completion, SamplingParams
 
 VOCAB_SIZE = 48
@@ -209,7 +210,7 @@ async def test_each_request_keeps_its_own_settings_in_a_shared_batch(make_engine
 def test_the_nucleus_is_the_smallest_set_that_holds_top_p() -> None:
     probs = torch.tensor([[0.1, 0.5, 0.15, 0.25], [0.1, 0.5, 0.15, 0.25], [0.97, 0.01, 0.01, 0.01]])
     logits = probs.log()
-    _keep_nucleus(logits, torch.tensor([0.7, 1.0, 0.5]))
+    keep_nucleus(logits, torch.tensor([0.7, 1.0, 0.5]))
     expected = torch.tensor([[False, True, False, True], [True] * 4, [True, False, False, False]])
     assert torch.equal(logits.isfinite(), expected)
 
@@ -217,7 +218,7 @@ def test_the_nucleus_is_the_smallest_set_that_holds_top_p() -> None:
 def test_inverse_cdf_never_chooses_a_token_of_probability_zero() -> None:
     probs = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]]).repeat(5, 1)
     uniforms = torch.tensor([0.0, 0.2499, 0.25, 0.9, 1 - 2.0**-24], dtype=torch.float64)
-    assert _inverse_cdf(probs, uniforms).tolist() == [1, 1, 3, 3, 3]
+    assert inverse_cdf(probs, uniforms).tolist() == [1, 1, 3, 3, 3]
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -147,11 +147,16 @@ def test_resume_goes_on_where_the_run_ended(
 ) -> None:
     out_dir = tmp_path / "resumed"
     shutil.copytree(finished[0], out_dir)
+    for name in ("rollouts", "metrics"):  # as a kill in the third update leaves them
+        with (out_dir / f"gsm8k_train_{name}.jsonl").open("a") as file:
+            file.write('{"step": 3, "group": 4, "rollout": 0, "reward_mean": 9.0}\n{"step": 3, "gro')
     resumed = run(*command(digit_policy_dir, digit_problems, out_dir, "--train-steps", "3", "--resume"))
     assert resumed.returncode == 0, resumed.stderr
     before, after = (read_jsonl(folder / "gsm8k_train_rollouts.jsonl") for folder in (finished[0], out_dir))
     assert after[:32] == before and len(after) == 48
     assert {(row["step"], row["group"], row["policy_version"]) for row in after[32:]} == {(3, 4, 2), (3, 5, 2)}
+    assert [row["step"] for row in updates(out_dir)] == [1, 2, 3]
+    assert max(row["reward_mean"] for row in updates(out_dir)) <= 1.0
     summary = json.loads((out_dir / "gsm8k_train_summary.json").read_text())
     assert summary["updates"] == 3 and summary["rollouts"] == 48 and summary["accuracy_before"] == 0.0
     assert [path.name for path in list_checkpoints(out_dir / "checkpoints_gsm8k")] == ["step_2", "step_3"]

@@ -12,9 +12,10 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ludic.inference.engine import WeightSyncReport
+from ludic.inference.errors import WeightSyncError
 from ludic.inference.local import LocalEngine
 from ludic.prompts import load_tokenizer
-from ludic.training.checkpoint import latest_checkpoint, list_checkpoints, read_state
+from ludic.training.checkpoint import CheckpointError, TrainerState, latest_checkpoint, list_checkpoints, read_state
 from ludic.training.config import GRPOConfig, RunPaths
 from ludic.training.losses import LOSSES
 from ludic.training.trainer import GRPOTrainer, TrainingSummary, schedule_factor
@@ -182,7 +183,7 @@ def test_no_completion_claims_weights_that_it_was_not_sampled_with(ten_updates: 
 
 
 def test_sampler_and_trainer_describe_one_distribution(digit_policy_dir: Path, tmp_path: Path) -> None:
-    run = Run(digit_policy_dir, tmp_path, temperature=0.7, train_steps=2)
+    run = Run(digit_policy_dir, tmp_path, temperature=0.7, rollouts_per_update=64, learning_rate=1e-3)
     run.go()
     for row in run.logger.updates():
         assert row["logprob_gap"] < 1e-5 and row["logprob_gap_max"] < 1e-4
@@ -517,11 +518,72 @@ async def test_a_checkpoint_that_is_there_already_is_not_written_again_by_a_canc
     assert state_file.stat().st_mtime_ns == written
 
 
-def test_a_scorer_that_fails_ends_the_run_and_is_seen(digit_policy_dir: Path, tmp_path: Path) -> None:
-    def broken(text: str) -> float:
-        raise RuntimeError("the scorer broke")
+def test_a_scorer_that_fails_ends_the_run_is_seen_and_costs_no_finished_update(
+    digit_policy_dir: Path, tmp_path: Path
+) -> None:
+    calls = iter(range(10_000))
 
-    run = Run(digit_policy_dir, tmp_path, environment=AlwaysSeven(broken), eval_limit=0)
+    def breaks_in_the_third_update(text: str) -> float:
+        if next(calls) == 40:
+            raise RuntimeError("the scorer broke")
+        return float("7" in text)
+
+    run = Run(
+        digit_policy_dir, tmp_path, environment=AlwaysSeven(breaks_in_the_third_update), train_steps=5, eval_limit=0
+    )
     with pytest.raises(ExceptionGroup) as failure:
         run.go()
     assert "the scorer broke" in str(failure.value.exceptions[0])
+    assert same_weights(load(run.paths.checkpoints / "step_2"), run.model)
+
+
+def test_a_sync_that_fails_ends_the_run_and_the_update_before_it_is_saved(
+    digit_policy_dir: Path, tmp_path: Path
+) -> None:
+    run = Run(digit_policy_dir, tmp_path, train_steps=5, eval_limit=0)
+    original = run.engine.update_weights
+
+    async def update_weights(model: torch.nn.Module, *, policy_version: int) -> WeightSyncReport:
+        if policy_version == 2:
+            raise WeightSyncError("the server is gone")
+        return await original(model, policy_version=policy_version)
+
+    run.engine.update_weights = update_weights  # type: ignore[method-assign]
+    with pytest.raises(WeightSyncError, match="the server is gone"):
+        run.go()
+    state = read_state(run.paths.checkpoints / "step_2")
+    assert (state.step, state.policy_version, state.rollouts) == (2, 2, 32)
+    assert same_weights(load(run.paths.checkpoints / "step_2"), run.model)
+
+
+def test_weights_in_the_middle_of_an_update_are_never_saved(digit_policy_dir: Path, tmp_path: Path) -> None:
+    run = Run(digit_policy_dir, tmp_path, train_steps=5, eval_limit=0, rollouts_per_update=64)
+    step = run.trainer.optimizer.step
+    calls = iter(range(10))
+
+    def half_a_step(*arguments: Any, **options: Any) -> Any:
+        if next(calls) == 1:
+            with torch.no_grad():
+                next(iter(run.model.parameters())).add_(1.0)
+            raise RuntimeError("out of memory")
+        return step(*arguments, **options)
+
+    run.trainer.optimizer.step = half_a_step  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run.go()
+    assert list_checkpoints(run.paths.checkpoints) == []
+
+
+def test_a_disk_that_is_full_is_not_tried_twice(
+    digit_policy_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries: list[int] = []
+
+    def full(*_: Any, state: TrainerState, **__: Any) -> Path:
+        tries.append(state.step)
+        raise CheckpointError("No space left on device")
+
+    monkeypatch.setattr("ludic.training.trainer.save_checkpoint", full)
+    with pytest.raises(CheckpointError, match="No space left"):
+        Run(digit_policy_dir, tmp_path, train_steps=5, save_every=2, eval_limit=0).go()
+    assert tries == [2]

@@ -432,6 +432,33 @@ async def test_a_route_that_does_not_answer_is_an_error_at_its_deadline(
         await call(routes[0].request, "GET", "/slow", timeout_s=0.05)
 
 
+@pytest.mark.parametrize(
+    ("refusal", "calls"),
+    [
+        ("a weight update is already in progress", ["/start", "/finish", "/start"]),
+        ("the engine is dead", ["/start"]),
+    ],
+)
+def test_an_update_that_a_killed_trainer_left_open_is_closed_and_no_other_refusal_is_swallowed(
+    monkeypatch: pytest.MonkeyPatch, refusal: str, calls: list[str]
+) -> None:
+    seen: list[str] = []
+
+    def request(method: str, path: str, **_: Any) -> None:
+        seen.append(path.replace("_weight_update", ""))
+        if len(seen) == 1:
+            raise EngineError(f"{path} answered 500: {refusal}")
+
+    control = ServerControl("http://fake")
+    monkeypatch.setattr(control, "request", request)
+    if "already" in refusal:
+        control.start_weight_update()
+    else:
+        with pytest.raises(EngineError, match=refusal):
+            control.start_weight_update()
+    assert seen == calls
+
+
 def test_nobody_at_the_address_is_told_apart() -> None:
     with pytest.raises(ServerUnreachableError, match=r"nothing answers at http://127\.0\.0\.1:9"):
         ServerControl("http://127.0.0.1:9").resume()

@@ -31,8 +31,9 @@ DEMO_FLAGS: dict[str, str] = {
     "--group-size": "8",
     "--rollouts-per-update": "256",
     "--concurrency": "256",
-    "--train-steps": "60",
-    "--lr": "1e-3",
+    "--train-steps": "50",
+    "--lr": "5e-4",
+    "--lr-schedule": "linear",
     "--warmup-steps": "3",
     "--max-tokens": "40",
     "--max-seq-len": "96",
@@ -41,9 +42,12 @@ DEMO_FLAGS: dict[str, str] = {
 }
 """Flags of `train_gsm8k.py` with which the demo learns in its time; a flag given by the user comes first."""
 
+NUM_THREADS = 1
+"""What `torch.set_num_threads` is to be given: matrices this small are slower, and far slower beside other work, on two."""
+
 NUM_TRAIN_PROBLEMS = 4_000
 NUM_TEST_PROBLEMS = 256
-NUM_WARM_START_PROBLEMS = 36_000
+NUM_WARM_START_PROBLEMS = 30_000
 FINISHED_SHARE = 0.45
 """How many of the students' solutions to problems of several steps get to the end."""
 
@@ -393,7 +397,12 @@ def build_demo(
     tokenizer = build_tokenizer([f"{p.question}\n{p.solution()}" for p in drawn.train])
     policy = build_policy(tokenizer, seed)
     start_s = time.perf_counter()
-    warm_start(policy, tokenizer, drawn.warm_start, seed=seed, on_progress=on_progress)
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(NUM_THREADS)
+    try:
+        warm_start(policy, tokenizer, drawn.warm_start, seed=seed, on_progress=on_progress)
+    finally:
+        torch.set_num_threads(num_threads)
     warm_start_s = time.perf_counter() - start_s
     policy.save_pretrained(model_dir)
     tokenizer.save_pretrained(model_dir)

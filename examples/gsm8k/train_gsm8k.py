@@ -32,9 +32,10 @@ from ludic.cli import (
     run_script,
 )
 from ludic.prompts import encode_prompt, load_tokenizer
+from ludic.telemetry.jsonl import drop_steps_after
 from ludic.telemetry.loggers import make_logger, parse_logger_names
 from ludic.telemetry.report import ComparisonRow, comparison_table, reward_curve_text, save_reward_curve
-from ludic.training.checkpoint import TrainerState, latest_checkpoint, read_state
+from ludic.training.checkpoint import TrainerState, latest_checkpoint, list_checkpoints, read_state
 from ludic.training.config import GRPOConfig, RunPaths, add_arguments, from_arguments
 
 if TYPE_CHECKING:
@@ -125,7 +126,15 @@ async def main() -> int:
             await engine.enable_weight_sync(probe)
         reference = load_policy(args.model, policy.device)[0] if config.kl_coef > 0 else None
         if resume_from is None:
-            _set_aside(paths)  # not before there is a run that takes the place of the earlier one
+            # Not before there is a run that takes the place of the earlier one.
+            _set_aside(paths, [paths.metrics, paths.rollouts, paths.summary, paths.curve, paths.checkpoints])
+        else:
+            for path in (paths.metrics, paths.rollouts):  # what came after the checkpoint is made again
+                drop_steps_after(path, resume_from[1].step)
+            later = [
+                path for path in list_checkpoints(paths.checkpoints) if read_state(path).step > resume_from[1].step
+            ]
+            _set_aside(paths, later)
         metric_logger = make_logger(
             args.logger,
             metrics_path=paths.metrics,
@@ -228,11 +237,9 @@ def _check_prompts(
             )
 
 
-def _set_aside(paths: RunPaths) -> None:
+def _set_aside(paths: RunPaths, old: list[Path]) -> None:
     """Move what an earlier run left in this folder out of the way: nothing is lost, and nothing is mixed."""
-    old = [
-        path for path in (paths.metrics, paths.rollouts, paths.summary, paths.curve, paths.checkpoints) if path.exists()
-    ]
+    old = [path for path in old if path.exists()]
     if not old:
         return
     parent = paths.out_dir / "earlier_runs"
@@ -265,9 +272,8 @@ def _finish(
     record = {**dataclasses.asdict(summary), "wall_seconds": seconds, "model": args.model}
     paths.summary.write_text(json.dumps(record, indent=2) + "\n")
     metrics = [json.loads(line) for line in paths.metrics.read_text().splitlines() if line.strip()]
-    # After a kill and a resume some steps are there twice; the later row is of the run that went on.
-    curve = {row["step"]: row["reward_mean"] for row in metrics if row.get("reward_mean") is not None}
-    steps, rewards = list(curve), list(curve.values())
+    curve = [(row["step"], row["reward_mean"]) for row in metrics if row.get("reward_mean") is not None]
+    steps, rewards = [step for step, _ in curve], [reward for _, reward in curve]
     if len(curve) > 1:
         _say(reward_curve_text(steps, rewards))
         points = [(row["step"], row["eval/accuracy"]) for row in metrics if row.get("eval/accuracy") is not None]

@@ -22,7 +22,6 @@ the server is for.
 
 import asyncio
 import copy
-import hashlib
 import secrets
 import time
 from collections.abc import Sequence
@@ -37,18 +36,15 @@ from transformers import (
     AutoTokenizer,
     DynamicCache,
     GenerationConfig,
-    LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
-    StoppingCriteria,
     StoppingCriteriaList,
 )
 
 from ludic.inference.engine import WeightSyncReport
+from ludic.inference.local_decoding import Choose, Decoding, Pause, Row
 from ludic.types import Completion, SamplingParams
 
-_LARGEST_UNIFORM = 1.0 - 2.0**-24
-"""Just under 1, so that a uniform times the total probability stays under the total after rounding."""
 _QUIET_TURNS = 3
 """Turns of the event loop without a new request after which every ready caller is taken to have submitted."""
 
@@ -64,18 +60,13 @@ class _Request:
     completions: dict[int, Completion] = field(default_factory=dict)
     num_completions: int
 
+    def row(self, member: int) -> Row:
+        return Row(prompt=self.prompt, sampling=self.sampling, seed=self.seed, member=member)
+
     def deliver(self, member: int, completion: Completion) -> None:
         self.completions[member] = completion
         if len(self.completions) == self.num_completions and not self.future.done():
             self.future.set_result([self.completions[index] for index in range(self.num_completions)])
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Row:
-    """One completion to be decoded: member `member` of `request`."""
-
-    request: _Request
-    member: int
 
 
 class LocalEngine:
@@ -112,7 +103,7 @@ class LocalEngine:
     ) -> None:
         if max_batch_size < 1:
             raise ValueError(f"max_batch_size must be at least 1, not {max_batch_size}")
-        self._vocab_size = model.get_input_embeddings().weight.shape[0]
+        self._vocab_size: int = model.config.get_text_config().vocab_size
         for token_id in (*eos_token_ids, pad_token_id):
             if not 0 <= token_id < self._vocab_size:
                 raise ValueError(f"token id {token_id} is outside the model's vocabulary of {self._vocab_size} tokens")
@@ -225,7 +216,7 @@ class LocalEngine:
             await asyncio.wait([self._task])
         async with self._weights_lock:  # A weight update may still be under way.
             self._executor.shutdown()
-        self._model = self._model.to("meta")
+        torch.nn.Module.to(self._model, device="meta")
 
     def _check_open(self) -> None:
         if self._closed:
@@ -254,11 +245,11 @@ class LocalEngine:
             await self._let_callers_submit()
             while self._queue:
                 wave, self._queue = self._queue, []
-                rows = [_Row(request=request, member=i) for request in wave for i in range(request.num_completions)]
-                rows.sort(key=lambda row: len(row.request.prompt))  # Stable: ties stay in the order of submission.
-                for first in range(0, len(rows), self._max_batch_size):
-                    batch = rows[first : first + self._max_batch_size]
-                    await self._decode([row for row in batch if not row.request.future.done()])
+                members = [(request, member) for request in wave for member in range(request.num_completions)]
+                members.sort(key=lambda pair: len(pair[0].prompt))  # Stable: ties stay in the order of submission.
+                for first in range(0, len(members), self._max_batch_size):
+                    batch = members[first : first + self._max_batch_size]
+                    await self._decode([pair for pair in batch if not pair[0].future.done()])
                 await self._let_callers_submit()
         finally:  # Nobody may wait for ever if this task is cancelled.
             _refuse([*wave, *self._queue], RuntimeError("this LocalEngine stopped before the completions were drawn"))
@@ -272,42 +263,43 @@ class LocalEngine:
             await asyncio.sleep(0)
             quiet = quiet + 1 if len(self._queue) == before else 0
 
-    async def _decode(self, rows: list[_Row]) -> None:
+    async def _decode(self, members: list[tuple[_Request, int]]) -> None:
         """Decode one batch in the worker thread and hand the completions to the requests that they belong to."""
         async with self._weights_lock:
             if self._closed:
-                _refuse([row.request for row in rows], RuntimeError("this LocalEngine was closed"))
+                _refuse([request for request, _ in members], RuntimeError("this LocalEngine was closed"))
                 return
-            if not rows:
+            if not members:
                 return
             version = self._policy_version
+            rows = [request.row(member) for request, member in members]
             decoded = asyncio.get_running_loop().run_in_executor(self._executor, self._decode_rows, rows, version)
             await asyncio.wait([decoded])
         error = decoded.exception()
         if error is not None:  # Every caller of the batch gets it; the next batch may well succeed.
-            _refuse([row.request for row in rows], error)
+            _refuse([request for request, _ in members], error)
             return
-        for row, completion in zip(rows, decoded.result(), strict=True):
-            row.request.deliver(row.member, completion)
+        for (request, member), completion in zip(members, decoded.result(), strict=True):
+            request.deliver(member, completion)
 
     @torch.inference_mode()
-    def _decode_rows(self, rows: list[_Row], policy_version: int) -> list[Completion]:
+    def _decode_rows(self, rows: list[Row], policy_version: int) -> list[Completion]:
         """Decode rows together, dropping those that have ended each time that half of them have."""
         device = self._model.device
-        state = _Decoding(rows, eos_token_ids=self._eos_token_ids, device=device)
+        state = Decoding(rows, eos_token_ids=self._eos_token_ids, device=device)
         input_ids, attention_mask, cache = self._prefill(rows)
         while True:
             config = GenerationConfig(
                 max_new_tokens=int(state.remaining()), do_sample=False, use_cache=True, disable_compile=True
             )
             num_before = input_ids.shape[1]
-            output = self._model.generate(
+            output = self._model.generate(  # type: ignore[operator]
                 input_ids,
                 attention_mask=attention_mask,
                 past_key_values=cache,
                 generation_config=config,
-                logits_processor=LogitsProcessorList([_Choose(state)]),
-                stopping_criteria=StoppingCriteriaList([_Pause(state)]),
+                logits_processor=LogitsProcessorList([Choose(state)]),
+                stopping_criteria=StoppingCriteriaList([Pause(state)]),
             )
             keep = state.drop_finished()
             if keep.numel() == 0:
@@ -317,11 +309,11 @@ class LocalEngine:
             cache.batch_select_indices(keep)
         return state.completions(policy_version)
 
-    def _prefill(self, rows: list[_Row]) -> tuple[torch.Tensor, torch.Tensor, DynamicCache]:
+    def _prefill(self, rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor, DynamicCache]:
         """Left-padded ids and mask `[B, P]`, and a cache of the first P - 1 positions, computed once a prompt."""
         device = self._model.device
         places: dict[tuple[int, ...], int] = {}
-        index = torch.tensor([places.setdefault(row.request.prompt, len(places)) for row in rows], device=device)
+        index = torch.tensor([places.setdefault(row.prompt, len(places)) for row in rows], device=device)
         width = max(map(len, places))
         padded = [[self._pad_token_id] * (width - len(prompt)) + list(prompt) for prompt in places]
         mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in places]
@@ -346,149 +338,6 @@ def _refuse(requests: Sequence[_Request], error: BaseException) -> None:
     for request in requests:
         if not request.future.done():
             request.future.set_exception(error)
-
-
-class _Decoding:
-    """What is known of a batch while it is decoded. B rows, M tokens at most, A of the rows still active."""
-
-    def __init__(self, rows: Sequence[_Row], *, eos_token_ids: frozenset[int], device: torch.device) -> None:
-        sampling = [row.request.sampling for row in rows]
-        max_tokens = max(params.max_tokens for params in sampling)
-        self.eos = torch.tensor(sorted(eos_token_ids), dtype=torch.long, device=device)
-        self.max_tokens = torch.tensor([params.max_tokens for params in sampling], device=device)
-        temperature = torch.tensor([params.temperature for params in sampling], dtype=torch.float32)
-        self.greedy = (temperature == 0).to(device)
-        self.temperature = torch.where(temperature == 0, 1.0, temperature).to(device)
-        self.top_p = torch.tensor([params.top_p for params in sampling], dtype=torch.float32, device=device)
-        self.any_sampled = any(params.temperature > 0 for params in sampling)
-        self.any_tempered = any(params.temperature not in (0.0, 1.0) for params in sampling)
-        self.any_top_p = any(params.temperature > 0 and params.top_p < 1 for params in sampling)
-        self.uniforms = _uniforms(rows, max_tokens).to(device) if self.any_sampled else None
-        self.tokens = torch.zeros(len(rows), max_tokens, dtype=torch.long, device=device)
-        self.logprobs = torch.zeros(len(rows), max_tokens, dtype=torch.float32, device=device)
-        self.lengths = torch.zeros(len(rows), dtype=torch.long, device=device)
-        self.stopped = torch.zeros(len(rows), dtype=torch.bool, device=device)
-        self.active = torch.arange(len(rows), device=device)
-        self.finished = torch.zeros(len(rows), dtype=torch.bool, device=device)  # [A], in the order of `active`
-        self.step = 0
-
-    def remaining(self) -> int:
-        """Tokens that the longest active row may still have."""
-        return int(self.max_tokens[self.active].max()) - self.step
-
-    def choose(self, logits: torch.Tensor) -> torch.Tensor:
-        """The next token of each active row `[A]`, from `logits` [A, V] (overwritten); keeps it and its log-prob."""
-        rows = self.active
-        if self.any_tempered:
-            logits /= self.temperature[rows, None]
-        if self.any_top_p:
-            top_p = torch.where(self.greedy[rows], 1.0, self.top_p[rows])
-            _keep_nucleus(logits, top_p)
-        logprobs = logits.log_softmax(dim=-1)
-        if self.uniforms is None:
-            chosen = logits.argmax(dim=-1)
-        else:
-            chosen = _inverse_cdf(logprobs.exp(), self.uniforms[rows, self.step])
-            chosen = torch.where(self.greedy[rows], logits.argmax(dim=-1), chosen)
-        self.tokens[rows, self.step] = chosen
-        self.logprobs[rows, self.step] = logprobs.gather(1, chosen[:, None])[:, 0]
-        return chosen
-
-    def advance(self, last_tokens: torch.Tensor) -> torch.Tensor:
-        """Note which active rows end with `last_tokens` [A]. True for all when enough have ended to drop them."""
-        self.step += 1
-        rows = self.active
-        stops = torch.isin(last_tokens, self.eos)
-        ends = ~self.finished & (stops | (self.step >= self.max_tokens[rows]))
-        self.stopped[rows] |= ends & stops
-        self.lengths[rows] = torch.where(ends, self.step, self.lengths[rows])
-        self.finished |= ends
-        # A row is never carried beyond its own limit, where the model may have no more positions.
-        full = (self.finished & (self.step >= self.max_tokens[rows])).any()
-        return self.finished | full | (2 * self.finished.sum() >= self.finished.numel())
-
-    def drop_finished(self) -> torch.Tensor:
-        """Keep only the unfinished rows; their places among those that were active."""
-        keep = (~self.finished).nonzero()[:, 0]
-        self.active = self.active[keep]
-        self.finished = self.finished[keep]
-        return keep
-
-    def completions(self, policy_version: int) -> list[Completion]:
-        tokens, logprobs = self.tokens.tolist(), self.logprobs.tolist()
-        lengths, stopped = self.lengths.tolist(), self.stopped.tolist()
-        within = torch.arange(self.tokens.shape[1], device=self.lengths.device) < self.lengths[:, None]
-        if not torch.isfinite(self.logprobs[within]).all():
-            raise RuntimeError(
-                f"the policy (version {policy_version}) gives log-probabilities that are not finite; "
-                "its weights have most likely diverged"
-            )
-        return [
-            Completion(
-                token_ids=tokens[row][:length],
-                logprobs=logprobs[row][:length],
-                finish_reason="stop" if stopped[row] else "length",
-                policy_version=policy_version,
-            )
-            for row, length in enumerate(lengths)
-        ]
-
-
-class _Choose(LogitsProcessor):
-    """Makes `generate`'s argmax take the token that we have drawn."""
-
-    def __init__(self, state: _Decoding) -> None:
-        self._state = state
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        chosen = self._state.choose(scores)
-        scores.zero_().scatter_(1, chosen[:, None], 1.0)
-        return scores
-
-
-class _Pause(StoppingCriteria):
-    """Ends rows at a stop token or their own `max_tokens`, and leaves `generate` once half of the rows have ended."""
-
-    def __init__(self, state: _Decoding) -> None:
-        self._state = state
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **_: object) -> torch.Tensor:
-        return self._state.advance(input_ids[:, -1])
-
-
-def _uniforms(rows: Sequence[_Row], max_tokens: int) -> torch.Tensor:
-    """[B, max_tokens] float64 in [0, 1): row by row from (seed, member), whatever else is in the batch."""
-    generator = torch.Generator()
-    uniforms = torch.empty(len(rows), max_tokens, dtype=torch.float64)
-    for place, row in enumerate(rows):
-        digest = hashlib.blake2b(f"{row.request.seed}:{row.member}".encode(), digest_size=8).digest()
-        generator.manual_seed(int.from_bytes(digest, "little"))
-        torch.rand(max_tokens, generator=generator, dtype=torch.float64, out=uniforms[place])
-    return uniforms.clamp_(max=_LARGEST_UNIFORM)
-
-
-def _inverse_cdf(probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-    """The token [A] whose slice of the cumulative distribution of `probs` [A, V] holds each uniform [A].
-
-    The sum runs in float64: over a vocabulary of 150,000 tokens float32 would shift the tail's slices visibly. The
-    first entry *above* the uniform is taken, so that a token of probability 0 is never chosen.
-    """
-    cumulative = probs.cumsum(dim=-1, dtype=torch.float64)
-    threshold = uniforms[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp_(max=probs.shape[-1] - 1)
-
-
-def _keep_nucleus(logits: torch.Tensor, top_p: torch.Tensor) -> None:
-    """Set to -inf, in place, what is outside the smallest set of tokens with probability `top_p` [A] of [A, V].
-
-    Nucleus sampling: https://arxiv.org/abs/1904.09751. The most likely token always stays.
-    """
-    ordered, order = logits.sort(dim=-1, descending=True)
-    probs = ordered.softmax(dim=-1)
-    before = probs.cumsum(dim=-1) - probs  # Probability of all tokens that are more likely
-    outside = (before >= top_p[:, None]) & (top_p[:, None] < 1)
-    outside[:, 0] = False
-    logits.masked_fill_(outside.scatter(1, order, outside), -torch.inf)
 
 
 def _prepare(

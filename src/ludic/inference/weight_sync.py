@@ -447,9 +447,9 @@ class WeightSync:
             self._transport.open(weights)
             self._opened = True
             lap("open")
-        self._control.pause()
-        lap("pause")
         try:
+            self._control.pause()  # even one that times out may have paused the server: it is resumed below
+            lap("pause")
             self._transport.send(weights, weight_version=str(policy_version))
             lap("send")
             proven = self._prove_digests(weights)
