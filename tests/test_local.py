@@ -297,6 +297,11 @@ async def test_a_copy_that_did_not_take_is_caught(make_engine: MakeEngine) -> No
     engine = make_engine(llama())
     with pytest.raises(RuntimeError, match=r"model\.norm\.weight differs after the copy"):
         await engine.update_weights(broken, policy_version=1)
+    with pytest.raises(RuntimeError, match="belong to no version"):
+        await engine.generate([5], num_completions=1, sampling=SamplingParams(max_tokens=2))
+    await engine.update_weights(llama(), policy_version=2)
+    completion = (await engine.generate([5], num_completions=1, sampling=SamplingParams(max_tokens=2)))[0]
+    assert completion.policy_version == 2
 
     untied = llama(tied=False)  # two different tensors for what is one tensor in the engine
     with pytest.raises(RuntimeError, match="tied on one side only"):

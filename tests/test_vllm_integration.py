@@ -20,9 +20,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from ludic.inference.errors import ServerMismatchError, WeightSyncError
+from ludic.inference.server_control import ServerControl
 from ludic.inference.server_process import RunningServer, free_port
 from ludic.inference.vllm_client import VLLMEngine, stop_token_ids
-from ludic.inference.weight_sync import ServerControl, SharedMemoryTransport, WeightSync, WireWeights
+from ludic.inference.weight_sync import WeightSync
+from ludic.inference.weight_transport import SharedMemoryTransport, WireWeights
 from ludic.prompts import decode_completion, encode_prompt, load_tokenizer
 from ludic.training.attention import prepare_packed_attention
 from ludic.types import Completion, SamplingParams

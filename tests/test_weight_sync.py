@@ -18,8 +18,10 @@ from transformers import PreTrainedModel
 from ludic.inference import weight_sync
 from ludic.inference.digest import digest_hex, tensor_digest
 from ludic.inference.errors import EngineError, ServerUnauthorizedError, ServerUnreachableError, WeightSyncError
+from ludic.inference.server_control import ServerControl, error_text
 from ludic.inference.vllm_client import VLLMEngine
-from ludic.inference.weight_sync import ServerControl, WeightSync, WireWeights, error_text
+from ludic.inference.weight_sync import WeightSync
+from ludic.inference.weight_transport import TRANSPORTS, WireWeights
 from ludic.training.attention import prepare_packed_attention
 from tests.vllm_helpers import make_tiny_model, prompt_logprobs, randomize_weights
 
@@ -501,4 +503,4 @@ def test_a_long_error_answer_is_cut() -> None:
 
 
 def test_the_transports_are_those_that_the_server_knows() -> None:
-    assert set(weight_sync.TRANSPORTS) == {"nccl", "ludic_shm"}
+    assert set(TRANSPORTS) == {"nccl", "ludic_shm"}

@@ -4,8 +4,8 @@ Nothing is downloaded. `build_demo` writes an ordinary model folder and two ordi
 that the training script runs on them as it would on the real thing: same trainer, same environment, same reward.
 
 The problems take one to three steps of arithmetic. The policy is *warm-started* by imitating worked solutions of hasty
-students: they do every step that they write rightly, but of the problems with more than one step they finish only some,
-and put an intermediate result in the box of the others. Greedy decoding of the imitator is therefore hasty too, while
+students: every step that they write is right, but of the problems with more than one step they finish only some, and
+stop after the first step of the others, whose result they box. Greedy decoding of the imitator is therefore hasty too, while
 sampling still shows a finished solution now and then. What GRPO has to find, from the reward of a right final answer
 alone, is to go on until the question is answered, and to get every step right. The completions grow longer while it
 does.
@@ -43,12 +43,12 @@ DEMO_FLAGS: dict[str, str] = {
 """Flags of `train_gsm8k.py` with which the demo learns in its time; a flag given by the user comes first."""
 
 NUM_THREADS = 1
-"""What `torch.set_num_threads` is to be given: matrices this small are slower, and far slower beside other work, on two."""
+"""For `torch.set_num_threads`: on matrices this small a second thread gains nothing, and beside other work it costs."""
 
 NUM_TRAIN_PROBLEMS = 4_000
 NUM_TEST_PROBLEMS = 256
-NUM_WARM_START_PROBLEMS = 30_000
-FINISHED_SHARE = 0.45
+NUM_WARM_START_PROBLEMS = 33_000
+FINISHED_SHARE = 0.42
 """How many of the students' solutions to problems of several steps get to the end."""
 
 # fmt: off
@@ -136,7 +136,7 @@ _KINDS = (
         formulas=("a+b", "x+c", "y-d"),
         wordings=(
             "{name} had {a} {items}, found {b}, bought {c} and gave {d} to {friend}. How many {items} are left?",
-            "{name} sold {a} {items}, {friend} sold {b} and then {c}. They got {d} back. How many did they sell?",
+            "{name} picked {a} {items}, then {b} and then {c} more, and lost {d} of them. How many {items} are left?",
         ),
     ),
     _Kind(

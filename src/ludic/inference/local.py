@@ -77,13 +77,13 @@ class LocalEngine:
     those of the renormalised nucleus.
 
     Args:
-        model: the initial policy; copied, and not touched again.
+        model: the initial policy. It is copied, and the original is not touched.
         eos_token_ids: every token that ends a completion. May be empty: then completions end at `max_tokens`.
         pad_token_id: fills up shorter prompts on the left; attention never sees it.
         device: where to decode; the model's own device if None.
         dtype: what to decode in; the model's own dtype if None.
         max_batch_size: rows decoded at once. More is quicker until the cache no longer fits.
-        copy_model: False hands `model` itself over, for a caller that keeps no other use of it.
+        copy_model: False hands over `model` itself, for a caller that has no other use for it.
 
     Example:
         >>> engine = LocalEngine.from_pretrained("checkpoints_gsm8k/step_10")
@@ -113,6 +113,7 @@ class LocalEngine:
         self._max_batch_size = max_batch_size
         self._max_context: int | None = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
         self._policy_version = 0
+        self._weights_proven = True
         self._queue: list[_Request] = []
         self._task: asyncio.Task[None] | None = None
         self._weights_lock = asyncio.Lock()
@@ -188,14 +189,18 @@ class LocalEngine:
 
         Raises:
             ValueError: the two models do not hold the same tensors in the same shapes. Nothing has been copied.
-            RuntimeError: a tensor differs after the copy (also when it holds NaN).
+            RuntimeError: a tensor differs after the copy (also when it holds NaN). Until an update succeeds, the engine
+                holds weights that belong to no version, and refuses to generate.
         """
         self._check_open()
+        _check_same_tensors(_named_tensors(self._model), _named_tensors(model))
         start_s = time.perf_counter()
         loop = asyncio.get_running_loop()
         async with self._weights_lock:
             waited_s = time.perf_counter() - start_s
+            self._weights_proven = False
             report = await loop.run_in_executor(self._executor, _hand_over, model, self._model, policy_version)
+            self._weights_proven = True
             self._policy_version = policy_version
         return WeightSyncReport(
             policy_version=policy_version,
@@ -271,13 +276,19 @@ class LocalEngine:
                 return
             if not members:
                 return
+            if not self._weights_proven:
+                error = RuntimeError(
+                    "the last weight sync failed, so the engine's weights belong to no version; sync again"
+                )
+                _refuse([request for request, _ in members], error)
+                return
             version = self._policy_version
             rows = [request.row(member) for request, member in members]
             decoded = asyncio.get_running_loop().run_in_executor(self._executor, self._decode_rows, rows, version)
             await asyncio.wait([decoded])
-        error = decoded.exception()
-        if error is not None:  # Every caller of the batch gets it; the next batch may well succeed.
-            _refuse([request for request, _ in members], error)
+        failure = decoded.exception()
+        if failure is not None:  # Every caller of the batch gets it; the next batch may well succeed.
+            _refuse([request for request, _ in members], failure)
             return
         for (request, member), completion in zip(members, decoded.result(), strict=True):
             request.deliver(member, completion)
@@ -379,7 +390,6 @@ def _hand_over(source: torch.nn.Module, target: PreTrainedModel, policy_version:
     """Copy every tensor of `source` into `target` in place, cast to its dtype, and compare all of them after."""
     start_s = time.perf_counter()
     ours, theirs = _named_tensors(target), _named_tensors(source)
-    _check_same_tensors(ours, theirs)
     for name, tensor in ours.items():
         tensor.copy_(theirs[name])
     copied_s = time.perf_counter()

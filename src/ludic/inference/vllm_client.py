@@ -26,7 +26,8 @@ from ludic.inference.errors import (
     ServerUnauthorizedError,
     ServerUnreachableError,
 )
-from ludic.inference.weight_sync import ServerControl, WeightSync, error_text
+from ludic.inference.server_control import ServerControl, error_text
+from ludic.inference.weight_sync import WeightSync
 from ludic.prompts import encode_prompt
 from ludic.types import ChatMessage, Completion, SamplingParams
 

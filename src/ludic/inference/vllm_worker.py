@@ -119,8 +119,8 @@ class SharedMemoryWeightTransferEngine(WeightTransferEngine[SharedMemoryInitInfo
 
     @staticmethod
     def trainer_send_weights(iterator: Iterator[object], trainer_args: object) -> None:
-        """Abstract until vLLM 0.27, so it must exist; ludic's sender is in `ludic.inference.weight_sync`."""
-        raise NotImplementedError("ludic_shm is sent by ludic.inference.weight_sync")
+        """Abstract until vLLM 0.27, so it must exist; ludic's sender is in `ludic.inference.weight_transport`."""
+        raise NotImplementedError("ludic_shm is sent by ludic.inference.weight_transport")
 
     def _load(self, tensors: Mapping[str, torch.Tensor]) -> None:
         current = ""

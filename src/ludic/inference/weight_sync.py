@@ -1,11 +1,6 @@
 """Hands the trainer's weights to a vLLM server, and proves that they arrived.
 
-The protocol is vLLM's own weight-transfer API: pause, start, update, finish, resume. Only the way of the bytes differs:
-
-- `NCCLTransport`: vLLM's packed NCCL broadcast, GPU to GPU. Its trainer-side API changed at vLLM 0.28; both are used here.
-- `SharedMemoryTransport`: a safetensors file in shared memory, for a server without NCCL on the same machine. The server's
-  half is `vllm_worker.SharedMemoryWeightTransferEngine`.
-
+The protocol is vLLM's own weight-transfer API: pause, start, update, finish, resume; `weight_transport` carries the bytes.
 A sync that did not take is an error. Two things are compared after every sync: digests of the tensors that the server
 holds with digests of what was sent, wherever the server still holds a tensor in comparable form; and the log-probs of a
 fixed prompt with the trainer's own, which also sees what the first cannot (a stale output head, weights packed by a
@@ -16,26 +11,16 @@ log-prob proof stands alone).
 """
 
 import contextlib
-import json
-import logging
-import os
-import shutil
-import socket
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING
 
-import requests
 import torch
 
-from ludic.inference.digest import digest_hex, tensor_digest
 from ludic.inference.engine import WeightSyncReport
-from ludic.inference.errors import EngineError, ServerUnauthorizedError, ServerUnreachableError, WeightSyncError
+from ludic.inference.errors import EngineError, WeightSyncError
+from ludic.inference.server_control import ServerControl
+from ludic.inference.weight_transport import TRANSPORTS, WeightTransport, WireWeights
 from ludic.training.losses import token_logprobs
 from ludic.training.packing import pack
 from ludic.types import TrainingSample
@@ -43,328 +28,9 @@ from ludic.types import TrainingSample
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-logger = logging.getLogger(__name__)
-
 PROBE_GAP_LIMIT = 0.15
 """Nats. Mean log-prob difference on the probe above which a sync has failed. Measured: 1e-6 for fp32 on both sides, 0.008
 to 0.02 for bf16 against fp32 masters, 0.9 for a stale output head (CPU backend of vLLM 0.32)."""
-
-
-class ServerControl:
-    """Blocking calls to a vLLM server's control routes, each with a deadline and the server's own text in its error.
-
-    It has the four methods of vLLM's `VLLMWeightSyncClient` protocol, so vLLM's trainer-side engine drives it directly.
-
-    Raises:
-        ServerUnreachableError: nothing answers.
-        ServerUnauthorizedError: 401 or 403.
-        EngineError: any other refusal, with the server's text.
-    """
-
-    def __init__(self, base_url: str, *, api_key: str | None = None, timeout_s: float = 120.0) -> None:
-        self.base_url = base_url.rstrip("/")
-        self.timeout_s = timeout_s
-        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-
-    def request(
-        self,
-        method: str,
-        path: str,
-        *,
-        json_body: dict[str, Any] | None = None,
-        params: dict[str, str] | None = None,
-        timeout_s: float | None = None,
-    ) -> Any:
-        """Call one route and return its decoded JSON (None for an empty answer)."""
-        deadline_s = self.timeout_s if timeout_s is None else timeout_s
-        try:
-            with requests.Session() as session:
-                session.trust_env = False  # a proxy variable must not stand between the trainer and its own server
-                response = session.request(
-                    method,
-                    f"{self.base_url}{path}",
-                    json=json_body,
-                    params=params,
-                    headers=self._headers,
-                    timeout=(10.0, deadline_s),
-                )
-        except requests.Timeout as error:
-            raise EngineError(f"{path} on {self.base_url} did not answer within {deadline_s:g} s") from error
-        except requests.ConnectionError as error:
-            raise ServerUnreachableError(
-                f"nothing answers at {self.base_url} ({path}): {error.__class__.__name__}"
-            ) from error
-        if response.status_code in (401, 403):
-            raise ServerUnauthorizedError(
-                f"the server at {self.base_url} refused {path}: it wants an API key; pass --api-key or set LUDIC_API_KEY"
-            )
-        if not response.ok:
-            raise EngineError(f"{path} on {self.base_url} answered {response.status_code}: {error_text(response.text)}")
-        try:
-            return response.json() if response.content else None
-        except requests.JSONDecodeError as error:
-            raise EngineError(
-                f"{path} on {self.base_url} answered what is not JSON, so it is no vLLM server: {error_text(response.text, 80)}"
-            ) from error
-
-    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        self.request("POST", "/init_weight_transfer_engine", json_body={"init_info": init_info})
-
-    def start_weight_update(self) -> None:
-        try:
-            self.request("POST", "/start_weight_update")
-        except EngineError as error:
-            if "already" not in str(error):
-                raise
-            # A trainer that was killed in the middle of a sync left its update open: end that one, then start ours.
-            self.finish_weight_update()
-            self.request("POST", "/start_weight_update")
-
-    def update_weights(self, update_info: dict[str, Any]) -> None:
-        self.request("POST", "/update_weights", json_body={"update_info": update_info})
-
-    def finish_weight_update(self, weight_version: str | None = None) -> None:
-        body = None if weight_version is None else {"weight_version": weight_version}
-        self.request("POST", "/finish_weight_update", json_body=body)
-
-    def pause(self) -> None:
-        """Let running requests end, hold new ones back, and drop the KV and prefix cache."""
-        self.request("POST", "/pause", params={"mode": "wait", "clear_cache": "true"})
-
-    def resume(self) -> None:
-        self.request("POST", "/resume")
-
-    def server_info(self) -> dict[str, Any]:
-        """What the server's first worker says of itself: dtype, device, transfer_backend, logprobs_mode, vllm_version."""
-        answer = self.request("POST", "/collective_rpc", json_body={"method": "ludic_server_info", "args": []})
-        info: dict[str, Any] = answer["results"][0]
-        return info
-
-    def held_digests(self, wanted: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
-        """Digests of what each worker's model holds, by checkpoint name; "" where it holds no comparable tensor.
-
-        `wanted` is {name: {"dtype": "bfloat16", "shape": [...]}}.
-        """
-        answer = self.request(
-            "POST", "/collective_rpc", json_body={"method": "ludic_weight_digests", "args": [json.dumps(wanted)]}
-        )
-        workers: list[dict[str, str]] = answer["results"]
-        return workers
-
-    def prompt_logprobs(self, model: str, token_ids: list[int]) -> list[float]:
-        """The server's log-probability of each prompt token after the first, in nats: [len(token_ids) - 1]."""
-        answer = self.request(
-            "POST",
-            "/v1/completions",
-            json_body={
-                "model": model,
-                "prompt": token_ids,
-                "max_tokens": 1,
-                "temperature": 1.0,
-                "prompt_logprobs": 0,
-                "add_special_tokens": False,
-            },
-        )
-        entries = answer["choices"][0]["prompt_logprobs"]
-        return [entry[str(token_id)]["logprob"] for entry, token_id in zip(entries[1:], token_ids[1:], strict=True)]
-
-
-def error_text(body: str, limit: int = 600) -> str:
-    """The message in an error answer of vLLM or FastAPI, on one line; the body itself where it has another form."""
-    try:
-        decoded = json.loads(body)
-    except ValueError:
-        decoded = None
-    if isinstance(decoded, dict):
-        inner = decoded.get("error", decoded.get("detail", decoded.get("message", decoded)))
-        body = str(inner.get("message", inner) if isinstance(inner, dict) else inner)
-    flat = " ".join(body.split())
-    return flat if len(flat) <= limit else flat[:limit] + " ..."
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WireWeights:
-    """The parameters of a model as they go over the wire: checkpoint names, in the server's dtype, tied ones once.
-
-    Iterating casts one tensor at a time; it can be iterated again and again, and sees the masters as they are then.
-    """
-
-    model: "PreTrainedModel"
-    dtype: torch.dtype
-
-    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                yield name, parameter.detach().to(self.dtype).contiguous()
-
-    def shapes(self) -> dict[str, list[int]]:
-        return {name: list(parameter.shape) for name, parameter in self.model.named_parameters()}
-
-    def num_bytes(self) -> int:
-        return sum(p.numel() for p in self.model.parameters()) * self.dtype.itemsize
-
-    def digests(self) -> dict[str, str]:
-        return {name: digest_hex(tensor_digest(tensor)) for name, tensor in self}
-
-
-class WeightTransport(Protocol):
-    """Carries one whole set of weights to the server: start, update, finish. Opening it may block on the server."""
-
-    name: str
-
-    def open(self, weights: WireWeights) -> None: ...
-
-    def send(self, weights: WireWeights, *, weight_version: str) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class SharedMemoryTransport:
-    """Writes the weights as safetensors into shared memory and tells the server where; same machine only."""
-
-    name = "ludic_shm"
-
-    def __init__(self, control: ServerControl) -> None:
-        self._control = control
-        self._directory: Path | None = None
-
-    def open(self, weights: WireWeights) -> None:
-        root = Path("/dev/shm")
-        free = shutil.disk_usage(root).free if root.is_dir() else 0
-        base = root if free > 2 * weights.num_bytes() and os.access(root, os.W_OK) else None
-        self._directory = Path(tempfile.mkdtemp(prefix="ludic-weights-", dir=base))
-        self._control.init_weight_transfer_engine({"directory": str(self._directory)})
-
-    def send(self, weights: WireWeights, *, weight_version: str) -> None:
-        from safetensors.torch import save_file
-
-        assert self._directory is not None
-        tensors = {name: tensor.cpu() for name, tensor in weights}
-        path = self._directory / f"weights-{weight_version}-{time.monotonic_ns()}.safetensors"
-        try:
-            save_file(tensors, path)
-            digests = {name: digest_hex(tensor_digest(tensor)) for name, tensor in tensors.items()}
-            self._control.start_weight_update()
-            self._control.update_weights({"path": str(path), "names": list(tensors), "digests": digests})
-            self._control.finish_weight_update()
-        finally:
-            path.unlink(missing_ok=True)
-
-    def close(self) -> None:
-        if self._directory is not None:
-            shutil.rmtree(self._directory, ignore_errors=True)
-            self._directory = None
-
-
-class NCCLTransport:
-    """vLLM's packed NCCL broadcast from the trainer's GPU (rank 0) to every worker of the server."""
-
-    name = "nccl"
-
-    def __init__(self, control: ServerControl) -> None:
-        self._control = control
-        self._send: Callable[[WireWeights], None] | None = None
-        self._engine: Any = None
-
-    def open(self, weights: WireWeights) -> None:
-        world = self._control.request("GET", "/get_world_size")["world_size"]
-        host = urlsplit(self._control.base_url).hostname or "127.0.0.1"
-        master_address = _address_towards(host)
-        self._send = _open_nccl(
-            self._control, weights, master_address, _free_port(master_address), int(world) + 1, self
-        )
-
-    def send(self, weights: WireWeights, *, weight_version: str) -> None:
-        assert self._send is not None
-        self._send(weights)
-
-    def close(self) -> None:
-        if self._engine is not None and hasattr(self._engine, "shutdown"):  # vLLM 0.28 and later
-            self._engine.shutdown()
-        self._engine = self._send = None
-
-
-def _open_nccl(
-    control: ServerControl,
-    weights: WireWeights,
-    master_address: str,
-    master_port: int,
-    world_size: int,
-    owner: NCCLTransport,
-) -> Callable[[WireWeights], None]:
-    """Join the server's workers in one NCCL group, by the trainer-side API that the installed vLLM has."""
-    from vllm.distributed.weight_transfer import nccl_engine
-
-    if hasattr(nccl_engine, "NCCLTrainerInitInfo"):  # vLLM 0.28 and later: the engine drives the whole round
-        from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
-
-        class Source(WeightSource):  # type: ignore[misc, unused-ignore]
-            def metadata(self) -> list[Any]:
-                return [ParamMeta(name, weights.dtype, tuple(shape)) for name, shape in weights.shapes().items()]
-
-            def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-                return iter(weights)
-
-        engine = nccl_engine.NCCLTrainerWeightTransferEngine.trainer_init(
-            nccl_engine.NCCLTrainerInitInfo(
-                master_address=master_address, master_port=master_port, world_size=world_size, rank=0
-            ),
-            client=control,
-            source=Source(),
-        )
-        owner._engine = engine
-        return lambda _weights: engine.send_weights()
-
-    static = nccl_engine.NCCLWeightTransferEngine  # vLLM 0.26 and 0.27: static functions, the caller drives the round
-    init_info = {
-        "master_address": master_address,
-        "master_port": master_port,
-        "rank_offset": 1,
-        "world_size": world_size,
-    }
-    with _Concurrently(lambda: control.init_weight_transfer_engine(init_info)):
-        group = static.trainer_init(init_info)
-
-    def send(current: WireWeights) -> None:
-        shapes = current.shapes()
-        dtype_name = str(current.dtype).removeprefix("torch.")
-        update_info = {
-            "names": list(shapes),
-            "dtype_names": [dtype_name] * len(shapes),
-            "shapes": list(shapes.values()),
-            "packed": True,
-        }
-        control.start_weight_update()
-        with _Concurrently(lambda: control.update_weights(update_info)):
-            static.trainer_send_weights(iter(current), {"group": group, "packed": True})
-            torch.cuda.current_stream().synchronize()
-        control.finish_weight_update()
-
-    return send
-
-
-class _Concurrently:
-    """Runs one call beside the body of a `with`, and raises its error at the end: both meet inside the same NCCL call."""
-
-    def __init__(self, call: Callable[[], None]) -> None:
-        self._call = call
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, daemon=True, name="ludic-server-call")
-
-    def _run(self) -> None:
-        try:
-            self._call()
-        except BaseException as error:
-            self._error = error
-
-    def __enter__(self) -> None:
-        self._thread.start()
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self._thread.join()
-        if self._error is not None:
-            raise self._error
 
 
 class WeightSync:
@@ -508,12 +174,6 @@ class WeightSync:
         return gap
 
 
-TRANSPORTS: dict[str, Callable[[ServerControl], WeightTransport]] = {
-    "nccl": NCCLTransport,
-    "ludic_shm": SharedMemoryTransport,
-}
-
-
 @torch.no_grad()
 def _prompt_logprobs(model: "PreTrainedModel", token_ids: list[int]) -> torch.Tensor:
     """[P - 1] float32 on the CPU: the model's log-probability of each token after the first, as training computes it."""
@@ -536,16 +196,3 @@ def _prompt_logprobs(model: "PreTrainedModel", token_ids: list[int]) -> torch.Te
         stats = token_logprobs(model, row.to(device), temperature=1.0, with_entropy=False)
     model.train(was_training)
     return stats.logprobs[1:].float().cpu()
-
-
-def _free_port(address: str) -> int:
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as sock:
-        sock.bind((address, 0))
-        return int(sock.getsockname()[1])
-
-
-def _address_towards(host: str) -> str:
-    """This machine's address as `host` sees it; loopback stays loopback."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        sock.connect((host, 9))  # a datagram socket: nothing is sent
-        return str(sock.getsockname()[0])

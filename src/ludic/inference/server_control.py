@@ -1,0 +1,143 @@
+"""Blocking calls to a vLLM server's control routes: health of the conversation, weights, digests, the probe's log-probs.
+
+Generation goes through `vllm_client`; this is what must be said one thing at a time, mostly from the sync's own thread.
+"""
+
+import json
+from typing import Any
+
+import requests
+
+from ludic.inference.errors import EngineError, ServerUnauthorizedError, ServerUnreachableError
+
+
+class ServerControl:
+    """Blocking calls to a vLLM server's control routes, each with a deadline and the server's own text in its error.
+
+    It has the four methods of vLLM's `VLLMWeightSyncClient` protocol, so vLLM's trainer-side engine drives it directly.
+
+    Raises:
+        ServerUnreachableError: nothing answers.
+        ServerUnauthorizedError: 401 or 403.
+        EngineError: any other refusal, with the server's text.
+    """
+
+    def __init__(self, base_url: str, *, api_key: str | None = None, timeout_s: float = 120.0) -> None:
+        self.base_url = base_url.rstrip("/")
+        self.timeout_s = timeout_s
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+
+    def request(
+        self,
+        method: str,
+        path: str,
+        *,
+        json_body: dict[str, Any] | None = None,
+        params: dict[str, str] | None = None,
+        timeout_s: float | None = None,
+    ) -> Any:
+        """Call one route and return its decoded JSON (None for an empty answer)."""
+        deadline_s = self.timeout_s if timeout_s is None else timeout_s
+        try:
+            with requests.Session() as session:
+                session.trust_env = False  # a proxy variable must not stand between the trainer and its own server
+                response = session.request(
+                    method,
+                    f"{self.base_url}{path}",
+                    json=json_body,
+                    params=params,
+                    headers=self._headers,
+                    timeout=(10.0, deadline_s),
+                )
+        except requests.Timeout as error:
+            raise EngineError(f"{path} on {self.base_url} did not answer within {deadline_s:g} s") from error
+        except requests.ConnectionError as error:
+            raise ServerUnreachableError(
+                f"nothing answers at {self.base_url} ({path}): {error.__class__.__name__}"
+            ) from error
+        if response.status_code in (401, 403):
+            raise ServerUnauthorizedError(
+                f"the server at {self.base_url} refused {path}: it wants an API key; pass --api-key or set LUDIC_API_KEY"
+            )
+        if not response.ok:
+            raise EngineError(f"{path} on {self.base_url} answered {response.status_code}: {error_text(response.text)}")
+        try:
+            return response.json() if response.content else None
+        except requests.JSONDecodeError as error:
+            raise EngineError(
+                f"{path} on {self.base_url} answered what is not JSON, so it is no vLLM server: {error_text(response.text, 80)}"
+            ) from error
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self.request("POST", "/init_weight_transfer_engine", json_body={"init_info": init_info})
+
+    def start_weight_update(self) -> None:
+        try:
+            self.request("POST", "/start_weight_update")
+        except EngineError as error:
+            if "already" not in str(error):
+                raise
+            # A trainer that was killed in the middle of a sync left its update open: end that one, then start ours.
+            self.finish_weight_update()
+            self.request("POST", "/start_weight_update")
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        self.request("POST", "/update_weights", json_body={"update_info": update_info})
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        body = None if weight_version is None else {"weight_version": weight_version}
+        self.request("POST", "/finish_weight_update", json_body=body)
+
+    def pause(self) -> None:
+        """Let running requests end, hold new ones back, and drop the KV and prefix cache."""
+        self.request("POST", "/pause", params={"mode": "wait", "clear_cache": "true"})
+
+    def resume(self) -> None:
+        self.request("POST", "/resume")
+
+    def server_info(self) -> dict[str, Any]:
+        """What the server's first worker says of itself: dtype, device, transfer_backend, logprobs_mode, vllm_version."""
+        answer = self.request("POST", "/collective_rpc", json_body={"method": "ludic_server_info", "args": []})
+        info: dict[str, Any] = answer["results"][0]
+        return info
+
+    def held_digests(self, wanted: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
+        """Digests of what each worker's model holds, by checkpoint name; "" where it holds no comparable tensor.
+
+        `wanted` is {name: {"dtype": "bfloat16", "shape": [...]}}.
+        """
+        answer = self.request(
+            "POST", "/collective_rpc", json_body={"method": "ludic_weight_digests", "args": [json.dumps(wanted)]}
+        )
+        workers: list[dict[str, str]] = answer["results"]
+        return workers
+
+    def prompt_logprobs(self, model: str, token_ids: list[int]) -> list[float]:
+        """The server's log-probability of each prompt token after the first, in nats: [len(token_ids) - 1]."""
+        answer = self.request(
+            "POST",
+            "/v1/completions",
+            json_body={
+                "model": model,
+                "prompt": token_ids,
+                "max_tokens": 1,
+                "temperature": 1.0,
+                "prompt_logprobs": 0,
+                "add_special_tokens": False,
+            },
+        )
+        entries = answer["choices"][0]["prompt_logprobs"]
+        return [entry[str(token_id)]["logprob"] for entry, token_id in zip(entries[1:], token_ids[1:], strict=True)]
+
+
+def error_text(body: str, limit: int = 600) -> str:
+    """The message in an error answer of vLLM or FastAPI, on one line; the body itself where it has another form."""
+    try:
+        decoded = json.loads(body)
+    except ValueError:
+        decoded = None
+    if isinstance(decoded, dict):
+        inner = decoded.get("error", decoded.get("detail", decoded.get("message", decoded)))
+        body = str(inner.get("message", inner) if isinstance(inner, dict) else inner)
+    flat = " ".join(body.split())
+    return flat if len(flat) <= limit else flat[:limit] + " ..."
