@@ -15,7 +15,6 @@ from aiohttp import web
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from ludic.inference import weight_sync
 from ludic.inference.digest import digest_hex, tensor_digest
 from ludic.inference.errors import EngineError, ServerUnauthorizedError, ServerUnreachableError, WeightSyncError
 from ludic.inference.server_control import ServerControl, error_text
