@@ -5,12 +5,9 @@ import io
 import json
 import math
 import re
-import resource
-import signal
 import subprocess
 import sys
 import types
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,7 +28,6 @@ from ludic.telemetry import (
     reward_curve_text,
     save_reward_curve,
 )
-from ludic.telemetry.jsonl import JsonlFile
 from ludic.telemetry.live import sparkline
 from ludic.telemetry.report import smoothed
 
@@ -102,25 +98,31 @@ def test_a_full_disk_is_an_error_of_flush_in_one_line_with_the_path() -> None:
         writer.close()
 
 
-@pytest.fixture
-def file_size_limit() -> Iterator[int]:
-    """No file can grow beyond this many bytes while the test runs."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
-    yield 100
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, handler)
+LIMITED_WRITER = """
+import resource, signal, sys
+from ludic.telemetry.jsonl import JsonlFile
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))  # no file of this process may grow beyond 100 bytes
+file = JsonlFile(sys.argv[1])
+file.append({"n": "x" * 40})
+try:
+    file.append({"n": "y" * 100})
+except OSError as error:
+    said = str(error)
+file.append({"n": "z"})
+file.close()
+sys.stderr.write(said)
+"""
 
 
-def test_a_line_that_fits_only_in_part_is_taken_back(tmp_path: Path, file_size_limit: int) -> None:
-    file = JsonlFile(tmp_path / "a.jsonl")
-    file.append({"n": "x" * 40})
-    with pytest.raises(OSError, match=re.escape(f"cannot write {tmp_path / 'a.jsonl'}: File too large")):
-        file.append({"n": "y" * file_size_limit})
-    file.append({"n": "z"})
-    file.close()
-    assert read_jsonl(tmp_path / "a.jsonl") == [{"n": "x" * 40}, {"n": "z"}]
+def test_a_line_that_fits_only_in_part_is_taken_back(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    # In a process of its own: the limit would meet this one's output as well.
+    child = subprocess.run(
+        [sys.executable, "-c", LIMITED_WRITER, str(path)], capture_output=True, text=True, check=True
+    )
+    assert f"cannot write {path}: File too large" in child.stderr
+    assert read_jsonl(path) == [{"n": "x" * 40}, {"n": "z"}]
 
 
 def test_what_json_cannot_hold_is_an_error_of_the_caller_and_not_a_hang(tmp_path: Path) -> None:
