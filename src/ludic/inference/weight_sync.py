@@ -96,6 +96,8 @@ class WeightSync:
 
     def _attempt(self, model: "PreTrainedModel", policy_version: int) -> WeightSyncReport | BaseException:
         try:
+            if model.device.type == "cuda":
+                torch.cuda.set_device(model.device)  # each thread has a current device of its own, and NCCL goes by it
             return self._sync(model, policy_version)
         except BaseException as error:  # handed to the caller's thread, which raises it
             return error
