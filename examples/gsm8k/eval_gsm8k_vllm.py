@@ -17,7 +17,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ludic.cli import add_engine_arguments, check_engine_arguments, open_engine, prepare_out_dir, run_script
+from ludic.cli import (
+    add_engine_arguments,
+    check_engine_arguments,
+    hide_loading_bars,
+    open_engine,
+    prepare_out_dir,
+    run_script,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -161,6 +168,8 @@ async def run(args: argparse.Namespace) -> int:
     from ludic.prompts import encode_prompt, load_tokenizer
     from ludic.telemetry import EvaluationDisplay, JsonlWriter
     from ludic.types import SamplingParams
+
+    hide_loading_bars()
 
     sampling = SamplingParams(
         temperature=args.temperature, top_p=args.top_p, max_tokens=args.max_tokens, seed=args.seed

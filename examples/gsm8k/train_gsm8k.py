@@ -27,6 +27,7 @@ from environments.gsm8k import DEFAULT_SYSTEM_PROMPT, GSM8K, GSM8KSample, load
 from ludic.cli import (
     add_engine_arguments,
     check_engine_arguments,
+    hide_loading_bars,
     open_engine,
     prepare_out_dir,
     run_script,
@@ -106,6 +107,7 @@ async def main() -> int:
         raise ValueError(f"--limit must be at least 1, not {args.limit}")
     config = from_arguments(args)
     paths = RunPaths(out_dir=prepare_out_dir(args.out_dir))
+    hide_loading_bars()
     resume_from = _find_checkpoint(args, paths)
     if args.demo:
         _build_demo(args, paths, config)
@@ -253,8 +255,10 @@ def _set_aside(paths: RunPaths, old: list[Path]) -> None:
 
 def _build_demo(args: argparse.Namespace, paths: RunPaths, config: GRPOConfig) -> None:
     """Make the demo's policy and problems, and point the flags at them."""
-    from demo import build_demo
+    import torch
+    from demo import NUM_THREADS, build_demo
 
+    torch.set_num_threads(NUM_THREADS)
     _say("demo: no GPU, no server, no network. Making word problems in GSM8K's format and a small policy of our own,")
     _say("warm-started by imitating worked solutions (supervised, before GRPO begins) ...")
     folder = paths.out_dir / "gsm8k_demo"

@@ -181,6 +181,13 @@ def prepare_out_dir(path: str) -> Path:
     return folder
 
 
+def hide_loading_bars() -> None:
+    """No bars of transformers' own while it loads and saves: they write over our display, also when piped."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+
+
 def run_script(name: str, main: Callable[[], Coroutine[Any, Any, int]]) -> NoReturn:
     """Run a script's main coroutine and leave with its exit code, or with 2 or 130."""
     try:
