@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The mission's three commands on two GPUs, with a policy made from nothing (no hub is needed): a server on GPU 0, a few
+# The README's three commands on two GPUs, with a policy made from nothing (no hub is needed): a server on GPU 0, a few
 # updates of 256 rollouts on GPU 1 with weight syncs over NCCL, and the evaluation of what the server then holds.
 #   usage: benchmarks/two_gpus.sh DATASET OUT [UPDATES]      (DATASET: a folder with GSM8K's train.jsonl and test.jsonl)
 # PYTHON names the interpreter (default: uv run python). Prints the seconds of each step by phase, last.

@@ -42,6 +42,7 @@ class FakeServer:
     """Completions wait for it, if it is there."""
 
     base_url: str = ""
+    paused: bool = False
     requests: list[dict[str, Any]] = field(default_factory=list)
     """The bodies of all completion requests."""
     in_flight: int = 0
@@ -85,7 +86,7 @@ class FakeServer:
         return web.json_response({"count": len(tokens), "max_model_len": self.max_model_len, "tokens": tokens})
 
     async def _is_paused(self, request: web.Request) -> web.Response:
-        return web.json_response({"is_paused": False})
+        return web.json_response({"is_paused": self.paused})
 
     async def _collective_rpc(self, request: web.Request) -> web.Response:
         body = await request.json()

@@ -352,6 +352,14 @@ def test_a_checkpoint_of_another_model_is_refused(
     assert f"belongs to {digit_policy_dir}, not to --model {tiny_model_dir}" in message
 
 
+def test_a_checkpoint_of_the_run_that_would_be_moved_aside_is_no_model_for_a_new_one(
+    refuse: Callable[..., str], tmp_path: Path
+) -> None:
+    model = tmp_path / "checkpoints_gsm8k" / "step_2"
+    message = refuse("--model", str(model), "--out-dir", str(tmp_path))
+    assert "is a checkpoint of the run in this folder" in message and "--resume" in message
+
+
 def test_resume_without_a_checkpoint_says_where_it_looked(refuse: Callable[..., str], tmp_path: Path) -> None:
     message = refuse("--resume", "--out-dir", str(tmp_path))
     assert f"there is no checkpoint in {tmp_path / 'checkpoints_gsm8k'}" in message
@@ -388,7 +396,7 @@ def test_a_subprocess_says_the_same_on_standard_error_and_nothing_else(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_help_names_every_flag_of_the_mission(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_help_names_every_flag_of_the_documented_command(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     shown = script.build_parser().format_help()
     for flag in MISSION_FLAGS:

@@ -18,7 +18,7 @@ from ludic.prompts import load_tokenizer
 from ludic.training.checkpoint import CheckpointError, TrainerState, latest_checkpoint, list_checkpoints, read_state
 from ludic.training.config import GRPOConfig, RunPaths
 from ludic.training.losses import LOSSES
-from ludic.training.trainer import GRPOTrainer, TrainingSummary, schedule_factor
+from ludic.training.trainer import GRPOTrainer, TrainingSummary, disable_dropout, schedule_factor
 from ludic.types import ChatMessage, Completion, ParseResult, SamplingParams, Score
 
 SMALL = GRPOConfig(
@@ -587,3 +587,69 @@ def test_a_disk_that_is_full_is_not_tried_twice(
     with pytest.raises(CheckpointError, match="No space left"):
         Run(digit_policy_dir, tmp_path, train_steps=5, save_every=2, eval_limit=0).go()
     assert tries == [2]
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_and_never_reaches_the_weights(
+    digit_policy_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(digit_policy_dir, tmp_path)
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def poisoned(parameters: Any, max_norm: float) -> torch.Tensor:
+        parameters = list(parameters)
+        if run.trainer.state.step == 1:
+            parameters[0].grad[0, 0] = float("nan")
+        return clip(parameters, max_norm)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poisoned)
+    with pytest.raises(FloatingPointError, match="the gradient of update 2 is not finite"):
+        run.go()
+    (saved,) = list_checkpoints(run.paths.checkpoints)
+    assert read_state(saved).step == 1
+    assert all(torch.isfinite(parameter).all() for parameter in load(saved).parameters())
+    assert same_weights(load(saved), run.model)
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"seed": 1}, "--seed 0, this run has 1"),
+        ({"group_size": 4}, "--group-size 8, this run has 4"),
+        ({"samples": range(6)}, "the number of training samples 5, this run has 6"),
+    ],
+)
+def test_a_resume_that_would_lose_its_place_in_the_data_is_refused(
+    digit_policy_dir: Path, tmp_path: Path, changed: dict[str, Any], named: str
+) -> None:
+    Run(digit_policy_dir, tmp_path, train_steps=1).go()
+    with pytest.raises(ValueError, match=named):
+        Run(digit_policy_dir, tmp_path, resume=True, **changed)
+
+
+def test_an_evaluation_that_was_cut_off_is_made_up_for_by_the_resumed_run(
+    digit_policy_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(digit_policy_dir, tmp_path, train_steps=1)
+    evaluate = run.trainer._evaluate
+
+    async def only_the_first() -> None:
+        if run.trainer.state.step:
+            raise WeightSyncError("gone")
+        await evaluate()
+
+    monkeypatch.setattr(run.trainer, "_evaluate", only_the_first)
+    with pytest.raises(WeightSyncError):
+        run.go()
+    summary = Run(digit_policy_dir, tmp_path, train_steps=1, resume=True).go()
+    assert [evaluation["step"] for evaluation in summary.evaluations] == [0, 1]
+    assert summary.accuracy_before is not None and summary.accuracy_after is not None
+
+
+def test_no_dropout_is_left_in_training(digit_policy_dir: Path) -> None:
+    model = load(digit_policy_dir)
+    model.add_module("extra", torch.nn.Dropout(0.3))
+    attention: Any = next(module for module in model.modules() if hasattr(module, "attention_dropout"))
+    attention.attention_dropout = model.config.attention_dropout = 0.2
+    disable_dropout(model)
+    assert model.get_submodule("extra").p == 0.0
+    assert attention.attention_dropout == model.config.attention_dropout == 0.0

@@ -346,6 +346,19 @@ async def test_a_context_that_is_too_short_is_an_error_with_both_lengths(
         await open_client().connect(tokenizer, max_seq_len=513)
 
 
+async def test_a_server_that_was_left_paused_is_an_error_unless_a_sync_will_set_it_right(
+    server: FakeServer,
+    open_client: Callable[..., VLLMEngine],
+    tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("ludic.inference.vllm_client.PAUSED_LOOKS", 1)
+    server.paused = True
+    with pytest.raises(ServerMismatchError, match="is paused"):
+        await open_client().connect(tokenizer)
+    await open_client().connect(tokenizer, may_be_paused=True)
+
+
 async def test_another_tokenizer_is_an_error(
     server: FakeServer, open_client: Callable[..., VLLMEngine], tokenizer: PreTrainedTokenizerFast
 ) -> None:

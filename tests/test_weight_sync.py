@@ -15,6 +15,7 @@ from aiohttp import web
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
+from ludic.inference import weight_sync
 from ludic.inference.digest import digest_hex, tensor_digest
 from ludic.inference.errors import EngineError, ServerUnauthorizedError, ServerUnreachableError, WeightSyncError
 from ludic.inference.server_control import ServerControl, error_text
@@ -261,6 +262,22 @@ def test_a_server_that_hangs_is_an_error_at_the_deadline(control: FakeControl, p
     control.on["update"] = hang
     with pytest.raises(WeightSyncError, match=r"weight sync 3 over ludic_shm did not end within 0\.2 s"):
         sync_with(control, deadline_s=0.2).sync(policy, 3)
+    released.set()
+
+
+def test_a_refusal_ends_a_transfer_that_waits_for_the_server_in_vain(
+    control: FakeControl, policy: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weight_sync, "REFUSAL_GRACE_S", 0.1)
+    released = threading.Event()
+
+    def refused_beside_a_broadcast() -> None:
+        control.refusal = EngineError("/update_weights answered 500: shape mismatch")
+        released.wait(30)
+
+    control.on["update"] = refused_beside_a_broadcast
+    with pytest.raises(WeightSyncError, match="refused by the server: /update_weights answered 500: shape mismatch"):
+        sync_with(control, deadline_s=20).sync(policy, 3)
     released.set()
 
 

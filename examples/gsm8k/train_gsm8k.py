@@ -14,6 +14,7 @@ import itertools
 import json
 import logging
 import os
+import shlex
 import shutil
 import sys
 import tempfile
@@ -109,6 +110,11 @@ async def main() -> int:
     paths = RunPaths(out_dir=prepare_out_dir(args.out_dir))
     hide_loading_bars()
     resume_from = _find_checkpoint(args, paths)
+    if resume_from is None and Path(args.model).resolve().is_relative_to(paths.checkpoints.resolve()):
+        raise ValueError(
+            f"--model {args.model} is a checkpoint of the run in this folder, which a new run moves aside: "
+            "choose another --out-dir, or continue that run with --resume"
+        )
     if args.demo:
         _build_demo(args, paths, config)
 
@@ -121,7 +127,9 @@ async def main() -> int:
 
     from ludic.training.trainer import GRPOTrainer
 
-    async with open_engine(args, tokenizer, out_dir=paths.out_dir, max_seq_len=config.max_seq_len, say=_say) as engine:
+    async with open_engine(
+        args, tokenizer, out_dir=paths.out_dir, max_seq_len=config.max_seq_len, say=_say, trains=True
+    ) as engine:
         policy, dtype = load_policy(str(resume_from[0]) if resume_from else args.model, _training_device(args))
         if hasattr(engine, "enable_weight_sync"):
             probe = encode_prompt(tokenizer, environment.messages(train_samples[0]))[:64]
@@ -180,7 +188,7 @@ def load_policy(path: str, device: Any) -> tuple["PreTrainedModel", Any]:
 
     try:
         stored = AutoConfig.from_pretrained(path).dtype or torch.float32
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attention_dropout=0.0)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     except OSError as error:
         raise ValueError(f"--model {path} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
     return model.to(device), stored
@@ -319,10 +327,17 @@ def _comparison_rows(evaluations: list[dict[str, Any]]) -> list[ComparisonRow]:
 
 
 def _next_command(args: argparse.Namespace, paths: RunPaths, summary: "TrainingSummary") -> str:
-    dataset = f" --dataset {args.dataset}" if args.dataset else ""
-    prompt = "" if args.system_prompt == "" else f" --system-prompt {json.dumps(args.system_prompt)}"
-    engine = " --engine local" if args.engine == "local" else " --start-server --port 8001"
-    return f"python examples/gsm8k/eval_gsm8k_vllm.py --model {summary.last_checkpoint}{engine}{dataset}{prompt} --limit 250"
+    """How to evaluate the last checkpoint on problems that were not trained on."""
+    words = ["uv", "run", "python", "examples/gsm8k/eval_gsm8k_vllm.py", "--model", str(summary.last_checkpoint)]
+    words += ["--engine", "local"] if args.engine == "local" else ["--start-server", "--port", "8001"]
+    problems = args.eval_dataset or args.dataset
+    if problems and Path(problems).is_dir():
+        words += ["--dataset", problems]
+    elif problems:
+        words += ["--dataset", args.eval_dataset or "PROBLEMS"]  # never the file that was trained on
+    if args.system_prompt:
+        words += ["--system-prompt", args.system_prompt]
+    return shlex.join([*words, "--out-dir", str(paths.out_dir), "--limit", "250"])
 
 
 def _say(text: str) -> None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from ludic.inference.engine import InferenceEngine
 
-USER_ERRORS: tuple[type[Exception], ...] = (ValueError, EngineError, OSError)
+USER_ERRORS: tuple[type[Exception], ...] = (ValueError, EngineError, OSError, FloatingPointError)
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +43,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--start-server", action="store_true", help="start the server as a child, and end it at the end")
     group.add_argument("--server-gpu", type=int, default=None, metavar="N",
-                       help="the GPU of a started server (default: 0); the trainer's is CUDA_VISIBLE_DEVICES")  # fmt: skip
+                       help="GPU of a started server, counted among those visible here (default: 0)")  # fmt: skip
     group.add_argument(
         "--server-args", default="", metavar="'...'", help="more vLLM flags for a started server, in one string"
     )
@@ -59,6 +59,8 @@ def check_engine_arguments(args: argparse.Namespace) -> None:
     """
     if args.concurrency < 1:
         raise ValueError(f"--concurrency must be at least 1, not {args.concurrency}")
+    if ":" in args.host:
+        raise ValueError(f"--host {args.host}: give a name or an IPv4 address; IPv6 addresses are not supported")
     if not 0 < args.port < 65536:
         raise ValueError(f"--port must be in 1 to 65535, not {args.port}")
     if args.engine == "local" and args.start_server:
@@ -81,8 +83,12 @@ async def open_engine(
     out_dir: Path,
     max_seq_len: int,
     say: Callable[[str], None],
+    trains: bool = False,
 ) -> "AsyncIterator[InferenceEngine]":
-    """The engine that the flags ask for, checked against this run; closed, and its server ended, on the way out."""
+    """The engine that the flags ask for, checked against this run; closed, and its server ended, on the way out.
+
+    A server that a killed trainer left paused is an error, unless this run `trains`: then its first sync sets it right.
+    """
     if args.engine == "local":
         engine = await asyncio.to_thread(_local_engine, args.model)
         try:
@@ -107,7 +113,7 @@ async def open_engine(
             seed_requests=args.seed_requests,
         )
         try:
-            await engine.connect(tokenizer, max_seq_len=max_seq_len)
+            await engine.connect(tokenizer, max_seq_len=max_seq_len, may_be_paused=trains)
             yield engine
         finally:
             await engine.aclose()
@@ -119,6 +125,12 @@ def _local_engine(model: str) -> Any:
     from ludic.inference.local import LocalEngine
 
     return LocalEngine.from_pretrained(model, device="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _only_one_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available() and torch.cuda.device_count() == 1
 
 
 def _start_server(
@@ -134,6 +146,8 @@ def _start_server(
     extra = shlex.split(args.server_args)
     if not any(flag.replace("_", "-").startswith("--max-model-len") for flag in extra):
         extra += ["--max-model-len", str(max_seq_len)]
+    if _only_one_gpu() and not any(flag.replace("_", "-").startswith("--weight-transfer-config") for flag in extra):
+        extra += ["--weight-transfer-config", '{"backend": "ludic_shm"}']  # NCCL does not join a GPU with itself
     if args.chat_template:
         extra += ["--chat-template", args.chat_template]
     last_said = [time.monotonic()]

@@ -25,6 +25,9 @@ class ServerControl:
     def __init__(self, base_url: str, *, api_key: str | None = None, timeout_s: float = 120.0) -> None:
         self.base_url = base_url.rstrip("/")
         self.timeout_s = timeout_s
+        self.refusal: EngineError | None = None
+        """Why the server last refused to take part in a transfer, for the thread that watches one which waits in NCCL for
+        a server that has already said no."""
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
     def request(
@@ -69,7 +72,7 @@ class ServerControl:
             ) from error
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        self.request("POST", "/init_weight_transfer_engine", json_body={"init_info": init_info})
+        self._take_part("/init_weight_transfer_engine", {"init_info": init_info})
 
     def start_weight_update(self) -> None:
         try:
@@ -82,7 +85,15 @@ class ServerControl:
             self.request("POST", "/start_weight_update")
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        self.request("POST", "/update_weights", json_body={"update_info": update_info})
+        self._take_part("/update_weights", {"update_info": update_info})
+
+    def _take_part(self, path: str, body: dict[str, Any]) -> None:
+        """A call during which the trainer is already in the collective operation that it asks the server to join."""
+        try:
+            self.request("POST", path, json_body=body)
+        except EngineError as error:
+            self.refusal = error
+            raise
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         body = None if weight_version is None else {"weight_version": weight_version}

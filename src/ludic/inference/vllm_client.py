@@ -42,6 +42,9 @@ GENERATION_TIMEOUT_S = 120.0
 GENERATION_TIMEOUT_PER_TOKEN_S = 0.5
 """A request may take 120 s, for waiting in the server's queue, and half a second for each token that it may generate."""
 MAX_ATTEMPTS = 6
+MAX_TIMEOUTS = 2
+"""Of those, how many may end without an answer: what has waited so long twice will not come."""
+PAUSED_LOOKS = 5
 TRANSIENT_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 _PROBE_CHAT: list[ChatMessage] = [
@@ -97,14 +100,16 @@ class VLLMEngine:
 
     # -- before anything is generated ------------------------------------------------------------------------------
 
-    async def connect(self, tokenizer: "PreTrainedTokenizerBase", *, max_seq_len: int | None = None) -> None:
+    async def connect(
+        self, tokenizer: "PreTrainedTokenizerBase", *, max_seq_len: int | None = None, may_be_paused: bool = False
+    ) -> None:
         """Check that this server is the one that the run needs.
 
         Raises:
             ServerUnreachableError: nothing listens there; names the command that starts a server.
             ServerUnauthorizedError: it wants an API key.
             ServerMismatchError: it serves another model, cuts the context shorter than `max_seq_len`, or has another
-                tokenizer or chat template.
+                tokenizer or chat template; or it is paused, and not `may_be_paused`.
         """
         served = await self._served_model()
         context = served.get("max_model_len")
@@ -114,6 +119,26 @@ class VLLMEngine:
                 f"restart it with --max-model-len {max_seq_len} or lower --max-seq-len"
             )
         await self._check_tokenizer(tokenizer)
+        if not may_be_paused and await self._is_paused():
+            raise ServerMismatchError(
+                f"the server at {self.base_url} is paused, as a trainer that was killed in a sync leaves it, and its weights "
+                f"may be half replaced: restart it with `{self._start_command()}`"
+            )
+
+    async def _is_paused(self) -> bool:
+        """Whether the server stays paused for longer than the sync of a running trainer takes."""
+        for attempt in range(PAUSED_LOOKS):
+            if attempt:
+                await asyncio.sleep(1.0)
+            try:
+                answer = await asyncio.to_thread(self._control.request, "GET", "/is_paused")
+            except (ServerUnreachableError, ServerUnauthorizedError):
+                raise
+            except EngineError:  # a server without RL routes cannot be paused
+                return False
+            if not answer["is_paused"]:
+                return False
+        return True
 
     async def enable_weight_sync(self, probe_token_ids: list[int], *, deadline_s: float = 300.0) -> None:
         """Find out how this server takes weights, so that `update_weights` can be called.
@@ -270,7 +295,7 @@ class VLLMEngine:
         timeout = aiohttp.ClientTimeout(
             total=GENERATION_TIMEOUT_S + GENERATION_TIMEOUT_PER_TOKEN_S * max_tokens, sock_connect=CONNECT_TIMEOUT_S
         )
-        failure = ""
+        failure, num_timeouts = "", 0
         for attempt in range(MAX_ATTEMPTS):
             if attempt:
                 self.num_retries += 1
@@ -291,14 +316,16 @@ class VLLMEngine:
                     if response.status not in TRANSIENT_STATUS:
                         raise EngineError(f"the server refused a request with {failure}")
             except TimeoutError:
-                failure = f"no answer within {timeout.total:.0f} s"
+                failure, num_timeouts = f"no answer within {timeout.total:.0f} s", num_timeouts + 1
+                if num_timeouts == MAX_TIMEOUTS:
+                    break
             except (aiohttp.ClientError, json.JSONDecodeError, UnicodeDecodeError) as error:
                 failure = f"{type(error).__name__}: {error}"
         if failure.startswith("ClientConnectorError"):
             raise ServerUnreachableError(
                 f"nothing listens at {self.base_url} any more ({failure}): start the server again with `{self._start_command()}`"
             )
-        raise EngineError(f"{MAX_ATTEMPTS} attempts failed, the last with {failure}")
+        raise EngineError(f"{attempt + 1} attempts failed, the last with {failure}")
 
     def _http(self) -> aiohttp.ClientSession:
         if self._session is None:

@@ -28,6 +28,9 @@ from ludic.types import TrainingSample
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+POLL_S = 0.25
+REFUSAL_GRACE_S = 5.0
+"""How long a transfer may take to notice by itself that the server has refused it."""
 PROBE_GAP_LIMIT = 0.15
 """Nats. Mean log-prob difference on the probe above which a sync has failed. Measured: 1e-6 for fp32 on both sides, 0.008
 to 0.02 for bf16 against fp32 masters, 0.9 for a stale output head (CPU backend of vLLM 0.32)."""
@@ -75,12 +78,15 @@ class WeightSync:
         outcome: list[WeightSyncReport | BaseException] = []
         # On a daemon thread: a broken NCCL call cannot be interrupted, and must not hold the trainer for ever.
         thread = threading.Thread(target=lambda: outcome.append(self._attempt(model, policy_version)), daemon=True)
+        self._control.refusal = None
         thread.start()
-        thread.join(self._deadline_s)
+        self._wait(thread)
         if not outcome:
+            what = f"weight sync {policy_version} over {self._transport.name}"
+            if self._control.refusal is not None:
+                raise WeightSyncError(f"{what} was refused by the server: {self._control.refusal}")
             raise WeightSyncError(
-                f"weight sync {policy_version} over {self._transport.name} did not end within {self._deadline_s:g} s; "
-                "the server's log says where it waits"
+                f"{what} did not end within {self._deadline_s:g} s; the server's log says where it waits"
             )
         result = outcome[0]
         if isinstance(result, WeightSyncError):
@@ -90,6 +96,15 @@ class WeightSync:
                 f"weight sync {policy_version} over {self._transport.name} failed: {result}"
             ) from result
         return result
+
+    def _wait(self, thread: threading.Thread) -> None:
+        """Until the thread ends, the deadline has passed, or the server refused what the thread goes on waiting for."""
+        deadline = time.monotonic() + self._deadline_s
+        while thread.is_alive() and time.monotonic() < deadline:
+            thread.join(min(POLL_S, max(0.0, deadline - time.monotonic())))
+            if self._control.refusal is not None:
+                deadline = min(deadline, time.monotonic() + REFUSAL_GRACE_S)
+                thread.join(max(0.0, deadline - time.monotonic()))
 
     def close(self) -> None:
         self._transport.close()

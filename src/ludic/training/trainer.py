@@ -111,7 +111,9 @@ class GRPOTrainer(Generic[SampleT]):
         self._model_dtype = model_dtype
         self._device = next(model.parameters()).device
         self._prompt_token_ids = self._tokenise(train_samples)
+        self._settings = {**dataclasses.asdict(config), "num_train_samples": len(train_samples)}
 
+        disable_dropout(model)
         prepare_packed_attention(model)
         with (
             self._autocast()
@@ -141,15 +143,18 @@ class GRPOTrainer(Generic[SampleT]):
             weight_decay=config.weight_decay,
             fused=self._device.type == "cuda",
         )
-        self.state = TrainerState(step=0, policy_version=0, model=model_name, config=dataclasses.asdict(config))
+        self.state = TrainerState(step=0, policy_version=0, model=model_name, config=self._settings)
         self.last_checkpoint: Path | None = None
         self._mid_update = False
         self._saved_step = 0
         self._started, self._seconds_before = time.perf_counter(), 0.0
         if resume_from is not None:
             self.last_checkpoint, state = resume_from
+            check_same_data_order(state, self._settings)
             load_optimizer(self.last_checkpoint, self.optimizer, self._device)
-            self.state = dataclasses.replace(state, config=dataclasses.asdict(config))
+            for group in self.optimizer.param_groups:  # what this run was given, not what the checkpoint was made with
+                group["betas"], group["weight_decay"] = (config.adam_beta1, config.adam_beta2), config.weight_decay
+            self.state = dataclasses.replace(state, config=self._settings)
 
     # -- the loop --------------------------------------------------------------------------------------------------
 
@@ -173,6 +178,9 @@ class GRPOTrainer(Generic[SampleT]):
                         await self._evaluate()
                     if done or (config.save_every and self.state.step % config.save_every == 0):
                         self.save()
+                if self._owes_evaluation():  # an earlier run was cut off in its last evaluation
+                    await self._evaluate()
+                    self.save()
             except CheckpointError:
                 raise
             except BaseException:
@@ -197,9 +205,12 @@ class GRPOTrainer(Generic[SampleT]):
         train_started = time.perf_counter()
         metrics = self._train_on(batch)
         train_s = time.perf_counter() - train_started
-        report = await self._sync_weights()
-        rollout_writer.flush()
-        self._log_step(metrics, batch, report, train_s=train_s, step_s=time.perf_counter() - started)
+        report: WeightSyncReport | None = None
+        try:
+            report = await self._sync_weights()
+        finally:  # the update is done and counted, so it is logged, whatever became of the sync
+            rollout_writer.flush()
+            self._log_step(metrics, batch, report, train_s=train_s, step_s=time.perf_counter() - started)
 
     def _prompts(self, step: int) -> list[Prompt[SampleT]]:
         """The prompts of one update: the data in a fresh random order each epoch, cut into updates without a gap."""
@@ -240,8 +251,15 @@ class GRPOTrainer(Generic[SampleT]):
         if samples:
             metrics |= self._optimise(samples)
         else:
+            cut_off = f", and {stats.num_truncated_masked} completions were cut off and masked" * bool(
+                stats.num_truncated_masked
+            )
             logger.warning(
-                "update %d: no group has any variance in its rewards, nothing to learn from", self.state.step + 1
+                "update %d: nothing to learn from: %d of %d groups have no variance in their rewards%s",
+                self.state.step + 1,
+                stats.num_zero_variance_groups,
+                stats.num_groups,
+                cut_off,
             )
         metrics["learning_rate"] = learning_rate
         rollouts = [rollout for group in batch.groups for rollout in group.rollouts]
@@ -291,6 +309,12 @@ class GRPOTrainer(Generic[SampleT]):
                     old_logprobs[index] = stats.logprobs.detach()
             max_norm = config.max_grad_norm or math.inf
             grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
+            if not torch.isfinite(grad_norm):
+                self.optimizer.zero_grad(set_to_none=True)
+                raise FloatingPointError(
+                    f"the gradient of update {self.state.step + 1} is not finite (norm {grad_norm.item()}); the policy was "
+                    "left as it was before. A lower --learning-rate, or --tis-cap, is what helps most often"
+                )
             self._mid_update = True  # until the update is counted, the weights belong to no step
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
@@ -342,7 +366,7 @@ class GRPOTrainer(Generic[SampleT]):
         if not (config.eval_limit and self.eval_samples):
             return
         samples = self.eval_samples[: config.eval_limit]
-        max_tokens = self._eval_max_tokens or config.max_completion_len or config.max_seq_len // 2
+        max_tokens = self._eval_max_tokens or config.max_completion_len or config.max_seq_len
         result: EvaluationResult = await evaluate(
             self.engine,
             self.environment,
@@ -361,6 +385,10 @@ class GRPOTrainer(Generic[SampleT]):
             self.state, evaluations=[*self.state.evaluations, {"step": self.state.step, **summary}]
         )
         self.metric_logger.log(self.state.step, {f"eval/{name}": float(str(summary[name])) for name in _EVAL_METRICS})
+
+    def _owes_evaluation(self) -> bool:
+        evaluates = bool(self.config.eval_limit and self.eval_samples)
+        return evaluates and self.state.evaluations[-1]["step"] != self.state.step
 
     def save(self) -> "Path":
         """Write a checkpoint of the last finished update.
@@ -381,7 +409,13 @@ class GRPOTrainer(Generic[SampleT]):
         return self.last_checkpoint
 
     def _log_step(
-        self, metrics: dict[str, float], batch: RolloutBatch, report: WeightSyncReport, *, train_s: float, step_s: float
+        self,
+        metrics: dict[str, float],
+        batch: RolloutBatch,
+        report: WeightSyncReport | None,
+        *,
+        train_s: float,
+        step_s: float,
     ) -> None:
         figures = dict(metrics)
         figures |= {
@@ -389,21 +423,23 @@ class GRPOTrainer(Generic[SampleT]):
             "generation_s": batch.generation_s,
             "grading_s": batch.grading_s,
             "train_s": train_s,
-            "sync_s": report.seconds,
             "step_s": step_s,
             "tokens_per_s": metrics["total_completion_tokens"] / step_s,
             "train_tokens_per_s": metrics.get("trained_tokens", 0.0) / train_s,
         }
-        figures |= {f"sync/{name}_s": seconds for name, seconds in report.phases_s.items()}
-        if report.logprob_gap is not None:
-            figures["sync/logprob_gap"] = report.logprob_gap
+        if report is not None:
+            figures["sync_s"] = report.seconds
+            figures |= {f"sync/{name}_s": seconds for name, seconds in report.phases_s.items()}
+            if report.logprob_gap is not None:
+                figures["sync/logprob_gap"] = report.logprob_gap
         self.metric_logger.log(self.state.step, figures)
 
     def _summary(self) -> TrainingSummary:
         evaluations: list[dict[str, Any]] = self.state.evaluations
-        after = evaluations[-1] if len(evaluations) > 1 else None
+        before = evaluations[0] if evaluations and evaluations[0]["step"] == 0 else None
+        after = evaluations[-1] if evaluations and evaluations[-1]["step"] == self.state.step > 0 else None
         return TrainingSummary(
-            accuracy_before=evaluations[0]["accuracy"] if evaluations else None,
+            accuracy_before=before["accuracy"] if before else None,
             accuracy_after=after["accuracy"] if after else None,
             eval_problems=evaluations[0]["num_problems"] if evaluations else 0,
             updates=self.state.step,
@@ -430,6 +466,31 @@ class GRPOTrainer(Generic[SampleT]):
                 )
             token_ids.append(ids)
         return token_ids
+
+
+def disable_dropout(model: torch.nn.Module) -> None:
+    """Set every dropout to 0: the trainer's log-probs must be those of the policy that sampled, in training mode too."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for holder in (module, getattr(module, "config", None)):  # attention keeps its own in either place
+            if isinstance(getattr(holder, "attention_dropout", None), float):
+                setattr(holder, "attention_dropout", 0.0)  # noqa: B010  # a module's attributes are tensors to the checker
+
+
+def check_same_data_order(state: TrainerState, settings: Mapping[str, Any]) -> None:
+    """A resumed run finds its place in the data from the update's number, so what that depends on must not change.
+
+    Raises:
+        ValueError: one of those settings is another than the checkpoint's; names it and both values.
+    """
+    for name in ("seed", "rollouts_per_update", "group_size", "num_train_samples"):
+        if state.config.get(name, settings[name]) != settings[name]:
+            what = "the number of training samples" if name == "num_train_samples" else "--" + name.replace("_", "-")
+            raise ValueError(
+                f"the checkpoint was made with {what} {state.config[name]}, this run has {settings[name]}: with another, "
+                "prompts would be repeated or skipped; resume with the same, or start a run with --model CHECKPOINT"
+            )
 
 
 def schedule_factor(config: GRPOConfig, step: int) -> float:
