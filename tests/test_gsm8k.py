@@ -139,7 +139,6 @@ def test_a_missing_datasets_package_is_named_with_the_way_out(monkeypatch: pytes
 
 
 def test_csv_files_are_read_where_there_is_no_jsonl(tmp_path: Path) -> None:
-    pytest.importorskip("datasets")
     (tmp_path / "main").mkdir()
     (tmp_path / "main" / "test-00000.csv").write_text('question,answer\nHow many?,"so\n#### 18"\nWhat?,18\n')
     with pytest.raises(ValueError, match=r"test-00000\.csv:2: no `####`"):
