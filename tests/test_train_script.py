@@ -7,6 +7,7 @@ starting Python takes longer than refusing a flag; a few go through a subprocess
 import importlib.util
 import json
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -140,6 +141,20 @@ def test_a_run_says_each_step_and_sync_and_ends_with_the_next_command(finished: 
     assert "2 updates, 32 rollouts" in printed and "strict accuracy" in printed
     (following,) = [line for line in lines if line.startswith("next: ")]
     assert "eval_gsm8k_vllm.py" in following and str(out_dir / "checkpoints_gsm8k" / "step_2") in following
+
+
+def test_the_next_command_that_a_run_prints_works_as_it_stands(finished: tuple[Path, str], tmp_path: Path) -> None:
+    (following,) = [line for line in finished[1].splitlines() if line.startswith("next: ")]
+    words = shlex.split(following.removeprefix("next: uv run python "))
+    done = subprocess.run(
+        [sys.executable, *words, "--out-dir", str(tmp_path)],
+        cwd=SCRIPT.parents[2],
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "gsm8k_eval.jsonl.summary.json").read_text())["num_problems"] == 32
 
 
 def test_resume_goes_on_where_the_run_ended(

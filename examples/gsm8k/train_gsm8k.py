@@ -306,7 +306,7 @@ def _finish(
     ):
         if path:
             _say(f"  {what + ':':<13} {path}")
-    _say(f"next: {_next_command(args, paths, summary)}")
+    _say(f"next: {_next_command(args, config, paths, summary)}")
 
 
 def _comparison_rows(evaluations: list[dict[str, Any]]) -> list[ComparisonRow]:
@@ -326,7 +326,7 @@ def _comparison_rows(evaluations: list[dict[str, Any]]) -> list[ComparisonRow]:
     ]
 
 
-def _next_command(args: argparse.Namespace, paths: RunPaths, summary: "TrainingSummary") -> str:
+def _next_command(args: argparse.Namespace, config: GRPOConfig, paths: RunPaths, summary: "TrainingSummary") -> str:
     """How to evaluate the last checkpoint on problems that were not trained on."""
     words = ["uv", "run", "python", "examples/gsm8k/eval_gsm8k_vllm.py", "--model", str(summary.last_checkpoint)]
     words += ["--engine", "local"] if args.engine == "local" else ["--start-server", "--port", "8001"]
@@ -337,6 +337,7 @@ def _next_command(args: argparse.Namespace, paths: RunPaths, summary: "TrainingS
         words += ["--dataset", args.eval_dataset or "PROBLEMS"]  # never the file that was trained on
     if args.system_prompt:
         words += ["--system-prompt", args.system_prompt]
+    words += ["--max-tokens", str(config.max_completion_len or 512), "--max-seq-len", str(config.max_seq_len)]
     return shlex.join([*words, "--out-dir", str(paths.out_dir), "--limit", "250"])
 
 
