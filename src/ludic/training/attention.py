@@ -205,9 +205,9 @@ def _one_by_one(
 
 
 def compile_layers(model: PreTrainedModel) -> None:
-    """Compile each decoder layer of a prepared model, in place; with `compile_head` of `token_logprobs` this took a 0.5B
-    model from 90 to 126 thousand tokens a second on an H200, for 10 to 20 s at the first micro-batch. Not worth it on
-    a CPU. Saved weights keep their names.
+    """Compile each decoder layer of a prepared model, in place; goes with `compile_head` of `token_logprobs`. It costs
+    some 20 s at the first micro-batches on a GPU (benchmarks/RESULTS.md), and is not worth it on a CPU. Saved weights keep
+    their names.
 
     Raises:
         ValueError: if the model has no layers that can be told apart.
