@@ -1,4 +1,5 @@
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -21,13 +22,17 @@ from transformers import (
 )
 from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention
 
+from ludic.training import attention
 from ludic.training.attention import (
     boundary_kwargs,
     check_isolation,
     compile_layers,
     packed_attention,
+    packed_attention_kwargs,
     prepare_packed_attention,
 )
+from ludic.training.packing import pack
+from ludic.types import MicroBatch, TrainingSample
 
 _SHAPE: dict[str, Any] = {
     "vocab_size": 97,
@@ -86,9 +91,56 @@ def _separate(model: PreTrainedModel, sequences: list[torch.Tensor]) -> torch.Te
     return torch.cat(rows)
 
 
+GROUPS = ((6, (7, 1, 12)), (1, (4, 9)), (11, (3,)))
+"""(prompt, completions): tokens of each group, of which one has a prompt of one token and one has nothing to share"""
+
+
+def _row(groups: tuple[tuple[int, tuple[int, ...]], ...] = GROUPS, seed: int = 2) -> MicroBatch:
+    """One row of groups whose samples share a prompt."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids(length: int) -> list[int]:
+        tokens: list[int] = torch.randint(1, 97, (length,), generator=generator).tolist()
+        return tokens
+
+    samples = []
+    for prompt, completions in groups:
+        prompt_ids = ids(prompt)
+        samples += [
+            TrainingSample(
+                token_ids=[*prompt_ids, *ids(completion)],
+                loss_mask=[i >= prompt for i in range(prompt + completion)],
+                rollout_logprobs=None,
+                advantage=1.0,
+                policy_version=0,
+            )
+            for completion in completions
+        ]
+    (row,) = pack(samples, token_budget=100_000, normalisation="token_mean")
+    return row
+
+
+def _forward(model: PreTrainedModel, row: MicroBatch) -> torch.Tensor:
+    """Hidden states [T, H] of a row."""
+    hidden: torch.Tensor = model.base_model(
+        input_ids=row.input_ids.unsqueeze(0),
+        position_ids=row.position_ids.unsqueeze(0),
+        use_cache=False,
+        **packed_attention_kwargs(row),
+    ).last_hidden_state[0]
+    return hidden
+
+
+def _along_paths(row: MicroBatch) -> list[torch.Tensor]:
+    """Of each sequence in the row, where its tokens stand, shared ones included."""
+    assert row.key_indices is not None
+    paths = row.key_indices.split(row.cu_seqlens_k.diff().tolist())
+    return [path for index, path in zip(row.sample_indices, paths, strict=True) if index >= 0]
+
+
 def _gradient(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
     model.zero_grad()
-    (hidden * torch.linspace(-1, 1, hidden.numel()).view_as(hidden)).sum().backward()
+    (hidden * torch.linspace(-1, 1, hidden.numel(), device=hidden.device).view_as(hidden)).sum().backward()
     return torch.cat([p.grad.flatten() for p in model.base_model.parameters() if p.grad is not None])
 
 
@@ -112,6 +164,21 @@ def test_the_comparison_would_see_a_leak(family: str) -> None:
     leaked = _packed(model, sequences, [sum(LENGTHS)])  # one long sequence, as a missing boundary would have it
     assert (leaked - alone).abs().max() > 1e-2
     torch.testing.assert_close(leaked[: LENGTHS[0]], alone[: LENGTHS[0]], atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_sequences_with_a_shared_prompt_are_what_they_are_alone(family: str) -> None:
+    model, row = _model(family), _row()
+    paths = _along_paths(row)
+    alone = _separate(model, [row.input_ids[path] for path in paths])
+    gradient_alone = _gradient(model, alone)
+    prepare_packed_attention(model)
+    shared = _forward(model, row)
+    assert shared.shape[0] == alone.shape[0] - 2 * 6 - 1  # the prompts of two groups stand once
+    shared = shared[torch.cat(paths)]
+    torch.testing.assert_close(shared, alone, atol=2e-6, rtol=1e-5)
+    gradient = _gradient(model, shared)
+    assert (gradient - gradient_alone).norm() < 1e-5 * gradient_alone.norm()
 
 
 def test_a_window_shorter_than_a_sequence_is_honoured_and_not_by_chance() -> None:
@@ -158,6 +225,87 @@ def test_the_check_at_start_finds_positions_mixed_outside_of_attention() -> None
     )
     with pytest.raises(RuntimeError, match="Qwen2ForCausalLM lets packed sequences see each other"):
         check_isolation(model)
+
+
+def test_the_check_at_start_finds_a_prompt_that_is_not_seen_as_the_sequences_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, gathered = _model("qwen2"), attention._gathered
+    prepare_packed_attention(model)
+
+    def without_the_second_token(states: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        shares = indices.numel() > states.shape[2]
+        return gathered(states, torch.where(indices == 1, 0, indices) if shares else indices)
+
+    monkeypatch.setattr(attention, "_gathered", without_the_second_token)
+    with pytest.raises(RuntimeError, match="Qwen2ForCausalLM does not see a shared prompt as it sees its own"):
+        check_isolation(model)
+
+
+@torch.library.custom_op("ludic_tests::varlen", mutates_args=())
+def _stand_in(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_q: torch.Tensor,
+    cu_seq_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    scale: float | None,
+    window: list[int],
+) -> torch.Tensor:
+    """What the GPU's kernel computes, in the shapes and with the arguments of the kernel."""
+    assert (max_q, max_k) >= (int(cu_seq_q.diff().max()), int(cu_seq_k.diff().max()))
+    states = [state.transpose(0, 1).unsqueeze(0) for state in (query, key, value)]
+    width = None if window[0] == -1 else window[0] + 1
+    return attention._one_by_one(states[0], states[1], states[2], (cu_seq_q, cu_seq_k), scale, width)[0].contiguous()
+
+
+@_stand_in.register_fake
+def _(query: torch.Tensor, *_rest: object) -> torch.Tensor:
+    return torch.empty_like(query)
+
+
+@contextmanager
+def _kernel_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    def varlen_attn(*tensors_and_lengths: Any, scale: float | None, window_size: tuple[int, int], **_: bool) -> Any:
+        return torch.ops.ludic_tests.varlen(*tensors_and_lengths, scale, list(window_size))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(attention, "varlen_attn", varlen_attn)
+        patch.setattr(attention, "_varlen_can", lambda *_: True)
+        yield
+
+
+@pytest.mark.parametrize(("family", "kinds_of_layer"), [("qwen2", 1), ("llama", 1), ("gemma3", 2)])
+def test_compiled_layers_serve_rows_of_every_shape_from_one_graph_for_each_kind_of_layer(
+    family: str, kinds_of_layer: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, graphs = _model(family), 0
+    prepare_packed_attention(model)
+    rows = [
+        _row(((28, (100,)),)),  # one sequence alone, whose length is also the number of keys and the longest segment
+        _row(),
+        _row(((1, (1, 1)),)),
+        _row(((40, (200, 3, 97, 1, 30)), (2, (5,)), (13, (1, 2, 3, 4)))),
+        _row(((9, (128,)), (3, (2,)), (60, (90, 91)))),
+    ]
+
+    def counted(graph: torch.fx.GraphModule, _inputs: object) -> Callable[..., Any]:
+        nonlocal graphs
+        graphs += 1
+        return graph.forward
+
+    compiled = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda layer, **kwargs: compiled(layer, backend=counted, **kwargs))
+    torch._dynamo.reset()
+    with _kernel_on_the_cpu(monkeypatch), torch.no_grad():
+        eager = [_forward(model, row) for row in rows]
+        compile_layers(model)
+        for row, expected in zip(rows, eager, strict=True):
+            torch.testing.assert_close(_forward(model, row), expected, atol=2e-6, rtol=1e-5)
+            assert graphs == kinds_of_layer  # a graph break or a new compilation would make more
+    torch._dynamo.reset()
 
 
 class _LargestTensor(TorchDispatchMode):
@@ -207,8 +355,7 @@ def _call(**changes: object) -> None:
     states = torch.zeros(1, 2, 4, 8)
     arguments: dict[str, object] = {
         "attention_mask": None,
-        "cu_seq_lens_q": torch.tensor([0, 4], dtype=torch.int32),
-        "max_length_q": 4,
+        **boundary_kwargs(torch.tensor([0, 4], dtype=torch.int32), 4),
     }
     packed_attention(torch.nn.Identity(), states, states, states, **(arguments | changes))  # type: ignore[arg-type]
 
@@ -245,27 +392,64 @@ def test_layers_that_are_not_attention_are_refused_when_a_model_is_prepared() ->
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("window", [None, 5])
-@pytest.mark.parametrize("kv_heads", [2, 4])
-def test_the_varlen_kernel_agrees_with_one_attention_a_sequence(window: int | None, kv_heads: int) -> None:
-    generator = torch.Generator("cuda").manual_seed(0)
-    lengths = (33, 1, 128, 70)
-    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).cuda()
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (14, 2)])
+def test_the_varlen_kernel_agrees_with_one_attention_a_segment(
+    heads: int, kv_heads: int, window: int | None, shared: bool
+) -> None:
+    row = _row(((33, (1, 128, 70)), (100, (5, 60, 7, 9)), (1, (3, 3)), (9, (200,)))).to(torch.device("cuda"))
+    generator = torch.Generator("cuda")
+    kwargs: Any = packed_attention_kwargs(row)
+    if not shared:
+        kwargs = boundary_kwargs(row.cu_seqlens, row.max_seqlen)
 
     def run(dtype: torch.dtype) -> list[torch.Tensor]:
         generator.manual_seed(0)
         states = [
-            torch.randn(1, heads, sum(lengths), 64, generator=generator, device="cuda").to(torch.bfloat16).to(dtype)
-            for heads in (4, kv_heads, kv_heads)
+            torch.randn(1, number, row.input_ids.numel(), 64, generator=generator, device="cuda")
+            .to(torch.bfloat16)
+            .to(dtype)
+            .requires_grad_()
+            for number in (heads, kv_heads, kv_heads)
         ]
-        for state in states:
-            state.requires_grad_()
+        query, key, value = states
         output, _ = packed_attention(
-            torch.nn.Identity(), states[0], states[1], states[2], None, scaling=0.2, sliding_window=window,
-            cu_seq_lens_q=cu_seqlens, max_length_q=max(lengths),
-        )  # fmt: skip
+            torch.nn.Identity(), query, key, value, None, scaling=0.2, sliding_window=window, **kwargs
+        )
         output.float().square().sum().backward()
         return [output.detach().float(), *(state.grad.float() for state in states if state.grad is not None)]
 
-    for fast, exact in zip(run(torch.bfloat16), run(torch.float32), strict=True):
+    results = list(zip(run(torch.bfloat16), run(torch.float32), strict=True))
+    assert len(results) == 4
+    for fast, exact in results:
+        assert fast.shape == exact.shape
         assert (fast - exact).norm() < 1e-2 * exact.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("family", ["qwen2", "llama", "gemma3"])
+def test_in_bf16_on_a_gpu_a_shared_prompt_learns_what_it_learns_in_separate_rows(family: str, compiled: bool) -> None:
+    rows = [_row(((60, (90, 3, 128, 40)), (20, (7, 9)), (5, (64,))), seed) for seed in (3, 4)]
+    rows += [_row(((33, (5, 200)),), seed=5)]
+    model = _model(family)
+    for dtype in (torch.bfloat16, torch.float32):  # weights that both have, so that only what is computed differs
+        torch.nn.Module.to(model, dtype)
+    expected = torch.zeros(())
+    for row in rows:
+        alone = _separate(model, [row.input_ids[path] for path in _along_paths(row)])
+        expected = expected + _gradient(model, alone)  # [all parameters], in fp32 on the CPU
+    torch.nn.Module.to(model, "cuda", torch.bfloat16)
+    prepare_packed_attention(model)
+    if compiled:
+        torch._dynamo.reset()
+        compile_layers(model)
+    gradient = torch.zeros(())
+    for row in rows:
+        hidden = _forward(model, row.to(torch.device("cuda")))
+        paths = torch.cat(_along_paths(row)).cuda()
+        along = hidden.float().index_select(0, paths)
+        gradient = gradient + _gradient(model, along).float().cpu()
+    assert (gradient - expected).norm() < 2e-2 * expected.norm()

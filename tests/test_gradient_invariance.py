@@ -1,10 +1,11 @@
-"""The gradient of an update does not depend on how it is cut into micro-batches.
+"""The gradient of an update depends neither on how it is cut into micro-batches nor on whether prompts are shared.
 
 Each packed, chunked gradient is held against one of separate unpacked rows: plain transformers forwards with whole
 logits, and the losses written once more here, sequence by sequence, as their papers have them.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -23,15 +24,21 @@ from transformers import (
 )
 
 from ludic.training.attention import prepare_packed_attention
-from ludic.training.losses import LOSSES, LossSettings, loss_inputs, reduce_metrics, token_logprobs
+from ludic.training.logprobs import token_logprobs
+from ludic.training.losses import LOSSES, LossSettings, loss_inputs, reduce_metrics
 from ludic.training.packing import pack
 from ludic.types import MicroBatch, TrainingSample
 
 TIS_CAP, KL_COEF = 1.1, 0.1
 TEMPERATURE, MAX_COMPLETION = 0.8, 16
-LENGTHS = ((5, 9), (5, 4), (9, 1), (4, 12), (2, 8), (8, 5))
-"""(prompt, completion) tokens of each sample"""
-BUDGETS = {"one row": 200, "several rows": 30, "one sample a row": 16}
+GROUPS = ((5, (9, 4)), (9, (1,)), (4, (12, 8, 5)))
+"""(prompt, completions): tokens of each group. Its samples share the prompt."""
+BUDGETS = {"one row": 200, "several rows": 24, "as many rows as can be": 17}
+NUM_ROWS = {
+    True: {"one row": 1, "several rows": 3, "as many rows as can be": 5},
+    False: {"one row": 1, "several rows": 4, "as many rows as can be": 6},
+}
+"""By whether prompts are shared. The last group does not fit into one of several rows."""
 
 _SHAPE: dict[str, Any] = {
     "vocab_size": 61,
@@ -86,9 +93,11 @@ def _update(family: str) -> tuple[list[TrainingSample], list[torch.Tensor], list
     """Samples, and old and reference log-probs [L] of each: near the policy's, so that some tokens are clipped."""
     model, generator = _model(family), torch.Generator().manual_seed(3)
     samples, olds, refs = [], [], []
-    for index, (prompt, completion) in enumerate(LENGTHS):
+    group_of = [(prompt, completion) for prompt, completions in GROUPS for completion in completions]
+    prompts = {prompt: torch.randint(3, 61, (prompt,), generator=generator).tolist() for prompt, _ in GROUPS}
+    for index, (prompt, completion) in enumerate(group_of):
         sample = TrainingSample(
-            token_ids=torch.randint(3, 61, (prompt + completion,), generator=generator).tolist(),
+            token_ids=prompts[prompt] + torch.randint(3, 61, (completion,), generator=generator).tolist(),
             loss_mask=[False] * prompt + [True] * completion,
             rollout_logprobs=None,
             advantage=(-1.5, 0.5, 1.0)[index % 3],
@@ -150,47 +159,87 @@ def _separate_rows(family: str, name: str) -> tuple[float, torch.Tensor]:
     return loss.item(), _flat_gradient(model)
 
 
-def _pack(samples: list[TrainingSample], name: str, budget: int) -> list[MicroBatch]:
+def _pack(
+    samples: list[TrainingSample], name: str, budget: int, share_prompts: bool, pad_to_multiple: int = 1
+) -> list[MicroBatch]:
     return pack(
         samples,
         token_budget=budget,
         normalisation=LOSSES[name].normalisation,
         max_completion_tokens=MAX_COMPLETION,
+        share_prompts=share_prompts,
+        pad_to_multiple=pad_to_multiple,
     )
 
 
+def _of_row(values: list[torch.Tensor], batch: MicroBatch) -> torch.Tensor:
+    """[T] of a row from what goes by samples, [L] each: a segment holds the last tokens of its sequence."""
+    segments = zip(batch.sample_indices, batch.cu_seqlens.diff().tolist(), strict=True)
+    return torch.cat([values[i][-length:] if i >= 0 else torch.zeros(length) for i, length in segments])
+
+
+def _backward(
+    model: PreTrainedModel, batches: list[MicroBatch], name: str, olds: list[torch.Tensor], refs: list[torch.Tensor]
+) -> dict[str, float]:
+    """Add up the gradients of the rows in the model; the figures of the update."""
+    device, metrics = model.device, []
+    for batch in batches:
+        row = batch.to(device)
+        stats = token_logprobs(model, row, temperature=TEMPERATURE, chunk_size=7)
+        old, ref = (_of_row(values, batch).to(device) for values in (olds, refs))
+        output = LOSSES[name].loss(loss_inputs(stats, row, old_logprobs=old, ref_logprobs=ref), _settings(name))
+        output.loss.backward()
+        metrics.append(output.metrics)
+    return reduce_metrics(metrics)
+
+
+@pytest.mark.parametrize("share_prompts", [True, False])
 @pytest.mark.parametrize("cut", BUDGETS)
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("family", MODELS)
-def test_the_gradient_is_the_same_however_the_update_is_cut(family: str, name: str, cut: str) -> None:
+def test_the_gradient_is_the_same_however_the_update_is_cut_and_whether_prompts_are_shared(
+    family: str, name: str, cut: str, share_prompts: bool
+) -> None:
     expected_loss, expected = _separate_rows(family, name)
     model, (samples, olds, refs) = _model(family), _update(family)
     prepare_packed_attention(model)
-    batches = _pack(samples, name, BUDGETS[cut])
-    assert len(batches) == {"one row": 1, "several rows": 3, "one sample a row": 6}[cut]
-    metrics = []
-    for batch in batches:
-        stats = token_logprobs(model, batch, temperature=TEMPERATURE, chunk_size=7)
-        old, ref = (torch.cat([values[i] for i in batch.sample_indices]) for values in (olds, refs))
-        output = LOSSES[name].loss(loss_inputs(stats, batch, old_logprobs=old, ref_logprobs=ref), _settings(name))
-        output.loss.backward()
-        metrics.append(output.metrics)
-    gradient, figures = _flat_gradient(model), reduce_metrics(metrics)
+    batches = _pack(samples, name, BUDGETS[cut], share_prompts)
+    assert len(batches) == NUM_ROWS[share_prompts][cut]
+    figures = _backward(model, batches, name, olds, refs)
+    gradient = _flat_gradient(model)
     assert (gradient - expected).norm() < 1e-5 * expected.norm()
     assert figures["loss"] == pytest.approx(expected_loss, rel=1e-5, abs=1e-6)
     assert 0 < figures["clip_fraction"] < 1 and 0 < figures["tis_capped_fraction"] < 1  # nothing is idle here
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_padding_changes_no_gradient(family: str) -> None:
+    _, expected = _separate_rows(family, "dapo")
+    model, (samples, olds, refs) = _model(family), _update(family)
+    prepare_packed_attention(model)
+    batches = _pack(samples, "dapo", 40, share_prompts=True, pad_to_multiple=8)
+    assert all(batch.input_ids.numel() % 8 == 0 for batch in batches)
+    assert any(batch.sample_indices[-1] == -1 for batch in batches)  # there is padding
+    _backward(model, batches, "dapo", olds, refs)
+    assert (_flat_gradient(model) - expected).norm() < 1e-5 * expected.norm()
 
 
 def test_a_loss_divided_within_each_micro_batch_would_be_noticed() -> None:
     _, expected = _separate_rows("qwen2", "dapo")
     model, (samples, olds, refs) = _model("qwen2"), _update("qwen2")
     prepare_packed_attention(model)
-    batches = _pack(samples, "dapo", BUDGETS["several rows"])
+    batches = _pack(samples, "dapo", BUDGETS["several rows"], share_prompts=False)
     for batch in batches:
-        stats = token_logprobs(model, batch, temperature=TEMPERATURE)
-        old, ref = (torch.cat([values[i] for i in batch.sample_indices]) for values in (olds, refs))
-        loss = (
-            LOSSES["dapo"].loss(loss_inputs(stats, batch, old_logprobs=old, ref_logprobs=ref), _settings("dapo")).loss
-        )
-        (loss / batch.loss_weights.sum() / len(batches)).backward()
+        share = float(batch.loss_weights.sum()) * len(batches)
+        _backward(model, [replace(batch, loss_weights=batch.loss_weights / share)], "dapo", olds, refs)
+    assert (_flat_gradient(model) - expected).norm() > 1e-2 * expected.norm()
+
+
+def test_a_first_token_predicted_from_its_neighbour_in_the_row_would_be_noticed() -> None:
+    _, expected = _separate_rows("qwen2", "dapo")
+    model, (samples, olds, refs) = _model("qwen2"), _update("qwen2")
+    prepare_packed_attention(model)
+    (batch,) = _pack(samples, "dapo", BUDGETS["one row"], share_prompts=True)
+    wrong = replace(batch, predictor_positions=batch.target_positions - 1)
+    _backward(model, [wrong], "dapo", olds, refs)
     assert (_flat_gradient(model) - expected).norm() > 1e-2 * expected.norm()

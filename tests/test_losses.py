@@ -22,15 +22,15 @@ from transformers import (
 )
 
 from ludic.training.attention import prepare_packed_attention
+from ludic.training.logprobs import check_head, token_logprobs
 from ludic.training.losses import (
     LOSSES,
     LossInputs,
     LossOutput,
     LossSettings,
-    check_head,
+    check_rollout_logprobs,
     loss_inputs,
     reduce_metrics,
-    token_logprobs,
 )
 from ludic.training.packing import pack
 from ludic.types import MicroBatch, TrainingSample
@@ -188,10 +188,47 @@ def test_the_gap_to_the_sampler_is_measured_on_trained_tokens_only() -> None:
 
 
 def test_the_figures_of_an_update_are_means_over_its_tokens_not_over_its_micro_batches() -> None:
-    one = {"loss": 0.5, "num_loss_tokens": 3.0, "entropy": 6.0, "logprob_gap_max": 0.1}
-    other = {"loss": 0.25, "num_loss_tokens": 1.0, "entropy": 4.0, "logprob_gap_max": 0.4}
+    one = {"loss": 0.5, "num_loss_tokens": 3.0, "entropy": 6.0, "num_gap_tokens": 2.0, "logprob_gap_max": 0.1}
+    other = {"loss": 0.25, "num_loss_tokens": 1.0, "entropy": 4.0, "num_gap_tokens": 1.0, "logprob_gap_max": 0.4}
     figures = reduce_metrics([{k: torch.tensor(v) for k, v in metrics.items()} for metrics in (one, other)])
-    assert figures == pytest.approx({"loss": 0.75, "num_loss_tokens": 4, "entropy": 2.5, "logprob_gap_max": 0.4})
+    assert figures == pytest.approx(
+        {"loss": 0.75, "num_loss_tokens": 4, "entropy": 2.5, "num_gap_tokens": 3, "logprob_gap_max": 0.4}
+    )
+
+
+def test_the_gap_to_the_sampler_is_averaged_over_the_tokens_whose_log_prob_it_gave() -> None:
+    nan, settings = float("nan"), LossSettings()
+    known, mixed, unknown = [5.0, -1.1, -1.7, 5, 5, 5, -0.5], [5.0, -1.2, nan, 5, 5, 5, nan], [nan] * 7
+    none = LOSSES["dapo"].loss(_inputs(TOKEN_MEAN), settings)
+    rows = [LOSSES["dapo"].loss(_inputs(TOKEN_MEAN, rollout=values), settings) for values in (known, mixed, unknown)]
+    figures = reduce_metrics([output.metrics for output in (*rows, none)])
+    assert figures["num_loss_tokens"] == 12
+    assert figures["num_gap_tokens"] == 4
+    assert figures["logprob_gap_mean"] == pytest.approx((0.1 + 0.3 + 0.0 + 0.2) / 4)
+    assert figures["kl_rollout"] == pytest.approx(sum(math.exp(x) - x - 1 for x in (0.1, -0.3, 0.2)) / 4, rel=1e-5)
+    assert figures["logprob_gap_max"] == pytest.approx(0.3)
+    for output in rows:  # what is unknown touches neither the loss nor its gradient
+        assert output.loss.item() == none.loss.item()
+
+
+@pytest.mark.parametrize("rollout", [None, [float("nan")] * 7])
+def test_without_any_log_prob_of_the_sampler_there_is_no_gap_to_report(rollout: list[float] | None) -> None:
+    figures = reduce_metrics([LOSSES["dapo"].loss(_inputs(TOKEN_MEAN, rollout=rollout), LossSettings()).metrics])
+    assert not {"num_gap_tokens", "logprob_gap_mean", "logprob_gap_max", "kl_rollout"} & figures.keys()
+    assert figures["num_loss_tokens"] == 3
+
+
+def test_a_correction_is_refused_on_the_host_when_the_sampler_gave_only_some_log_probs() -> None:
+    samples = [
+        TrainingSample(
+            token_ids=[1, 2], loss_mask=[False, True], rollout_logprobs=logprobs, advantage=1.0, policy_version=0
+        )
+        for logprobs in ([0.0, -1.0], None, None)
+    ]
+    check_rollout_logprobs(samples, LossSettings())
+    check_rollout_logprobs(samples[:1], LossSettings(tis_cap=2.0))
+    with pytest.raises(ValueError, match=r"tis_cap 2\.0 needs the sampler's log-probs, and 2 of 3 samples have none"):
+        check_rollout_logprobs(samples, LossSettings(tis_cap=2.0))
 
 
 def test_an_update_without_micro_batches_has_no_metrics() -> None:
@@ -308,14 +345,6 @@ def test_the_gradient_through_the_chunks_is_that_of_whole_logits(chunk_size: int
         assert (parameter.grad - expected[name]).norm() <= 1e-5 * expected[name].norm(), name
 
 
-def test_the_count_of_loss_tokens_given_by_the_host_changes_nothing() -> None:
-    model, batch = _model("plain"), _micro_batch()
-    prepare_packed_attention(model)
-    counted = token_logprobs(model, batch, temperature=1.0)
-    given = token_logprobs(model, batch, temperature=1.0, num_loss_tokens=int(batch.loss_mask.sum()))
-    assert torch.equal(counted.logprobs, given.logprobs)
-
-
 def test_without_entropy_the_log_probs_are_the_same_and_the_entropies_zero() -> None:
     model, batch = _model("plain"), _micro_batch()
     prepare_packed_attention(model)
@@ -417,7 +446,7 @@ def test_in_bf16_on_a_gpu_the_host_never_waits_and_the_log_probs_are_near_those_
     torch.nn.Module.to(model, device)
     model.config.max_position_embeddings = 128
     batch = _micro_batch(lengths)
-    count, on_device = int(batch.loss_mask.sum()), batch.to(device)
+    on_device = batch.to(device)
     prepare_packed_attention(model)
     with torch.no_grad():
         exact = token_logprobs(model, on_device, temperature=0.7).logprobs
@@ -425,7 +454,7 @@ def test_in_bf16_on_a_gpu_the_host_never_waits_and_the_log_probs_are_near_those_
     torch.cuda.set_sync_debug_mode("error")
     try:
         with torch.autocast("cuda", torch.bfloat16):
-            stats = token_logprobs(model, on_device, temperature=0.7, chunk_size=32, num_loss_tokens=count)
+            stats = token_logprobs(model, on_device, temperature=0.7, chunk_size=32)
         output = LOSSES[name].loss(loss_inputs(stats, on_device), LossSettings())
         output.loss.backward()
     finally:

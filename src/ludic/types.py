@@ -4,8 +4,8 @@
            -> TrainingSample -> MicroBatch -> optimizer
 
 All of them are frozen: a stage makes a new value, it never edits the one it was given. Shapes stand beside the fields;
-P is a prompt's length in tokens, C a completion's, G the group size, L = P + C, T the tokens of a packed row and S the
-sequences in it.
+P is a prompt's length in tokens, C a completion's, G the group size, L = P + C, T the tokens of a packed row, S the
+segments that it is cut into, K the keys that they see and N the tokens that are trained on.
 """
 
 from __future__ import annotations
@@ -34,13 +34,15 @@ class SamplingParams:
 
     Example:
         >>> SamplingParams(temperature=1.0, max_tokens=512, seed=7)
-        SamplingParams(temperature=1.0, top_p=1.0, max_tokens=512, seed=7)
+        SamplingParams(temperature=1.0, top_p=1.0, max_tokens=512, seed=7, logprobs=True)
     """
 
     temperature: float = 1.0
     top_p: float = 1.0
     max_tokens: int = 512
     seed: int | None = None
+    logprobs: bool = True
+    """Whether the engine returns the log-probabilities of the sampled tokens. Generation is faster without."""
 
     def __post_init__(self) -> None:
         if self.temperature < 0:
@@ -135,35 +137,64 @@ class TrainingSample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
-    """Whole sequences laid end to end in one row, without padding.
+    """Whole sequences laid end to end in one row, without padding; a prompt that several of them share stands once.
 
-    Entry t of `loss_mask`, `loss_weights`, `advantages` and `rollout_logprobs` speaks of the token `input_ids[t]`, which
-    is predicted from position t - 1 of the same sequence.
+    A row is cut into segments. A sequence by itself is one segment, whose tokens see one another. A prompt that is shared
+    is a segment of its own, and what each of its sequences adds to it, from the first trained token on, is one more: the
+    tokens of that one see the prompt and the segment's own. Example: the prompt [1, 2] with the completions [3, 4] and [5]
+
+        input_ids            [1, 2,  3, 4,  5]
+        position_ids         [0, 1,  2, 3,  2]
+        cu_seqlens           [0, 2, 4, 5]                    segments of 2, 2 and 1 tokens,
+        cu_seqlens_k         [0, 2, 6, 9]                    that see 2, 4 and 3 keys,
+        key_indices          [0, 1,  0, 1, 2, 3,  0, 1, 4]   which are these tokens of the row
+        target_positions     [2, 3, 4]                       the trained tokens 3, 4 and 5
+        predictor_positions  [1, 2, 1]                       are predicted from the tokens 2, 3 and 2
+
+    Entry t of `loss_mask`, `loss_weights`, `advantages` and `rollout_logprobs` speaks of the token `input_ids[t]`.
     """
 
     input_ids: torch.Tensor
     """[T] int64"""
     position_ids: torch.Tensor
-    """[T] int64, restarting at 0 with each sequence"""
+    """[T] int64, each token's place in its sequence"""
     cu_seqlens: torch.Tensor
-    """[S + 1] int32: sequence s is tokens cu_seqlens[s] to cu_seqlens[s + 1]"""
+    """[S + 1] int32: segment s is tokens cu_seqlens[s] to cu_seqlens[s + 1]"""
     max_seqlen: int
+    """The length of the longest segment."""
+    cu_seqlens_k: torch.Tensor
+    """[S + 1] int32: segment s sees the keys cu_seqlens_k[s] to cu_seqlens_k[s + 1], each of its tokens those up to its
+    own, which are the last ones"""
+    max_seqlen_k: int
+    """The most keys that a segment sees."""
+    key_indices: torch.Tensor | None
+    """[K] int64: the token of the row that each key belongs to; None where the keys are the row itself"""
+    target_positions: torch.Tensor
+    """[N] int64: where the tokens stand that are trained on, ascending"""
+    predictor_positions: torch.Tensor
+    """[N] int64: the token that each of those is predicted from"""
+    num_loss_tokens: int
+    """N"""
+    num_sequence_tokens: int
+    """What the sequences hold in all, a shared prompt counted with each of them; padding is not counted."""
     loss_mask: torch.Tensor
     """[T] bool"""
     loss_weights: torch.Tensor
     """[T] float32: what each token's loss is multiplied by, so that the micro-batches of an update just add up. It holds
     the loss's normalisation over the *whole* update (1 / loss tokens for the token mean), and 0 off the mask."""
     advantages: torch.Tensor
-    """[T] float32, each sequence's advantage on all its tokens"""
+    """[T] float32, each sequence's advantage on all its tokens; 0 on a shared prompt"""
     rollout_logprobs: torch.Tensor | None
-    """[T] float32, or None when the sampler gave none"""
+    """[T] float32, 0 off the mask and NaN where the sampler gave none; None when it gave none in the whole row"""
     sample_indices: tuple[int, ...]
-    """[S]: the place of each sequence in the list that was packed"""
+    """[S]: the place of each segment's sequence in the list that was packed; -1 for a shared prompt, and for padding"""
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same micro-batch with its tensors on `device`."""
+        """The same micro-batch with its tensors on `device`; the host does not wait for a copy to a GPU."""
 
         def move(tensor: torch.Tensor) -> torch.Tensor:
+            if device.type == "cuda" and not tensor.is_cuda:
+                tensor = tensor.pin_memory()  # from other memory the host would wait until the data are on their way
             return tensor.to(device, non_blocking=True)
 
         return MicroBatch(
@@ -171,6 +202,13 @@ class MicroBatch:
             position_ids=move(self.position_ids),
             cu_seqlens=move(self.cu_seqlens),
             max_seqlen=self.max_seqlen,
+            cu_seqlens_k=move(self.cu_seqlens_k),
+            max_seqlen_k=self.max_seqlen_k,
+            key_indices=None if self.key_indices is None else move(self.key_indices),
+            target_positions=move(self.target_positions),
+            predictor_positions=move(self.predictor_positions),
+            num_loss_tokens=self.num_loss_tokens,
+            num_sequence_tokens=self.num_sequence_tokens,
             loss_mask=move(self.loss_mask),
             loss_weights=move(self.loss_weights),
             advantages=move(self.advantages),

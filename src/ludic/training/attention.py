@@ -1,10 +1,15 @@
-"""Padding-free attention: the sequences of a packed row cannot see each other, and no mask is ever built.
+"""Padding-free attention: the sequences of a packed row cannot see each other, and no mask of the row is ever built.
 
 The function is registered with transformers' attention interface, so any causal language model that uses the interface
-can run it. The sequence boundaries travel as the keyword arguments that transformers passes to flash attention
+can run it. The boundaries of the segments travel as the keyword arguments that transformers passes to flash attention
 (`cu_seq_lens_q` and its kin). On a GPU in bf16 or fp16 the work is one call of `torch.nn.attention.varlen`; elsewhere
-one `scaled_dot_product_attention` a sequence, which on the CPU is faster than one padded batch at the head sizes of
+one `scaled_dot_product_attention` a segment, which on the CPU is faster than one padded batch at the head sizes of
 small models (14 against 19 ms, forward and backward, for 32 sequences of 60 to 120 tokens).
+
+A prompt that several sequences share stands in the row once (see `MicroBatch`). What follows it sees it through
+`key_indices`, by which keys and values are gathered along each segment's path before attention, at the few heads that
+grouped-query attention stores. A segment's queries are the last of its keys, which is how causality and windows are
+aligned where there are fewer queries than keys. The gradients of a key that is seen along several paths add up in fp32.
 
 transformers can isolate packed sequences by itself, from restarting positions, but builds a T x T mask for it and drops
 the isolation without a word when it is given an attention mask or leaves `use_cache` on. Here a call without boundaries
@@ -18,21 +23,30 @@ import inspect
 from functools import partial
 
 import torch
+import torch._functorch.config as functorch_config
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ludic.types import MicroBatch
+from ludic.training.packing import pack
+from ludic.types import MicroBatch, TrainingSample
 
 ATTENTION_NAME = "ludic_packed"
 """The name under which transformers knows this attention. No mask function is registered beside it: for a name without
 one, transformers makes no mask, and does not look at the positions on the device either."""
 
+ACTIVATION_BUDGET = 0.8
+"""The share of a compiled layer's activations that is kept for its backward pass. At 0.8 the compiler makes again what costs
+no matrix product (norms, the gated product of the MLP): at Qwen2.5-0.5B's shape 30,000 in place of 43,300 bytes a token
+and layer."""
+
 _SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
 _VARLEN_HEAD_DIM = 256
-_VARLEN_HAS_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
+_VARLEN_ASKS_FOR_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
+"""torch 2.11's wrapper takes fewer key heads than query heads without being asked; later ones want to be. The kernel is
+the same, and its backward returns gradients of the key heads."""
 
 
 def prepare_packed_attention(model: PreTrainedModel) -> None:
@@ -62,18 +76,35 @@ def prepare_packed_attention(model: PreTrainedModel) -> None:
 
 
 def packed_attention_kwargs(micro_batch: MicroBatch) -> dict[str, torch.Tensor | int]:
-    """The keyword arguments by which a prepared model's forward learns where the sequences of a row begin and end."""
-    return boundary_kwargs(micro_batch.cu_seqlens, micro_batch.max_seqlen)
+    """The keyword arguments by which a prepared model's forward learns where the segments of a row begin and end."""
+    kwargs: dict[str, torch.Tensor | int] = {
+        "cu_seq_lens_q": micro_batch.cu_seqlens,
+        "cu_seq_lens_k": micro_batch.cu_seqlens_k,
+        "max_length_q": _rounded(micro_batch.max_seqlen),
+        "max_length_k": _rounded(micro_batch.max_seqlen_k),
+    }
+    if micro_batch.key_indices is not None:
+        # In a row that shares nothing there are as many keys as tokens: the compiler must not take that for a rule.
+        torch._dynamo.maybe_mark_dynamic(micro_batch.key_indices, 0)
+        kwargs["key_indices"] = micro_batch.key_indices
+    return kwargs
 
 
 def boundary_kwargs(cu_seqlens: torch.Tensor, max_seqlen: int) -> dict[str, torch.Tensor | int]:
-    """The same for a row that is no micro-batch: `cu_seqlens` is [S + 1] int32, `max_seqlen` the longest sequence."""
+    """The same for a row of separate sequences that is no micro-batch: `cu_seqlens` is [S + 1] int32, `max_seqlen` the
+    longest sequence."""
     return {
         "cu_seq_lens_q": cu_seqlens,
         "cu_seq_lens_k": cu_seqlens,
-        "max_length_q": max_seqlen,
-        "max_length_k": max_seqlen,
+        "max_length_q": _rounded(max_seqlen),
+        "max_length_k": _rounded(max_seqlen),
     }
+
+
+def _rounded(length: int) -> int:
+    """Up to a multiple of 128. The kernels only size their grid by the longest segment, in blocks of 64 or 128 tokens, so
+    that costs nothing, and a compiled forward meets few values."""
+    return -(-length // 128) * 128
 
 
 def packed_attention(
@@ -91,10 +122,13 @@ def packed_attention(
     position_bias: torch.Tensor | None = None,
     is_causal: bool | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
+    cu_seq_lens_k: torch.Tensor | None = None,
     max_length_q: int | None = None,
+    max_length_k: int | None = None,
+    key_indices: torch.Tensor | None = None,
     **_unused: object,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention within each sequence of a packed row, as transformers' attention interface calls it.
+    """Causal attention along each segment of a packed row, as transformers' attention interface calls it.
 
     Args:
         module: The attention layer.
@@ -109,8 +143,11 @@ def packed_attention(
         s_aux: Attention sinks; must be None.
         position_bias: Must be None.
         is_causal: Must not be False.
-        cu_seq_lens_q: [S + 1] int32, where the sequences begin and end.
-        max_length_q: The length of the longest.
+        cu_seq_lens_q: [S + 1] int32, where the segments begin and end.
+        cu_seq_lens_k: [S + 1] int32, where the keys of each segment do.
+        max_length_q: The length of the longest segment, or more.
+        max_length_k: The most keys of a segment, or more.
+        key_indices: [K], the token of the row that each key belongs to; None if the keys are the row itself.
 
     Returns:
         [1, T, Hq, D], and None for the attention weights.
@@ -119,7 +156,7 @@ def packed_attention(
         ValueError: if the boundaries are missing, or for what packed attention cannot honour.
     """
     name = type(module).__name__
-    if cu_seq_lens_q is None or max_length_q is None:
+    if cu_seq_lens_q is None or cu_seq_lens_k is None or max_length_q is None or max_length_k is None:
         raise ValueError(
             f"{name} runs packed attention, which needs packed_attention_kwargs(micro_batch) in the forward"
         )
@@ -128,24 +165,42 @@ def packed_attention(
             f"{name}: packed attention takes one row and no cache, not queries {tuple(query.shape)} "
             f"over keys {tuple(key.shape)}; pass use_cache=False"
         )
-    refused = {
-        "an attention mask": attention_mask is not None,
-        f"dropout {dropout}": dropout > 0,
-        f"logit soft-capping {softcap}": softcap is not None,
-        "attention sinks": s_aux is not None,
-        "a position bias": position_bias is not None,
-        "attention in both directions": not (getattr(module, "is_causal", True) if is_causal is None else is_causal),
-    }
-    if any(refused.values()):
-        raise ValueError(f"{name}: packed attention cannot honour {', '.join(k for k, v in refused.items() if v)}")
+    if (
+        attention_mask is not None
+        or dropout > 0
+        or softcap is not None
+        or s_aux is not None
+        or position_bias is not None
+        or not (getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    ):
+        refused = {
+            "an attention mask": attention_mask is not None,
+            f"dropout {dropout}": dropout > 0,
+            f"logit soft-capping {softcap}": softcap is not None,
+            "attention sinks": s_aux is not None,
+            "a position bias": position_bias is not None,
+        }
+        reasons = [reason for reason, given in refused.items() if given] or ["attention in both directions"]
+        raise ValueError(f"{name}: packed attention cannot honour {', '.join(reasons)}")
     if torch.is_autocast_enabled(query.device.type):
         # Rotary embeddings in fp32 promote bf16 projections; varlen_attn is not on autocast's list, so cast here.
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    window = sliding_window if sliding_window is not None and sliding_window < max_length_q else None
+    if key_indices is not None:
+        key, value = _gathered(key, key_indices), _gathered(value, key_indices)
     if _varlen_can(query, key, value):
-        return _varlen(query, key, value, cu_seq_lens_q, max_length_q, scaling, window), None
-    return _one_by_one(query, key, value, cu_seq_lens_q, scaling, window), None
+        lengths = (max_length_q, max_length_k)
+        return _varlen(query, key, value, (cu_seq_lens_q, cu_seq_lens_k), lengths, scaling, sliding_window), None
+    return _one_by_one(query, key, value, (cu_seq_lens_q, cu_seq_lens_k), scaling, sliding_window), None
+
+
+def _gathered(states: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """[1, H, T, D] -> [1, H, K, D], laid out as [K, H, D].
+
+    By way of fp32, for the way back: a shared token's gradient is the sum over all paths, which low precision would round
+    at each addition. Compiled, the casts cost nothing.
+    """
+    return states[0].transpose(0, 1).float().index_select(0, indices).to(states.dtype).transpose(0, 1).unsqueeze(0)
 
 
 def _varlen_can(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
@@ -160,21 +215,17 @@ def _varlen(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    max_seqlen: int,
+    cu_seqlens: tuple[torch.Tensor, torch.Tensor],
+    max_seqlens: tuple[int, int],
     scaling: float | None,
     window: int | None,
 ) -> torch.Tensor:
-    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # [T, H, D]
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1 and not _VARLEN_HAS_GQA:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-        groups = 1
+    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # [T or K, H, D]
     # A window of (left, 0) is causal; left does not count the token itself, and -1 is no limit.
     run = partial(varlen_attn, scale=scaling, window_size=(-1 if window is None else window - 1, 0))
-    if groups > 1:
+    if _VARLEN_ASKS_FOR_GQA and query.shape[1] != key.shape[1]:
         run = partial(run, enable_gqa=True)
-    output = run(query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    output = run(query, key, value, *cu_seqlens, *max_seqlens)
     assert isinstance(output, torch.Tensor)
     return output.unsqueeze(0)
 
@@ -183,19 +234,21 @@ def _one_by_one(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    cu_seqlens: torch.Tensor,
+    cu_seqlens: tuple[torch.Tensor, torch.Tensor],
     scaling: float | None,
     window: int | None,
 ) -> torch.Tensor:
-    lengths = cu_seqlens.diff().tolist()
+    of_queries, of_keys = (boundaries.diff().tolist() for boundaries in cu_seqlens)
     grouped = query.shape[1] != key.shape[1]
     outputs = []
-    for q, k, v in zip(*(torch.split(tensor, lengths, dim=2) for tensor in (query, key, value)), strict=True):
+    for q, k, v in zip(
+        query.split(of_queries, dim=2), key.split(of_keys, dim=2), value.split(of_keys, dim=2), strict=True
+    ):
         mask = None
-        if window is not None and window < q.shape[2]:
-            position = torch.arange(q.shape[2], device=q.device)
-            distance = position[:, None] - position[None, :]
-            mask = (distance >= 0) & (distance < window)
+        if q.shape[2] != k.shape[2] or (window is not None and window < k.shape[2]):
+            position = torch.arange(k.shape[2], device=q.device)
+            distance = position[-q.shape[2] :, None] - position[None, :]  # the queries are the last of the keys
+            mask = distance >= 0 if window is None else (distance >= 0) & (distance < window)
         outputs.append(
             scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
@@ -217,46 +270,68 @@ def compile_layers(model: PreTrainedModel) -> None:
         raise ValueError(
             f"{type(model).__name__} has no decoder layers of transformers' kind to compile; do not ask for it"
         )
+    # Read when a layer is traced, and for the whole process: torch has no argument for it.
+    functorch_config.activation_memory_budget = ACTIVATION_BUDGET
     for layer in layers:
         layer.compile(dynamic=True)
 
 
 def check_isolation(model: PreTrainedModel) -> None:
-    """Prove on a prepared model, with three tiny forwards, that a packed sequence cannot see the one before it.
+    """Prove on a prepared model, with four tiny forwards, that a packed sequence sees neither the one before it nor one
+    that shares its prompt, and sees that prompt as its own.
 
     Worth its milliseconds once a run: an architecture may mix positions outside its attention layers.
 
     Raises:
-        RuntimeError: if changing the first sequence changes the second, or the second differs from itself alone.
+        RuntimeError: if a sequence behind another, or with a shared prompt, is not what it is alone.
     """
-    device = next(model.parameters()).device
     vocabulary: int = model.config.get_text_config().vocab_size
-    first, other, second = (torch.arange(5) + start for start in (1, 11, 21))
-    second = second % vocabulary
-
-    def hidden(*sequences: torch.Tensor) -> torch.Tensor:
-        lengths = [len(sequence) for sequence in sequences]
-        cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(device)
-        states: torch.Tensor = model.base_model(
-            input_ids=(torch.cat(sequences) % vocabulary).unsqueeze(0).to(device),
-            position_ids=torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0).to(device),
-            use_cache=False,
-            **boundary_kwargs(cu_seqlens, max(lengths)),
-        ).last_hidden_state
-        return states[0, -len(second) :].float()
+    first, other, second = ([(start + i) % vocabulary for i in range(5)] for start in (1, 11, 21))
+    branch = [*second[:2], *other[2:]]
 
     training = model.training
     model.train(False)
     try:
         with torch.no_grad():
-            alone, packed, changed = hidden(second), hidden(first, second), hidden(other, second)
+            alone, behind, behind_other, shared = (
+                _last_states(model, rows) for rows in ([second], [first, second], [other, second], [branch, second])
+            )
     finally:
         model.train(training)
-    differences = torch.stack([packed - changed, packed - alone]).norm(dim=-1)
     # A leak may touch one token only. Kernels round differently for another shape: in bf16 by well under a percent.
-    gap = float((differences / alone.norm(dim=-1)).max())
-    if not gap < 0.03:
-        raise RuntimeError(
-            f"{type(model).__name__} lets packed sequences see each other (relative difference {gap:.2g}); "
-            "its architecture mixes positions outside of attention, so it cannot be trained on packed rows"
+    leaks = {
+        "lets packed sequences see each other": torch.stack([behind - behind_other, behind - alone]),
+        "does not see a shared prompt as it sees its own": shared - alone,
+    }
+    for what, differences in leaks.items():
+        gap = float((differences.norm(dim=-1) / alone.norm(dim=-1)).max())
+        if not gap < 0.03:
+            raise RuntimeError(
+                f"{type(model).__name__} {what} (relative difference {gap:.2g}); its architecture mixes positions "
+                "outside of attention, so it cannot be trained on packed rows"
+            )
+
+
+def _last_states(model: PreTrainedModel, sequences: list[list[int]]) -> torch.Tensor:
+    """[L, H]: the last sequence's hidden states from one row; the first two tokens are shared where they are equal."""
+    samples = [
+        TrainingSample(
+            token_ids=ids,
+            loss_mask=[i >= 2 for i in range(len(ids))],
+            rollout_logprobs=None,
+            advantage=0.0,
+            policy_version=0,
         )
+        for ids in sequences
+    ]
+    (row,) = pack(samples, token_budget=sum(map(len, sequences)), normalisation="token_mean")
+    row = row.to(next(model.parameters()).device)
+    states: torch.Tensor = model.base_model(
+        input_ids=row.input_ids.unsqueeze(0),
+        position_ids=row.position_ids.unsqueeze(0),
+        use_cache=False,
+        **packed_attention_kwargs(row),
+    ).last_hidden_state[0]
+    if row.key_indices is not None:
+        states = states.index_select(0, row.key_indices)
+    return states[-len(sequences[-1]) :].float()

@@ -1,13 +1,12 @@
-"""Token log-probabilities of a packed row, and the policy losses that are made of them.
+"""The policy losses, made of the token log-probabilities of `logprobs`.
 
-Log-probabilities: the backbone runs once over the row; only positions whose next token is trained on meet the LM head,
-a chunk at a time, and a chunk's logits are thrown away and made again in the backward pass. Memory for logits is that
-of one chunk, however long the row.
+A loss is a plain function of `LossInputs` and `LossSettings`. Each returns the sum over t of loss_weights[t] * l[t]; the
+weights hold the normalisation over the whole update (see `packing`), so the losses and gradients of micro-batches just
+add up, however the update was cut. Metrics come as sums on the device and are turned into figures once an update, by
+`reduce_metrics`.
 
-Losses: a loss is a plain function of `LossInputs` and `LossSettings`. Each returns the sum over t of
-loss_weights[t] * l[t]; the weights hold the normalisation over the whole update (see `packing`), so the losses and
-gradients of micro-batches just add up, however the update was cut. Metrics come as sums on the device and are turned
-into figures once an update, by `reduce_metrics`.
+The sampler's log-probs may be unknown, for some samples or for all: its share in the metrics is then over the tokens
+where they are known. Only the correction for the sampler needs them all; `check_rollout_logprobs` says so on the host.
 
 Notation in the formulas: pi the policy being trained, old the policy at the start of the update, rollout the sampler's
 own figures, ref the reference policy; A the advantage; r = pi / old, the ratio of the token's probabilities.
@@ -17,172 +16,15 @@ Left out on purpose: an entropy bonus, value losses, and losses over a full voca
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import NamedTuple
 
 import torch
-from torch.nn.functional import linear
-from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
 
-from ludic.training.attention import boundary_kwargs, packed_attention_kwargs
+from ludic.training.logprobs import TokenStats
 from ludic.training.packing import Normalisation
-from ludic.types import MicroBatch
+from ludic.types import MicroBatch, TrainingSample
 
 Metrics = dict[str, torch.Tensor]
 """Scalars on the device. Sums over the loss tokens of a micro-batch, but maxima where the name ends in `_max`."""
-
-
-class TokenStats(NamedTuple):
-    """Entry t speaks of the token input_ids[t]; 0 where it is not trained on."""
-
-    logprobs: torch.Tensor
-    """[T] float32, with gradient: log pi(input_ids[t] | what stands before it in its sequence), at the temperature"""
-    entropy: torch.Tensor
-    """[T] float32, detached: the entropy in nats of the distribution that the token was drawn from"""
-
-
-class _Head(NamedTuple):
-    """The last layer of a causal language model, and what the architecture does to its logits."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    scale: float
-    softcap: float | None
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[N, H] -> [N, V] float32. Under autocast the product is in the low precision, what follows in fp32."""
-        logits = linear(hidden, self.weight, self.bias).float()
-        if self.scale != 1.0:
-            logits = logits * self.scale
-        if self.softcap is not None:
-            logits = torch.tanh(logits / self.softcap) * self.softcap
-        return logits
-
-
-def token_logprobs(
-    model: PreTrainedModel,
-    micro_batch: MicroBatch,
-    *,
-    temperature: float,
-    chunk_size: int = 4096,
-    with_entropy: bool = True,
-    compile_head: bool = False,
-    num_loss_tokens: int | None = None,
-) -> TokenStats:
-    """Log-probabilities and entropies of the tokens that are trained on. Logits are divided by the temperature in fp32.
-
-    Args:
-        model: A causal language model after `prepare_packed_attention`.
-        micro_batch: On the model's device.
-        temperature: The one that the completions were sampled at.
-        chunk_size: Tokens that meet the LM head at a time; its logits need chunk_size x vocabulary x 4 bytes, a few
-            times over.
-        with_entropy: Compute entropies; zeros otherwise.
-        compile_head: Compile the work on a chunk (worth it on a GPU with a large vocabulary).
-        num_loss_tokens: The number of True in `micro_batch.loss_mask`, if the caller knows it on the host; else the
-            host waits for the device once to learn it.
-
-    Raises:
-        ValueError: if the temperature or the chunk size is not positive, or the model has no separate LM head.
-    """
-    if temperature <= 0:
-        raise ValueError(f"temperature must be above 0 to train on log-probs, not {temperature}")
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, not {chunk_size}")
-    head = _head(model)
-    hidden = model.base_model(
-        input_ids=micro_batch.input_ids.unsqueeze(0),
-        position_ids=micro_batch.position_ids.unsqueeze(0),
-        use_cache=False,
-        **packed_attention_kwargs(micro_batch),
-    ).last_hidden_state[0]
-    count = int(micro_batch.loss_mask.sum()) if num_loss_tokens is None else num_loss_tokens
-    positions = torch.nonzero_static(micro_batch.loss_mask, size=count).squeeze(1)  # [N], never a sequence's first
-    targets = micro_batch.input_ids[positions]
-    predictors = hidden.index_select(0, positions - 1)
-    chunk_stats = _compiled_chunk_stats() if compile_head else _chunk_stats
-    stats = [
-        checkpoint(chunk_stats, head, h, t, temperature, with_entropy, use_reentrant=False, preserve_rng_state=False)
-        for h, t in zip(torch.split(predictors, chunk_size), torch.split(targets, chunk_size), strict=True)
-    ]
-    zeros = torch.zeros(micro_batch.input_ids.shape, dtype=torch.float32, device=hidden.device)
-    return TokenStats(
-        logprobs=zeros.index_copy(0, positions, torch.cat([logprobs for logprobs, _ in stats])),
-        entropy=zeros.index_copy(0, positions, torch.cat([entropy for _, entropy in stats])),
-    )
-
-
-def _chunk_stats(
-    head: _Head, hidden: torch.Tensor, targets: torch.Tensor, temperature: float, with_entropy: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """[N, H], [N] -> log-probs [N] and entropies [N]."""
-    logits = head.logits(hidden)
-    if temperature != 1.0:
-        logits = logits / temperature
-    normaliser = logits.logsumexp(-1)
-    logprobs = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - normaliser
-    if not with_entropy:
-        return logprobs, torch.zeros_like(logprobs)
-    with torch.no_grad():
-        entropy = normaliser - ((logits - normaliser.unsqueeze(-1)).exp() * logits).sum(-1)
-    return logprobs, entropy
-
-
-@cache
-def _compiled_chunk_stats() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    return torch.compile(_chunk_stats, dynamic=True)
-
-
-def _head(model: PreTrainedModel) -> _Head:
-    name, config = type(model).__name__, model.config.get_text_config()
-    layer: torch.nn.Linear | None = model.get_output_embeddings()
-    if layer is None or model.base_model is model:
-        raise ValueError(f"{name} has no LM head apart from its backbone; load it with AutoModelForCausalLM")
-    if getattr(config, "lm_head_multiplier", 1.0) != 1.0:
-        raise ValueError(f"{name} multiplies its logits by lm_head_multiplier, which is not supported")
-    # Cohere multiplies its logits, Granite divides them, Gemma 2 caps them.
-    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
-    return _Head(
-        weight=layer.weight,
-        bias=getattr(layer, "bias", None),
-        scale=scale,
-        softcap=getattr(config, "final_logit_softcapping", None),
-    )
-
-
-def check_head(model: PreTrainedModel) -> None:
-    """Prove on a prepared model, with a tiny forward, that the logits here are those of the model itself.
-
-    Worth its milliseconds once a run: an architecture may scale or shift its logits in a way unknown here.
-
-    Raises:
-        ValueError: if they differ.
-    """
-    head = _head(model)
-    device = head.weight.device
-    length = 8
-    cu_seqlens = torch.tensor([0, length], dtype=torch.int32, device=device)
-    training = model.training
-    model.train(False)
-    try:
-        with torch.no_grad():
-            arguments = {
-                "input_ids": torch.arange(1, length + 1, device=device).unsqueeze(0) % head.weight.shape[0],
-                "position_ids": torch.arange(length, device=device).unsqueeze(0),
-                "use_cache": False,
-                **boundary_kwargs(cu_seqlens, length),
-            }
-            theirs = model(**arguments).logits[0].float()
-            ours = head.logits(model.base_model(**arguments).last_hidden_state[0])
-    finally:
-        model.train(training)
-    gap = (ours - theirs).abs().max().item()
-    if not gap <= 1e-2 * max(1.0, theirs.abs().max().item()):
-        raise ValueError(
-            f"{type(model).__name__} changes its logits after the LM head in a way that is not supported "
-            f"(largest difference {gap:.2g}); its log-probs would be wrong"
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -219,7 +61,7 @@ class LossInputs:
     old_logprobs: torch.Tensor
     """[T], detached: the policy's at the start of the update; equal to `logprobs` with one update a batch"""
     rollout_logprobs: torch.Tensor | None
-    """[T], the sampler's own"""
+    """[T], the sampler's own, NaN where unknown"""
     ref_logprobs: torch.Tensor | None
     """[T], the reference policy's"""
     entropy: torch.Tensor
@@ -231,7 +73,7 @@ class LossInputs:
     loss_weights: torch.Tensor
     """[T], 0 off the mask"""
     cu_seqlens: torch.Tensor
-    """[S + 1] int32"""
+    """[S + 1] int32: segments, each with the trained tokens of one sequence, or with none"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -351,10 +193,12 @@ def _finish(
     }
     maxima: Metrics = {}
     if inputs.rollout_logprobs is not None:
-        log_gap = inputs.old_logprobs - inputs.rollout_logprobs
+        known = mask & ~inputs.rollout_logprobs.isnan()
+        log_gap = (inputs.old_logprobs - inputs.rollout_logprobs).where(known, 0)
+        sums["num_gap_tokens"] = known
         sums["logprob_gap_mean"] = log_gap.abs()
         sums["kl_rollout"] = _k3(log_gap)
-        maxima["logprob_gap_max"] = (log_gap.abs() * mask).max()
+        maxima["logprob_gap_max"] = log_gap.abs().max()
     if settings.tis_cap is not None:
         if inputs.rollout_logprobs is None:
             raise ValueError(f"tis_cap {settings.tis_cap} needs the sampler's log-probs, and the engine returned none")
@@ -383,28 +227,51 @@ def _k3(log_ratio: torch.Tensor) -> torch.Tensor:
     return torch.expm1(log_ratio) - log_ratio
 
 
+_COUNTS = ("num_loss_tokens", "num_gap_tokens")
+_OVER_GAP_TOKENS = ("logprob_gap_mean", "kl_rollout")
+
+
 def reduce_metrics(outputs: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, float]:
-    """The figures of an update from the metrics of its micro-batches: `loss` and `num_loss_tokens` are sums, `*_max`
-    maxima, all others means over the update's loss tokens. Waits for the device once.
+    """The figures of an update from the metrics of its micro-batches: `loss` and counts (`num_...`) are sums, `*_max`
+    maxima, all others means over the update's loss tokens, but `logprob_gap_mean` and `kl_rollout` over those whose
+    log-prob the sampler gave (`num_gap_tokens`); without any, what compares with the sampler is absent. Waits for the
+    device once.
 
     Raises:
         ValueError: if there are no micro-batches.
     """
     if not outputs:
         raise ValueError("an update without micro-batches has no metrics")
-    names = list(outputs[0])
-    table = torch.stack([torch.stack([metrics[name].float() for name in names]) for metrics in outputs])
+    names = list(dict.fromkeys(name for metrics in outputs for name in metrics))
+    none = torch.zeros_like(outputs[0]["loss"])  # what a row lacks: one without the sampler's log-probs has no gap
+    table = torch.stack([torch.stack([metrics.get(name, none).float() for name in names]) for metrics in outputs])
     columns = dict(zip(names, table.double().cpu().unbind(1), strict=True))
-    tokens = float(columns["num_loss_tokens"].sum())
+    tokens, gap_tokens = (float(columns[name].sum()) if name in columns else 0.0 for name in _COUNTS)
     figures: dict[str, float] = {}
     for name, column in columns.items():
+        if gap_tokens == 0 and name in ("num_gap_tokens", "logprob_gap_max", *_OVER_GAP_TOKENS):
+            continue
         if name.endswith("_max"):
             figures[name] = float(column.max())
-        elif name in ("loss", "num_loss_tokens"):
+        elif name == "loss" or name in _COUNTS:
             figures[name] = float(column.sum())
         else:
-            figures[name] = float(column.sum()) / tokens
+            figures[name] = float(column.sum()) / (gap_tokens if name in _OVER_GAP_TOKENS else tokens)
     return figures
+
+
+def check_rollout_logprobs(samples: Sequence[TrainingSample], settings: LossSettings) -> None:
+    """On the host and before the first micro-batch: a correction for the sampler needs its log-probs of all samples.
+
+    Raises:
+        ValueError: if some are unknown and `tis_cap` asks for them; says how many.
+    """
+    unknown = sum(sample.rollout_logprobs is None for sample in samples)
+    if settings.tis_cap is not None and unknown:
+        raise ValueError(
+            f"tis_cap {settings.tis_cap} needs the sampler's log-probs, and {unknown} of {len(samples)} samples have "
+            "none; have the engine return them for all, or train without the correction"
+        )
 
 
 LOSSES: dict[str, LossSpec] = {

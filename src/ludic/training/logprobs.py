@@ -1,0 +1,133 @@
+"""Token log-probabilities of a packed row.
+
+The backbone runs once over the row; only positions whose next token is trained on meet the LM head, a chunk at a time,
+and a chunk's logits are thrown away and made again in the backward pass. Memory for logits is that of one chunk, however
+long the row.
+"""
+
+from typing import NamedTuple
+
+import torch
+from transformers import PreTrainedModel
+
+from ludic.training.attention import boundary_kwargs, packed_attention_kwargs
+from ludic.training.lm_head import Head, head_stats
+from ludic.types import MicroBatch
+
+
+class TokenStats(NamedTuple):
+    """Entry t speaks of the token input_ids[t]; 0 where it is not trained on."""
+
+    logprobs: torch.Tensor
+    """[T] float32, with gradient: log pi(input_ids[t] | what stands before it in its sequence), at the temperature"""
+    entropy: torch.Tensor
+    """[T] float32, detached: the entropy in nats of the distribution that the token was drawn from"""
+
+
+def token_logprobs(
+    model: PreTrainedModel,
+    micro_batch: MicroBatch,
+    *,
+    temperature: float,
+    chunk_size: int = 4096,
+    with_entropy: bool = True,
+    compile_head: bool = False,
+) -> TokenStats:
+    """Log-probabilities and entropies of the tokens that are trained on. Logits are divided by the temperature in fp32.
+
+    Args:
+        model: A causal language model after `prepare_packed_attention`.
+        micro_batch: On the model's device.
+        temperature: The one that the completions were sampled at.
+        chunk_size: Tokens that meet the LM head at a time; logits and their gradient need chunk_size x vocabulary x 2
+            numbers of the model's dtype.
+        with_entropy: Compute entropies; zeros otherwise.
+        compile_head: Compile the work on a chunk (worth it on a GPU with a large vocabulary).
+
+    Raises:
+        ValueError: if the temperature or the chunk size is not positive, or the model has no separate LM head.
+    """
+    if temperature <= 0:
+        raise ValueError(f"temperature must be above 0 to train on log-probs, not {temperature}")
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, not {chunk_size}")
+    head = _head(model)
+    if torch.is_autocast_enabled(head.weight.device.type):  # autocast would not reach the head's backward pass
+        dtype = torch.get_autocast_dtype(head.weight.device.type)
+        head = head._replace(weight=head.weight.to(dtype), bias=None if head.bias is None else head.bias.to(dtype))
+    hidden = model.base_model(
+        input_ids=micro_batch.input_ids.unsqueeze(0),
+        position_ids=micro_batch.position_ids.unsqueeze(0),
+        use_cache=False,
+        **packed_attention_kwargs(micro_batch),
+    ).last_hidden_state[0]
+    targets = micro_batch.input_ids.index_select(0, micro_batch.target_positions)
+    if micro_batch.key_indices is not None:
+        hidden = hidden.float()  # the last token of a shared prompt predicts several: their gradients add up in fp32
+    predictors = hidden.index_select(0, micro_batch.predictor_positions)
+    logprobs, entropy = head_stats(
+        head,
+        predictors.to(head.weight.dtype),
+        targets,
+        temperature=temperature,
+        chunk_size=chunk_size,
+        with_entropy=with_entropy,
+        compiled=compile_head,
+    )
+    positions = micro_batch.target_positions
+    zeros = torch.zeros(micro_batch.input_ids.shape, dtype=torch.float32, device=hidden.device)
+    return TokenStats(
+        logprobs=zeros.index_copy(0, positions, logprobs),
+        entropy=zeros.index_copy(0, positions, entropy),
+    )
+
+
+def _head(model: PreTrainedModel) -> Head:
+    name, config = type(model).__name__, model.config.get_text_config()
+    layer: torch.nn.Linear | None = model.get_output_embeddings()
+    if layer is None or model.base_model is model:
+        raise ValueError(f"{name} has no LM head apart from its backbone; load it with AutoModelForCausalLM")
+    if getattr(config, "lm_head_multiplier", 1.0) != 1.0:
+        raise ValueError(f"{name} multiplies its logits by lm_head_multiplier, which is not supported")
+    # Cohere multiplies its logits, Granite divides them, Gemma 2 caps them.
+    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    return Head(
+        weight=layer.weight,
+        bias=getattr(layer, "bias", None),
+        scale=scale,
+        softcap=getattr(config, "final_logit_softcapping", None),
+    )
+
+
+def check_head(model: PreTrainedModel) -> None:
+    """Prove on a prepared model, with a tiny forward, that the logits here are those of the model itself.
+
+    Worth its milliseconds once a run: an architecture may scale or shift its logits in a way unknown here.
+
+    Raises:
+        ValueError: if they differ.
+    """
+    head = _head(model)
+    device = head.weight.device
+    length = 8
+    cu_seqlens = torch.tensor([0, length], dtype=torch.int32, device=device)
+    training = model.training
+    model.train(False)
+    try:
+        with torch.no_grad():
+            arguments = {
+                "input_ids": torch.arange(1, length + 1, device=device).unsqueeze(0) % head.weight.shape[0],
+                "position_ids": torch.arange(length, device=device).unsqueeze(0),
+                "use_cache": False,
+                **boundary_kwargs(cu_seqlens, length),
+            }
+            theirs = model(**arguments).logits[0].float()
+            ours = head.logits(model.base_model(**arguments).last_hidden_state[0])
+    finally:
+        model.train(training)
+    gap = (ours - theirs).abs().max().item()
+    if not gap <= 1e-2 * max(1.0, theirs.abs().max().item()):
+        raise ValueError(
+            f"{type(model).__name__} changes its logits after the LM head in a way that is not supported "
+            f"(largest difference {gap:.2g}); its log-probs would be wrong"
+        )
