@@ -16,13 +16,16 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from ludic.inference import weight_sync
+from ludic.inference.bucket_broadcast import BucketReceiver, WireLayout
 from ludic.inference.digest import digest_hex, tensor_digest
 from ludic.inference.errors import EngineError, ServerUnauthorizedError, ServerUnreachableError, WeightSyncError
+from ludic.inference.nccl_transport import BucketTransport
 from ludic.inference.server_control import ServerControl, error_text
 from ludic.inference.vllm_client import VLLMEngine
-from ludic.inference.weight_sync import WeightSync
-from ludic.inference.weight_transport import TRANSPORTS, WireWeights
+from ludic.inference.weight_sync import TRANSPORTS, WeightSync
+from ludic.inference.weight_transport import WireWeights
 from ludic.training.attention import prepare_packed_attention
+from tests.test_bucket_broadcast import Wire
 from tests.vllm_helpers import make_tiny_model, prompt_logprobs, randomize_weights
 
 PROBE = [3, 70, 71, 72, 80, 90, 4]
@@ -61,6 +64,9 @@ class FakeControl(ServerControl):
         self.calls: list[str] = []
         self.files: list[Path] = []
         self.on: dict[str, Callable[[], None]] = {}
+        self.salted = True
+        self.salts: list[str] = []
+        self.wanted: dict[str, dict[str, Any]] = {}
 
     def _note(self, call: str) -> None:
         self.calls.append(call)
@@ -84,35 +90,52 @@ class FakeControl(ServerControl):
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         self._note("finish")
 
-    def pause(self) -> None:
-        self._note("pause")
+    def server_info(self) -> dict[str, Any]:
+        return {"cache_salt": self.salted}
+
+    def expect_weights(self, wanted: dict[str, dict[str, Any]]) -> list[str]:
+        self._note("expect")
+        self.wanted = wanted
+        return [""]
+
+    def pause(self, *, drain: bool = False) -> None:
+        self._note("drain" if drain else "pause")
 
     def resume(self) -> None:
         self._note("resume")
 
-    def held_digests(self, wanted: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
+    def held_digests(self) -> list[list[str]]:
         self._note("digests")
         parameters = dict(self.model.named_parameters())
         return [
-            {
-                name: digest_hex(tensor_digest(parameters[name].to(getattr(torch, spec["dtype"]))))
-                for name, spec in wanted.items()
-            }
+            [
+                digest_hex(tensor_digest(parameters[name].to(getattr(torch, spec["dtype"]))))
+                for name, spec in self.wanted.items()
+            ]
         ]
 
-    def prompt_logprobs(self, model: str, token_ids: list[int]) -> list[float]:
+    def prompt_logprobs(self, model: str, token_ids: list[int], *, cache_salt: str) -> list[float]:
         self._note("probe")
+        self.salts.append(cache_salt)
         return prompt_logprobs(self.model, token_ids)
 
 
-def sync_with(control: ServerControl, *, dtype: torch.dtype = torch.float32, deadline_s: float = 60.0) -> WeightSync:
+def sync_with(
+    control: ServerControl,
+    *,
+    dtype: torch.dtype = torch.float32,
+    deadline_s: float = 60.0,
+    transport: str = "ludic_shm",
+    probe_every: int = 1,
+) -> WeightSync:
     return WeightSync(
         control,
-        transport="ludic_shm",
+        transport=transport,
         served_model="tiny",
         dtype=dtype,
         probe_token_ids=PROBE,
         deadline_s=deadline_s,
+        probe_every=probe_every,
     )
 
 
@@ -153,7 +176,7 @@ def test_the_server_is_paused_for_the_update_and_asked_for_log_probs_when_it_run
     sync.sync(policy, 0)
     sync.sync(policy, 1)
     once = ["pause", "start", "update", "finish", "digests", "resume", "probe"]
-    assert control.calls == ["init", *once, *once]
+    assert control.calls == ["expect", "init", *once, *once]
     sync.close()
 
 
@@ -194,14 +217,184 @@ def test_digests_that_the_server_cannot_give_are_counted_and_not_called_equal(
 ) -> None:
     honest = control.held_digests
 
-    def packed(wanted: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
+    def packed() -> list[list[str]]:
         return [
-            {name: digest if "norm" in name else "" for name, digest in worker.items()} for worker in honest(wanted)
+            [digest if "norm" in name else "" for name, digest in zip(control.wanted, worker, strict=True)]
+            for worker in honest()
         ]
 
     monkeypatch.setattr(control, "held_digests", packed)
-    report = sync_with(control).sync(policy, 0)
-    assert f"5 of {report.num_tensors} held tensors compared" in report.proof
+    sync = sync_with(control, probe_every=100)
+    for version in range(3):
+        report = sync.sync(policy, version)
+        assert f"5 of {report.num_tensors} held tensors compared" in report.proof
+        assert report.logprob_gap is not None, "what digests cannot see, the log-probs must, at every sync"
+
+
+@pytest.mark.parametrize("salted", [True, False])
+def test_generation_is_held_and_the_cache_kept_only_where_requests_carry_a_salt(
+    control: FakeControl, policy: PreTrainedModel, salted: bool
+) -> None:
+    control.salted = salted
+    sync_with(control).sync(policy, 0)
+    assert ("pause" in control.calls, "drain" in control.calls) == (salted, not salted)
+
+
+def test_no_two_probes_can_read_the_same_cached_blocks(control: FakeControl, policy: PreTrainedModel) -> None:
+    sync = sync_with(control)
+    for version in (0, 0, 1):
+        sync.sync(policy, version)
+    assert len(set(control.salts)) == 3
+
+
+def test_where_digests_of_all_tensors_agree_the_log_probs_are_compared_first_and_then_now_and_then(
+    control: FakeControl, policy: PreTrainedModel
+) -> None:
+    sync = sync_with(control, probe_every=4)
+    reports = [sync.sync(policy, version) for version in range(9)]
+    assert [report.logprob_gap is not None for report in reports] == [True, *[False, False, False, True] * 2]
+    assert "probe" not in reports[1].phases_s and "not due" in reports[1].proof
+    assert all(sum(report.phases_s.values()) == pytest.approx(report.seconds) for report in reports)
+
+
+def test_digests_of_the_wire_are_those_of_the_cast_tensors(policy: PreTrainedModel) -> None:
+    weights = WireWeights(model=policy, dtype=torch.bfloat16)
+    assert weights.digests() == [tensor_digest(tensor) for _, tensor in weights]
+
+
+# --- buckets between GPUs, with the broadcast in this process -------------------------------------------------------------
+
+
+class InPlaceControl(FakeControl):
+    """A server that takes buckets: by its own loading (`load`), or in place (`copy`)."""
+
+    def __init__(self, model: PreTrainedModel, problem: str = "") -> None:
+        super().__init__(model)
+        self.base_url = "http://127.0.0.1:1"
+        self.wire = Wire()
+        self.problem = problem
+        self.applied: list[str] = []
+        self.receiver: BucketReceiver | None = None
+
+    def request(self, method: str, path: str, **_: Any) -> Any:
+        assert (method, path) == ("GET", "/get_world_size")
+        return {"world_size": 1}
+
+    def expect_weights(self, wanted: dict[str, dict[str, Any]]) -> list[str]:
+        super().expect_weights(wanted)
+        return [self.problem]
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self._note("init")
+        dtype = getattr(torch, init_info["dtype"])
+        layout = WireLayout.of(init_info["names"], init_info["shapes"], dtype, init_info["bucket_bytes"])
+        self.receiver = BucketReceiver(layout, self.wire.end(1), torch.device("cpu"))
+
+    @torch.no_grad()
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        assert self.receiver is not None
+        self.applied.append(update_info["apply"])
+        parameters = dict(self.model.named_parameters())
+        if update_info["apply"] == "copy":
+            self.receiver.receive_into([parameters[name] for name in self.receiver.layout.names])
+        else:
+            for name, tensor in self.receiver.tensors():
+                parameters[name].copy_(tensor)
+        self._note("update")
+
+
+@pytest.fixture
+def in_place(
+    models: tuple[PreTrainedModel, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str], InPlaceControl]:
+    def make(problem: str = "") -> InPlaceControl:
+        randomize_weights(models[1], seed=2)
+        control = InPlaceControl(models[1], problem)
+        monkeypatch.setattr(BucketTransport, "_connect", lambda *_: control.wire.end(0))
+        return control
+
+    monkeypatch.setattr("ludic.inference.nccl_transport.BUCKET_BYTES", 16 * 4096)
+    return make
+
+
+def test_weights_are_written_in_place_once_a_reload_has_shown_where_they_belong(
+    in_place: Callable[[str], InPlaceControl], policy: PreTrainedModel
+) -> None:
+    control = in_place("")
+    sync = sync_with(control, transport="ludic_nccl", probe_every=10)
+    reports = [sync.sync(policy, version) for version in range(4)]
+    assert control.applied == ["load", "copy", "copy", "copy"]
+    assert "reloaded by vLLM (the first time" in reports[0].proof and "written in place" in reports[1].proof
+    assert [report.logprob_gap is not None for report in reports] == [True, True, False, False]
+    assert all("all" in report.proof and "digests of those sent" in report.proof for report in reports)
+    assert set(reports[2].phases_s) == {"pause", "send", "digests", "resume"}
+    wanted = dict(policy.named_parameters())
+    assert all(torch.equal(held, wanted[name]) for name, held in control.model.named_parameters())
+
+
+def test_the_server_is_not_waited_for_to_pause_while_weights_are_written_in_place(
+    in_place: Callable[[str], InPlaceControl], policy: PreTrainedModel
+) -> None:
+    control = in_place("")
+    sync = sync_with(control, transport="ludic_nccl", probe_every=10)
+    sync.sync(policy, 0)
+    assert control.calls[:4] == ["expect", "init", "pause", "start"], "a reload needs a server that stands still"
+    digested = threading.Event()
+    control.on = {
+        "pause": lambda: None if digested.wait(20) else refuse("the update waits for the pause")(),
+        "digests": digested.set,
+    }
+    control.calls.clear()
+    sync.sync(policy, 1)
+    assert control.calls[-2:] == ["resume", "probe"] and control.calls[:-2].count("digests") == 1
+
+
+def test_a_server_that_cannot_be_written_in_place_reloads_each_time_and_the_report_says_why(
+    in_place: Callable[[str], InPlaceControl], policy: PreTrainedModel
+) -> None:
+    control = in_place("mlp is loaded by Fp8LinearMethod")
+    sync = sync_with(control, transport="ludic_nccl")
+    reports = [sync.sync(policy, version) for version in range(3)]
+    assert control.applied == ["load"] * 3
+    assert all("reloaded by vLLM (mlp is loaded by Fp8LinearMethod)" in report.proof for report in reports)
+
+
+def test_a_tensor_that_another_place_would_hold_is_never_written_in_place(
+    in_place: Callable[[str], InPlaceControl], policy: PreTrainedModel
+) -> None:
+    """A loader that changes values on the way: the reload's digests differ, which ends the sync before any copy."""
+    control = in_place("")
+
+    @torch.no_grad()
+    def transform() -> None:
+        dict(control.model.named_parameters())[NORM].add_(1)
+
+    control.on["update"] = transform
+    sync = sync_with(control, transport="ludic_nccl")
+    for version in range(2):
+        with pytest.raises(WeightSyncError, match=f"the first is {NORM}"):
+            sync.sync(policy, version)
+    assert control.applied == ["load", "load"]
+
+
+def test_one_changed_element_after_a_copy_is_caught_and_the_next_sync_starts_anew(
+    in_place: Callable[[str], InPlaceControl], policy: PreTrainedModel
+) -> None:
+    control = in_place("")
+
+    @torch.no_grad()
+    def flip() -> None:
+        dict(control.model.named_parameters())[NORM][5] += 1e-6
+
+    sync = sync_with(control, transport="ludic_nccl")
+    sync.sync(policy, 0)
+    control.on["finish"] = flip
+    with pytest.raises(WeightSyncError, match=rf"1 of \d+ tensors on the server differ .* the first is {NORM}"):
+        sync.sync(policy, 1)
+    assert control.calls[-1] == "resume"
+    control.on.clear()
+    sync.sync(policy, 2)
+    assert control.applied == ["load", "copy", "load"] and control.calls.count("init") == 2
 
 
 # --- a sync that does not ---------------------------------------------------------------------------------------------
@@ -226,9 +419,10 @@ def test_one_worker_of_several_that_differs_is_caught(
 ) -> None:
     honest = control.held_digests
 
-    def second_worker_is_stale(wanted: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
-        (worker,) = honest(wanted)
-        return [worker, worker | {NORM: "0123456789abcdef"}]
+    def second_worker_is_stale() -> list[list[str]]:
+        (worker,) = honest()
+        stale = ["0123456789abcdef" if name == NORM else d for name, d in zip(control.wanted, worker, strict=True)]
+        return [worker, stale]
 
     monkeypatch.setattr(control, "held_digests", second_worker_is_stale)
     with pytest.raises(WeightSyncError, match=f"{NORM} .*0123456789abcdef"):
@@ -239,7 +433,7 @@ def test_an_output_head_that_the_digests_cannot_see_is_caught_by_the_log_probs(
     control: FakeControl, policy: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stale = prompt_logprobs(control.model, PROBE)
-    monkeypatch.setattr(control, "prompt_logprobs", lambda model, token_ids: stale)
+    monkeypatch.setattr(control, "prompt_logprobs", lambda model, token_ids, *, cache_salt: stale)
     with pytest.raises(WeightSyncError, match=r"log-probs of the probe .* differ .* \(limit 0\.15\)"):
         sync_with(control).sync(policy, 1)
 
@@ -247,7 +441,7 @@ def test_an_output_head_that_the_digests_cannot_see_is_caught_by_the_log_probs(
 def test_log_probs_that_are_not_numbers_are_caught(
     control: FakeControl, policy: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(control, "prompt_logprobs", lambda model, ids: [float("nan")] * (len(ids) - 1))
+    monkeypatch.setattr(control, "prompt_logprobs", lambda model, ids, *, cache_salt: [float("nan")] * (len(ids) - 1))
     with pytest.raises(WeightSyncError, match="nan"):
         sync_with(control).sync(policy, 1)
 
@@ -349,6 +543,13 @@ async def test_the_client_keeps_its_old_version_when_a_sync_fails(
 # --- the control routes over a socket ---------------------------------------------------------------------------------
 
 
+RPC: dict[str, dict[str, Any]] = {
+    "ludic_server_info": {"rank": 0},
+    "ludic_expect_weights": {"in_place_problem": "it is quantised"},
+    "ludic_held_digests": {"digests": "0123456789abcdef" + "-" * 16},
+}
+
+
 @pytest.fixture
 async def routes() -> AsyncIterator[tuple[ServerControl, list[tuple[str, str, Any]]]]:
     """A control, and what its server saw: method, path with query, body. The server refuses some paths."""
@@ -366,7 +567,12 @@ async def routes() -> AsyncIterator[tuple[ServerControl, list[tuple[str, str, An
             case "/v1/completions":
                 return web.json_response({"choices": [{"prompt_logprobs": [None, entry, {"71": {"logprob": -0.5}}]}]})
             case "/collective_rpc":
-                return web.json_response({"results": [{"rank": 0}, {"rank": 1}]})
+                assert body is not None
+                return web.json_response({"results": [RPC[body["method"]], RPC[body["method"]]]})
+            case "/hangs_up_once":
+                if len(seen) == 2:
+                    assert request.transport is not None
+                    request.transport.abort()
             case "/slow":
                 await request.content.read()
                 await slow.wait()
@@ -394,16 +600,20 @@ async def test_every_control_call_is_the_route_that_vllm_has(
     control, seen = routes
     await call(control.init_weight_transfer_engine, {"directory": "/d"})
     await call(control.pause)
+    await call(control.pause, drain=True)
     await call(control.start_weight_update)
     await call(control.update_weights, {"path": "/d/f"})
     await call(control.finish_weight_update)
     await call(control.finish_weight_update, "7")
     await call(control.resume)
     assert await call(control.server_info) == {"rank": 0}
-    assert await call(control.held_digests, {"w": {"dtype": "float32", "shape": [1]}}) == [{"rank": 0}, {"rank": 1}]
-    assert await call(control.prompt_logprobs, "m", [3, 70, 71]) == [-1.5, -0.5]
+    wanted = {"w": {"dtype": "float32", "shape": [1]}}
+    assert await call(control.expect_weights, wanted) == ["it is quantised"] * 2
+    assert await call(control.held_digests) == [["0123456789abcdef", ""]] * 2
+    assert await call(control.prompt_logprobs, "m", [3, 70, 71], cache_salt="new") == [-1.5, -0.5]
     assert seen == [
         ("POST", "/init_weight_transfer_engine", {"init_info": {"directory": "/d"}}),
+        ("POST", "/pause?mode=keep&clear_cache=false", None),
         ("POST", "/pause?mode=wait&clear_cache=true", None),
         ("POST", "/start_weight_update", None),
         ("POST", "/update_weights", {"update_info": {"path": "/d/f"}}),
@@ -411,11 +621,8 @@ async def test_every_control_call_is_the_route_that_vllm_has(
         ("POST", "/finish_weight_update", {"weight_version": "7"}),
         ("POST", "/resume", None),
         ("POST", "/collective_rpc", {"method": "ludic_server_info", "args": []}),
-        (
-            "POST",
-            "/collective_rpc",
-            {"method": "ludic_weight_digests", "args": [json.dumps({"w": {"dtype": "float32", "shape": [1]}})]},
-        ),
+        ("POST", "/collective_rpc", {"method": "ludic_expect_weights", "args": [json.dumps(wanted)]}),
+        ("POST", "/collective_rpc", {"method": "ludic_held_digests", "args": []}),
         (
             "POST",
             "/v1/completions",
@@ -425,6 +632,7 @@ async def test_every_control_call_is_the_route_that_vllm_has(
                 "max_tokens": 1,
                 "temperature": 1.0,
                 "prompt_logprobs": 0,
+                "cache_salt": "new",
                 "add_special_tokens": False,
             },
         ),
@@ -436,6 +644,44 @@ async def test_a_refusal_names_the_route_the_status_and_the_servers_text(
 ) -> None:
     with pytest.raises(EngineError, match=r"/refused on http://.* answered 500: the engine is busy"):
         await call(routes[0].request, "POST", "/refused")
+
+
+async def test_calls_share_a_connection_and_one_that_the_server_closed_meanwhile_is_opened_again(
+    routes: tuple[ServerControl, list[tuple[str, str, Any]]],
+) -> None:
+    control, seen = routes
+    for _ in range(3):
+        await call(control.request, "POST", "/hangs_up_once")
+    assert [path for _, path, _ in seen] == ["/hangs_up_once"] * 4
+    control.close()
+    await call(control.resume)
+
+
+async def test_a_restarted_server_is_reached_again_at_the_first_call() -> None:
+    async def start(port: int) -> tuple[web.AppRunner, int]:
+        async def handle(request: web.Request) -> web.Response:
+            return web.Response()
+
+        app = web.Application()
+        app.router.add_route("*", "/{path:.*}", handle)
+        runner = web.AppRunner(app, access_log=None)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", port, reuse_address=True).start()
+        return runner, runner.addresses[0][1]
+
+    runner, port = await start(0)
+    control = ServerControl(f"http://127.0.0.1:{port}")
+    await call(control.resume)
+    await runner.cleanup()
+    with pytest.raises(ServerUnreachableError):
+        await call(control.resume)
+    runner, _ = await start(port)
+    await call(control.resume)
+    await runner.cleanup()
+    runner, _ = await start(port)
+    await call(control.resume)
+    control.close()
+    await runner.cleanup()
 
 
 async def test_a_missing_key_is_told_apart(routes: tuple[ServerControl, list[tuple[str, str, Any]]]) -> None:
@@ -519,4 +765,4 @@ def test_a_long_error_answer_is_cut() -> None:
 
 
 def test_the_transports_are_those_that_the_server_knows() -> None:
-    assert set(TRANSPORTS) == {"nccl", "ludic_shm"}
+    assert set(TRANSPORTS) == {"ludic_nccl", "ludic_shm", "nccl"}

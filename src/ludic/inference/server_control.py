@@ -7,8 +7,11 @@ import json
 from typing import Any
 
 import requests
+from requests.adapters import HTTPAdapter
 
 from ludic.inference.errors import EngineError, ServerUnauthorizedError, ServerUnreachableError
+
+KEEP = {"mode": "keep", "clear_cache": "false"}
 
 
 class ServerControl:
@@ -28,7 +31,17 @@ class ServerControl:
         self.refusal: EngineError | None = None
         """Why the server last refused to take part in a transfer, for the thread that watches one which waits in NCCL for
         a server that has already said no."""
-        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        # One session, whose connections stay open between calls; each thread that calls at the same time gets its own.
+        self._session = requests.Session()
+        self._session.trust_env = False  # a proxy variable must not stand between the trainer and its own server
+        self._session.mount("http://", HTTPAdapter(pool_maxsize=4))
+        self._session.mount("https://", HTTPAdapter(pool_maxsize=4))
+        if api_key:
+            self._session.headers["Authorization"] = f"Bearer {api_key}"
+
+    def close(self) -> None:
+        """Close idle connections; a later call opens new ones."""
+        self._session.close()
 
     def request(
         self,
@@ -42,16 +55,7 @@ class ServerControl:
         """Call one route and return its decoded JSON (None for an empty answer)."""
         deadline_s = self.timeout_s if timeout_s is None else timeout_s
         try:
-            with requests.Session() as session:
-                session.trust_env = False  # a proxy variable must not stand between the trainer and its own server
-                response = session.request(
-                    method,
-                    f"{self.base_url}{path}",
-                    json=json_body,
-                    params=params,
-                    headers=self._headers,
-                    timeout=(10.0, deadline_s),
-                )
+            response = self._answer(method, path, json_body, params, deadline_s)
         except requests.Timeout as error:
             raise EngineError(f"{path} on {self.base_url} did not answer within {deadline_s:g} s") from error
         except requests.ConnectionError as error:
@@ -70,6 +74,32 @@ class ServerControl:
             raise EngineError(
                 f"{path} on {self.base_url} answered what is not JSON, so it is no vLLM server: {error_text(response.text, 80)}"
             ) from error
+
+    def _answer(
+        self,
+        method: str,
+        path: str,
+        json_body: dict[str, Any] | None,
+        params: dict[str, str] | None,
+        deadline_s: float,
+    ) -> requests.Response:
+        """Send once, and once more where a kept connection turned out to be closed before any answer.
+
+        A server closes connections that were idle for some seconds, and all of them when it restarts; it has then not read
+        the request. Were it to die over a request instead, nobody would be there for the second attempt.
+        """
+
+        def send() -> requests.Response:
+            return self._session.request(
+                method, f"{self.base_url}{path}", json=json_body, params=params, timeout=(10.0, deadline_s)
+            )
+
+        try:
+            return send()
+        except requests.ConnectionError as error:
+            if not _was_closed(error):
+                raise
+            return send()
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         self._take_part("/init_weight_transfer_engine", {"init_info": init_info})
@@ -99,9 +129,13 @@ class ServerControl:
         body = None if weight_version is None else {"weight_version": weight_version}
         self.request("POST", "/finish_weight_update", json_body=body)
 
-    def pause(self) -> None:
-        """Let running requests end, hold new ones back, and drop the KV and prefix cache."""
-        self.request("POST", "/pause", params={"mode": "wait", "clear_cache": "true"})
+    def pause(self, *, drain: bool = False) -> None:
+        """Hold all generation from the next step on; it goes on at `resume`, and requests that come meanwhile wait.
+
+        Nothing is dropped from the prefix cache: its blocks are keyed by each request's `cache_salt`. With `drain`, for a
+        server that knows no salts, running requests end first and the caches are cleared.
+        """
+        self.request("POST", "/pause", params={"mode": "wait", "clear_cache": "true"} if drain else KEEP)
 
     def resume(self) -> None:
         self.request("POST", "/resume")
@@ -112,19 +146,26 @@ class ServerControl:
         info: dict[str, Any] = answer["results"][0]
         return info
 
-    def held_digests(self, wanted: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
-        """Digests of what each worker's model holds, by checkpoint name; "" where it holds no comparable tensor.
+    def expect_weights(self, wanted: dict[str, dict[str, Any]]) -> list[str]:
+        """Agree on what `held_digests` compares; why each worker's model cannot be written in place, "" where it can.
 
         `wanted` is {name: {"dtype": "bfloat16", "shape": [...]}}.
         """
         answer = self.request(
-            "POST", "/collective_rpc", json_body={"method": "ludic_weight_digests", "args": [json.dumps(wanted)]}
+            "POST", "/collective_rpc", json_body={"method": "ludic_expect_weights", "args": [json.dumps(wanted)]}
         )
-        workers: list[dict[str, str]] = answer["results"]
-        return workers
+        return [worker["in_place_problem"] for worker in answer["results"]]
 
-    def prompt_logprobs(self, model: str, token_ids: list[int]) -> list[float]:
-        """The server's log-probability of each prompt token after the first, in nats: [len(token_ids) - 1]."""
+    def held_digests(self) -> list[list[str]]:
+        """Digests of what each worker's model holds, in the agreed order; "" where it holds no comparable tensor."""
+        answer = self.request("POST", "/collective_rpc", json_body={"method": "ludic_held_digests", "args": []})
+        return [_sixteens(worker["digests"]) for worker in answer["results"]]
+
+    def prompt_logprobs(self, model: str, token_ids: list[int], *, cache_salt: str) -> list[float]:
+        """The server's log-probability of each prompt token after the first, in nats: [len(token_ids) - 1].
+
+        A new `cache_salt` keeps it from what the prefix cache holds of older weights.
+        """
         answer = self.request(
             "POST",
             "/v1/completions",
@@ -134,11 +175,28 @@ class ServerControl:
                 "max_tokens": 1,
                 "temperature": 1.0,
                 "prompt_logprobs": 0,
+                "cache_salt": cache_salt,
                 "add_special_tokens": False,
             },
         )
         entries = answer["choices"][0]["prompt_logprobs"]
         return [entry[str(token_id)]["logprob"] for entry, token_id in zip(entries[1:], token_ids[1:], strict=True)]
+
+
+def _was_closed(error: BaseException) -> bool:
+    """Whether the other side closed the connection (requests wraps what http.client raises)."""
+    inner: BaseException | None = error
+    while inner is not None:
+        if isinstance(inner, ConnectionResetError | BrokenPipeError):  # http.client.RemoteDisconnected is the former
+            return True
+        inner = inner.__cause__ or inner.__context__
+    return False
+
+
+def _sixteens(digests: str) -> list[str]:
+    """The digests of a string of 16 characters each; sixteen dashes stand for none."""
+    parts = [digests[first : first + 16] for first in range(0, len(digests), 16)]
+    return ["" if part == "-" * 16 else part for part in parts]
 
 
 def error_text(body: str, limit: int = 600) -> str:

@@ -1,10 +1,15 @@
 """Hands the trainer's weights to a vLLM server, and proves that they arrived.
 
 The protocol is vLLM's own weight-transfer API: pause, start, update, finish, resume; `weight_transport` carries the bytes.
-A sync that did not take is an error. Two things are compared after every sync: digests of the tensors that the server
-holds with digests of what was sent, wherever the server still holds a tensor in comparable form; and the log-probs of a
-fixed prompt with the trainer's own, which also sees what the first cannot (a stale output head, weights packed by a
-kernel). Everything has a deadline, and the server's own words are in the error.
+Generation is held and not drained (`mode=keep`): running requests go on with the new weights, requests that come meanwhile
+wait. The prefix cache stays; its blocks are keyed by the `cache_salt` of each request, which is the policy's version.
+
+A sync that did not take is an error. After every sync, digests of the tensors that the server holds are compared with those
+of what was sent, wherever the server still holds a tensor in comparable form. The log-probs of a fixed prompt are compared
+with the trainer's own at the first sync and at the first of another kind, then at every tenth (`probe_every`), and at each
+sync where not all tensors could be compared: they also see what digests cannot (a stale output head, weights packed by a
+kernel), which depends on how weights are applied and not on their values. Everything has a deadline, and the server's own
+words are in the error.
 
 Left out: sharded trainers and servers whose weights are quantised or split (their digests come back empty, and the
 log-prob proof stands alone).
@@ -13,15 +18,19 @@ log-prob proof stands alone).
 import contextlib
 import threading
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 
+from ludic.inference.beside import Beside
+from ludic.inference.digest import digest_hex
 from ludic.inference.engine import WeightSyncReport
 from ludic.inference.errors import EngineError, WeightSyncError
+from ludic.inference.nccl_transport import BucketTransport, NCCLTransport
 from ludic.inference.server_control import ServerControl
-from ludic.inference.weight_transport import TRANSPORTS, WeightTransport, WireWeights
-from ludic.training.losses import token_logprobs
+from ludic.inference.weight_transport import SharedMemoryTransport, WeightTransport, WireWeights
+from ludic.training.logprobs import token_logprobs
 from ludic.training.packing import pack
 from ludic.types import TrainingSample
 
@@ -36,14 +45,22 @@ PROBE_GAP_LIMIT = 0.15
 to 0.02 for bf16 against fp32 masters, 0.9 for a stale output head (CPU backend of vLLM 0.32)."""
 
 
+TRANSPORTS: dict[str, Callable[[ServerControl], WeightTransport]] = {
+    "ludic_nccl": BucketTransport,
+    "ludic_shm": SharedMemoryTransport,
+    "nccl": NCCLTransport,
+}
+
+
 class WeightSync:
     """One trainer's syncs with one server: opened at the first, proven each time.
 
     Args:
-        transport: `nccl` or `ludic_shm`; it must be the backend that the server was started with.
+        transport: `ludic_nccl`, `ludic_shm` or `nccl`; it must be the backend that the server was started with.
         served_model: the name under which the probe asks for the model.
         probe_token_ids: the fixed prompt whose log-probs are compared, 2 tokens at least.
         deadline_s: after which one sync has failed, whatever it waits for.
+        probe_every: at every how many syncs the log-probs are compared when digests alone have nothing against it.
     """
 
     def __init__(
@@ -55,6 +72,7 @@ class WeightSync:
         dtype: torch.dtype,
         probe_token_ids: list[int],
         deadline_s: float = 300.0,
+        probe_every: int = 10,
     ) -> None:
         if transport not in TRANSPORTS:
             raise ValueError(
@@ -67,7 +85,11 @@ class WeightSync:
         self._dtype = dtype
         self._probe = probe_token_ids
         self._deadline_s = deadline_s
+        self._probe_every = probe_every
         self._opened = False
+        self._salted = False
+        self._probed_path = ""
+        self._syncs_since_probe = 0
 
     def sync(self, model: "PreTrainedModel", policy_version: int) -> WeightSyncReport:
         """Send `model`'s weights and prove them; blocking, at most `deadline_s` seconds.
@@ -108,80 +130,104 @@ class WeightSync:
 
     def close(self) -> None:
         self._transport.close()
+        self._opened = False
+        self._control.close()
 
     def _attempt(self, model: "PreTrainedModel", policy_version: int) -> WeightSyncReport | BaseException:
         try:
             if model.device.type == "cuda":
                 torch.cuda.set_device(model.device)  # each thread has a current device of its own, and NCCL goes by it
+                # This thread may have another stream than the optimizer's, whose last step must be over.
+                torch.cuda.synchronize(model.device)
             return self._sync(model, policy_version)
         except BaseException as error:  # handed to the caller's thread, which raises it
+            self._transport.close()  # the next attempt agrees with the server anew: it may be another one by then
+            self._opened = False
             return error
+
+    def _open(self, weights: WireWeights) -> None:
+        dtype_name = str(weights.dtype).removeprefix("torch.")
+        self._salted = bool(self._control.server_info().get("cache_salt", False))
+        problems = self._control.expect_weights(
+            {name: {"dtype": dtype_name, "shape": shape} for name, shape in weights.shapes().items()}
+        )
+        self._transport.open(weights, in_place_problem=next((problem for problem in problems if problem), ""))
+        self._opened = True
+        self._probed_path = ""
 
     def _sync(self, model: "PreTrainedModel", policy_version: int) -> WeightSyncReport:
         weights = WireWeights(model=model, dtype=self._dtype)
-        marks = [time.perf_counter()]
-        phases: dict[str, float] = {}
-
-        def lap(name: str) -> None:
-            marks.append(time.perf_counter())
-            phases[name] = marks[-1] - marks[-2]
-
+        laps = _Laps()
         if not self._opened:
-            self._transport.open(weights)
-            self._opened = True
-            lap("open")
+            self._open(weights)
+            laps.end("open")
+        # Even a pause that times out may have paused the server: it is resumed below.
+        pause = Beside(lambda: self._control.pause(drain=not self._salted))
         try:
-            self._control.pause()  # even one that times out may have paused the server: it is resumed below
-            lap("pause")
-            self._transport.send(weights, weight_version=str(policy_version))
-            lap("send")
-            proven = self._prove_digests(weights)
-            lap("digests")
+            if not self._transport.one_step:
+                pause.result()
+                laps.end("pause")
+            # Otherwise the pause, which takes vLLM 0.02 s and the step that runs, overlaps the rest: the server takes all
+            # weights in one call, and serves no call in the middle of a step.
+            sent = self._transport.send(weights, weight_version=str(policy_version))
+            laps.end("send")
+            proven = self._prove_digests(weights, sent)
+            laps.end("digests")
+            pause.result()
+            laps.end("pause")
         except BaseException:
             with contextlib.suppress(EngineError):  # what went wrong first is what must be seen
+                pause.result()
+            with contextlib.suppress(EngineError):
                 self._control.resume()
             raise
         self._control.resume()
-        lap("resume")
-        gap = self._prove_logprobs(model)
-        lap("probe")
-        total = len(weights.shapes())
+        laps.end("resume")
+        total, path = len(weights.shapes()), self._transport.path()
+        gap = None
+        self._syncs_since_probe += 1
+        if proven < total or path != self._probed_path or self._syncs_since_probe >= self._probe_every:
+            gap = self._prove_logprobs(model, policy_version)
+            self._probed_path, self._syncs_since_probe = path, 0
+            laps.end("probe")
+        if proven == total:
+            self._transport.confirm()
         return WeightSyncReport(
             policy_version=policy_version,
             num_tensors=total,
             num_bytes=weights.num_bytes(),
-            seconds=marks[-1] - marks[0],
-            proof=f"{self._proof_words(proven, total)}; log-probs of the probe within {gap:.2g} nats",
+            seconds=laps.total(),
+            proof=_proof_words(path, proven, total, gap),
             logprob_gap=gap,
-            phases_s=phases,
+            phases_s=laps.seconds,
         )
 
-    def _proof_words(self, proven: int, total: int) -> str:
-        if proven == total:
-            return f"all {total} tensors held by the server have the digests of those sent"
-        received = "digests of all tensors checked on receipt, " if self._transport.name == "ludic_shm" else ""
-        return f"{received}{proven} of {total} held tensors compared (the others are packed by the backend)"
-
-    def _prove_digests(self, weights: WireWeights) -> int:
+    def _prove_digests(self, weights: WireWeights, sent: list[int] | None) -> int:
         """Compare what the server holds with what was sent; the number of tensors that could be compared."""
-        dtype_name = str(weights.dtype).removeprefix("torch.")
-        workers = self._control.held_digests(
-            {name: {"dtype": dtype_name, "shape": shape} for name, shape in weights.shapes().items()}
-        )
-        sent = weights.digests()
-        held = {name: {worker.get(name, "") for worker in workers} - {""} for name in sent}
-        wrong = sorted(name for name, digests in held.items() if digests - {sent[name]})
-        if wrong:
+        asked = Beside(self._control.held_digests)  # the server computes its own while the trainer does
+        wanted = [digest_hex(digest) for digest in (weights.digests() if sent is None else sent)]
+        workers = asked.result()
+        names = list(weights.shapes())
+        if any(len(worker) != len(names) for worker in workers):
             raise WeightSyncError(
-                f"after the sync {len(wrong)} of {len(sent)} tensors on the server differ from those sent, "
-                f"the first is {wrong[0]} (digest {'/'.join(sorted(held[wrong[0]]))}, sent {sent[wrong[0]]})"
+                f"the server answered with digests of {[len(w) for w in workers]} tensors, not {len(names)}"
             )
-        return sum(bool(digests) for digests in held.values())
+        held = [set(digests) - {""} for digests in zip(*workers, strict=True)]
+        wrong = [number for number, digests in enumerate(held) if digests - {wanted[number]}]
+        if wrong:
+            first = min(wrong, key=lambda number: names[number])
+            raise WeightSyncError(
+                f"after the sync {len(wrong)} of {len(names)} tensors on the server differ from those sent, "
+                f"the first is {names[first]} (digest {'/'.join(sorted(held[first]))}, sent {wanted[first]})"
+            )
+        return sum(bool(digests) for digests in held)
 
-    def _prove_logprobs(self, model: "PreTrainedModel") -> float:
+    def _prove_logprobs(self, model: "PreTrainedModel", policy_version: int) -> float:
         """The mean |difference| in nats between the server's and the trainer's log-probs of the probe prompt."""
-        served = torch.tensor(self._control.prompt_logprobs(self._served_model, self._probe))
+        salt = f"ludic-probe-{policy_version}-{time.monotonic_ns()}"
+        asked = Beside(lambda: self._control.prompt_logprobs(self._served_model, self._probe, cache_salt=salt))
         trained = _prompt_logprobs(model, self._probe)
+        served = torch.tensor(asked.result())
         gap = (served - trained).abs().mean().item()
         if not gap <= PROBE_GAP_LIMIT:
             raise WeightSyncError(
@@ -189,6 +235,31 @@ class WeightSync:
                 f"on average (limit {PROBE_GAP_LIMIT}): the server does not compute with the weights that it was sent"
             )
         return gap
+
+
+class _Laps:
+    """Seconds between named marks; a name that comes twice adds up."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def end(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
+        self._last = now
+
+    def total(self) -> float:
+        return sum(self.seconds.values())
+
+
+def _proof_words(path: str, proven: int, total: int, gap: float | None) -> str:
+    if proven == total:
+        digests = f"all {total} tensors held by the server have the digests of those sent"
+    else:
+        digests = f"{proven} of {total} held tensors compared by digests (the others are packed by the backend)"
+    probe = "log-probs of the probe not due" if gap is None else f"log-probs of the probe within {gap:.2g} nats"
+    return f"{path}; {digests}; {probe}"
 
 
 @torch.no_grad()
@@ -212,4 +283,4 @@ def _prompt_logprobs(model: "PreTrainedModel", token_ids: list[int]) -> torch.Te
     ):
         stats = token_logprobs(model, row.to(device), temperature=1.0, with_entropy=False)
     model.train(was_training)
-    return stats.logprobs[1:].float().cpu()
+    return stats.logprobs[1 - len(token_ids) :].float().cpu()
