@@ -15,13 +15,15 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
 
 from ludic.inference.local import LocalEngine
-from ludic.inference.local_decoding import inverse_cdf, keep_nucleus
+from ludic.inference.local_decoding import ATTENTION_NAME, inverse_cdf, keep_nucleus
 from ludic.types import Completion, SamplingParams
 
 VOCAB_SIZE = 48
@@ -60,6 +62,17 @@ def gemma() -> GemmaForCausalLM:
     ).eval()  # fmt: skip
 
 
+def mistral() -> MistralForCausalLM:
+    """Its layers see 4 tokens only, fewer than the prompts and completions here have."""
+    torch.manual_seed(0)
+    return MistralForCausalLM(
+        MistralConfig(
+            vocab_size=VOCAB_SIZE, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.15, sliding_window=4,
+        )
+    ).eval()  # fmt: skip
+
+
 def gpt2() -> GPT2LMHeadModel:
     torch.manual_seed(0)
     return GPT2LMHeadModel(
@@ -93,7 +106,7 @@ def trainer_logprobs(
     return logprobs.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
 
 
-@pytest.mark.parametrize("make_model", [llama, qwen2, gemma, gpt2])
+@pytest.mark.parametrize("make_model", [llama, qwen2, gemma, mistral, gpt2])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 async def test_logprobs_are_those_of_a_plain_forward_pass_at_the_sampling_temperature(
     make_engine: MakeEngine, make_model: Callable[[], PreTrainedModel], temperature: float
@@ -105,6 +118,11 @@ async def test_logprobs_are_those_of_a_plain_forward_pass_at_the_sampling_temper
         for completion in group:
             expected = trainer_logprobs(model, prompt, completion, temperature)
             torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=1e-4, rtol=0)
+
+
+async def test_every_family_here_decodes_with_the_attention_that_copies_no_keys(make_engine: MakeEngine) -> None:
+    for make_model in (llama, qwen2, gemma, mistral, gpt2):
+        assert make_engine(make_model())._model.config._attn_implementation == ATTENTION_NAME
 
 
 async def test_greedy_tokens_are_those_of_transformers_and_their_logprobs_are_untempered(
@@ -263,18 +281,65 @@ async def test_a_copy_in_lower_precision_takes_the_rounded_weights_and_keeps_com
     await engine.generate(PROMPTS[0], num_completions=1, sampling=SamplingParams(max_tokens=4, seed=0))
 
 
-async def test_an_update_waits_for_the_batch_in_hand(make_engine: MakeEngine) -> None:
-    engine = make_engine(llama(), eos=(), max_batch_size=1)
-    request = asyncio.create_task(
-        engine.generate([5, 6], num_completions=3, sampling=SamplingParams(max_tokens=30, seed=0))
-    )
-    while not engine._weights_lock.locked():
+async def _decoding_has_begun(engine: LocalEngine) -> None:
+    while engine._task is None or engine._queue:
         await asyncio.sleep(0)
-    await engine.update_weights(llama(seed=1), policy_version=1)
-    completions = await request
-    assert completions[0].policy_version == 0 and completions[-1].policy_version == 1
-    expected = trainer_logprobs(llama(seed=0), [5, 6], completions[0], 1.0)
-    torch.testing.assert_close(torch.tensor(completions[0].logprobs), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("already_decoding", [True, False])
+async def test_what_was_asked_for_before_an_update_has_the_old_weights_and_what_comes_after_it_the_new(
+    make_engine: MakeEngine, already_decoding: bool
+) -> None:
+    engine = make_engine(llama(seed=0), eos=(), max_batch_size=1)
+    sampling = SamplingParams(max_tokens=30, seed=0)
+    before = asyncio.create_task(engine.generate([5, 6], num_completions=3, sampling=sampling))
+    if already_decoding:
+        await _decoding_has_begun(engine)
+    else:
+        await asyncio.sleep(0)
+    update = asyncio.create_task(engine.update_weights(llama(seed=1), policy_version=1))
+    await asyncio.sleep(0)
+    after = asyncio.create_task(engine.generate([5, 6], num_completions=3, sampling=sampling))
+    for completions, version in ((await before, 0), (await after, 1)):
+        assert [completion.policy_version for completion in completions] == [version] * 3
+        for completion in completions:
+            expected = trainer_logprobs(llama(seed=version), [5, 6], completion, 1.0)
+            torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=1e-4, rtol=0)
+    report = await update
+    assert report.policy_version == 1 and report.seconds >= report.phases_s["wait"] > 0
+
+
+async def test_an_update_given_up_before_its_turn_changes_nothing(make_engine: MakeEngine) -> None:
+    engine = make_engine(llama(), eos=())
+    before = asyncio.create_task(
+        engine.generate([5, 6], num_completions=1, sampling=SamplingParams(max_tokens=20, seed=0))
+    )
+    await _decoding_has_begun(engine)
+    update = asyncio.create_task(engine.update_weights(llama(seed=1), policy_version=1))
+    await asyncio.sleep(0)
+    update.cancel()
+    await before
+    after = await engine.generate([5, 6], num_completions=1, sampling=SamplingParams(max_tokens=20, seed=0))
+    assert after == await before and engine.policy_version == 0
+
+
+async def test_logprobs_are_given_to_those_who_ask_and_do_not_change_what_is_drawn(make_engine: MakeEngine) -> None:
+    engine = make_engine(llama())
+    for temperature in (0.0, 1.0):
+        asked, unasked = (
+            SamplingParams(temperature=temperature, max_tokens=12, seed=3, logprobs=logprobs)
+            for logprobs in (True, False)
+        )
+        expected = await draw(engine, asked)
+        without = await draw(engine, unasked)
+        assert all(completion.logprobs is None for group in without for completion in group)
+        assert [[c.token_ids for c in group] for group in without] == [[c.token_ids for c in g] for g in expected]
+        mixed = await asyncio.gather(
+            engine.generate(PROMPTS[0], num_completions=4, sampling=unasked),
+            engine.generate(PROMPTS[0], num_completions=4, sampling=asked),
+        )
+        assert [c.logprobs for c in mixed[0]] == [None] * 4
+        assert [c.logprobs for c in mixed[1]] == [pytest.approx(c.logprobs, abs=1e-5) for c in expected[0]]
 
 
 async def test_a_model_with_other_tensors_is_refused_and_nothing_is_copied(make_engine: MakeEngine) -> None:
@@ -324,16 +389,18 @@ async def test_an_impossible_request_is_refused(
         await make_engine(llama()).generate(prompt, num_completions=1, sampling=SamplingParams(max_tokens=max_tokens))
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("logprobs", [True, False])
 async def test_a_policy_that_has_diverged_is_an_error_for_every_caller_and_the_engine_lives_on(
-    make_engine: MakeEngine,
+    make_engine: MakeEngine, logprobs: bool, temperature: float
 ) -> None:
     model = llama()
     engine = make_engine(model)
     with torch.no_grad():
         engine._model.model.norm.weight.fill_(torch.nan)
+    sampling = SamplingParams(temperature=temperature, max_tokens=4, seed=0, logprobs=logprobs)
     results = await asyncio.gather(
-        *(engine.generate(p, num_completions=2, sampling=SamplingParams(max_tokens=4, seed=0)) for p in PROMPTS),
-        return_exceptions=True,
+        *(engine.generate(prompt, num_completions=2, sampling=sampling) for prompt in PROMPTS), return_exceptions=True
     )
     assert all(isinstance(result, RuntimeError) and "diverged" in str(result) for result in results)
     await engine.update_weights(model, policy_version=1)
@@ -344,12 +411,14 @@ async def test_a_closed_engine_refuses_and_closing_twice_is_harmless() -> None:
     engine = LocalEngine(llama(), eos_token_ids=(), pad_token_id=0, max_batch_size=1)
     sampling = SamplingParams(max_tokens=20, seed=0)
     waiting = asyncio.create_task(engine.generate([5], num_completions=3, sampling=sampling))
-    while not engine._weights_lock.locked():
-        await asyncio.sleep(0)
+    await _decoding_has_begun(engine)
+    update = asyncio.create_task(engine.update_weights(llama(), policy_version=1))
+    await asyncio.sleep(0)
     await engine.aclose()
     await engine.aclose()
-    with pytest.raises(RuntimeError, match="closed"):
-        await waiting
+    for call in (waiting, update):
+        with pytest.raises(RuntimeError, match="closed"):
+            await call
     with pytest.raises(RuntimeError, match="closed"):
         await engine.generate([5], num_completions=1, sampling=sampling)
 
@@ -359,8 +428,7 @@ async def test_a_caller_that_gives_up_does_not_hold_up_the_others(make_engine: M
     sampling = SamplingParams(max_tokens=6, seed=0)
     given_up = asyncio.create_task(engine.generate([5, 6], num_completions=4, sampling=sampling))
     staying = asyncio.create_task(engine.generate([5, 6, 7], num_completions=4, sampling=sampling))
-    while not engine._weights_lock.locked():
-        await asyncio.sleep(0)
+    await _decoding_has_begun(engine)
     given_up.cancel()
     assert len(await staying) == 4
     with pytest.raises(asyncio.CancelledError):

@@ -37,14 +37,27 @@ class InferenceEngine(Protocol):
         """The version of the weights in use; 0 until the first `update_weights`."""
         ...
 
+    @property
+    def overlaps_training(self) -> bool:
+        """Whether generation runs on another device than training, so that the two gain by running at the same time."""
+        ...
+
     async def generate(
         self, prompt_token_ids: Sequence[int], *, num_completions: int, sampling: SamplingParams
     ) -> list[Completion]:
-        """Draw `num_completions` completions of one prompt. Safe to call many times concurrently."""
+        """Draw `num_completions` completions of one prompt. Safe to call many times concurrently.
+
+        Each is stamped with the policy version at which its request started; its `logprobs` are None without
+        `sampling.logprobs`.
+        """
         ...
 
     async def update_weights(self, model: torch.nn.Module, *, policy_version: int) -> WeightSyncReport:
-        """Take over `model`'s weights, prove that they arrived, and stamp what follows with `policy_version`."""
+        """Take over `model`'s weights, prove that they arrived, and stamp what follows with `policy_version`.
+
+        May be called while generations are in flight. They go on with the new weights, and their completions keep the
+        version at which they started, the oldest that sampled any of their tokens: staleness is never understated.
+        """
         ...
 
     async def aclose(self) -> None:

@@ -1,20 +1,19 @@
-"""An inference engine in this process: transformers' own `generate`, on a copy of the policy's weights.
+"""An inference engine in this process: transformers' models, on a copy of the policy's weights.
 
 It stands behind the same interface as the vLLM client, for the demo, for tests and for people without a server. It
 keeps *its own copy* of the weights, so that training cannot change a policy in the middle of a completion, and
 `update_weights` is a real hand-over that can fail and is proven, as it is with a server.
 
-Concurrent `generate` calls are collected and decoded together: one background task lets every caller that is ready
-submit, sorts what has come by prompt length, and decodes it in batches, in one worker thread. Three things keep that
-quick without leaving `generate`:
+Calls are served in the order in which they were made. Concurrent `generate` calls are collected and decoded together: one
+background task lets every caller that is ready submit, sorts what has come by prompt length, and has it decoded in
+batches (`local_decoding`), in one worker thread. A weight update takes its place between them: what was asked for before
+it is finished first, under the old weights, and what comes after it has the new ones. Which version a completion has is
+therefore a matter of the order of the calls and never of timing, and every completion is of one version from its first
+token to its last.
 
-- each distinct prompt is prefilled once, and its cache rows are copied to all its completions;
-- decoding pauses whenever half of the rows have ended, drops those, and goes on with the rest;
-- a token is chosen, and its log-probability kept, inside one logits processor, so that no `[B, V]` scores are stored.
-
-Every completion has random numbers of its own, drawn from its seed and its place in the group. What it says therefore
-does not depend on the batch that it was in, except through floating-point rounding; and the same calls, made in the
-same order, repeat bit for bit.
+Every completion has random numbers of its own, drawn from its seed and its place in the group. What it says does not
+depend on the batch that it was in, except through floating-point rounding; and the same calls, made in the same order,
+repeat bit for bit.
 
 What it leaves out: paged attention, continuous batching across waves, several devices and sharded models. That is what
 the server is for.
@@ -22,6 +21,8 @@ the server is for.
 
 import asyncio
 import copy
+import dataclasses
+import itertools
 import secrets
 import time
 from collections.abc import Sequence
@@ -31,18 +32,10 @@ from os import PathLike
 from typing import Self
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    DynamicCache,
-    GenerationConfig,
-    LogitsProcessorList,
-    PreTrainedModel,
-    StoppingCriteriaList,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ludic.inference.engine import WeightSyncReport
-from ludic.inference.local_decoding import Choose, Decoding, Pause, Row
+from ludic.inference.local_decoding import Row, decode, prepare_decoding
 from ludic.types import Completion, SamplingParams
 
 _QUIET_TURNS = 3
@@ -67,6 +60,16 @@ class _Request:
         self.completions[member] = completion
         if len(self.completions) == self.num_completions and not self.future.done():
             self.future.set_result([self.completions[index] for index in range(self.num_completions)])
+
+
+@dataclass(frozen=True, eq=False, slots=True, kw_only=True)
+class _WeightUpdate:
+    """One `update_weights` call, and its place among the requests."""
+
+    model: torch.nn.Module
+    policy_version: int
+    future: "asyncio.Future[WeightSyncReport]"
+    submitted_s: float
 
 
 class LocalEngine:
@@ -114,12 +117,14 @@ class LocalEngine:
         self._max_context: int | None = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
         self._policy_version = 0
         self._weights_proven = True
-        self._queue: list[_Request] = []
+        self._queue: list[_Request | _WeightUpdate] = []
         self._task: asyncio.Task[None] | None = None
-        self._weights_lock = asyncio.Lock()
         # One thread of our own: a pool would give each thread its own OpenMP workers, which compete for the same cores.
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ludic-local-engine")
         self._closed = False
+
+    overlaps_training = False
+    """Generation and training share one device: running them at the same time gains nothing."""
 
     @classmethod
     def from_pretrained(
@@ -177,39 +182,28 @@ class LocalEngine:
             future=asyncio.get_running_loop().create_future(),
             num_completions=num_completions,
         )
-        self._queue.append(request)
-        if self._task is None or self._task.done():
-            self._task = asyncio.create_task(self._drain())
+        self._submit(request)
         return await request.future
 
     async def update_weights(self, model: torch.nn.Module, *, policy_version: int) -> WeightSyncReport:
-        """Take over `model`'s weights between two batches, and prove it: every tensor must be equal afterwards.
+        """Take over `model`'s weights, and prove it: every tensor must be equal afterwards.
 
-        Requests that are queued but not begun are decoded with the new weights, and stamped so.
+        May be called while requests are queued or in flight. Those that came before it are finished first, with the
+        weights that they came under; those that come after it, even before it is done, have the new ones. `model` is
+        read when its turn comes, so it must not change until this returns.
 
         Raises:
             ValueError: the two models do not hold the same tensors in the same shapes. Nothing has been copied.
-            RuntimeError: a tensor differs after the copy (also when it holds NaN). Until an update succeeds, the engine
-                holds weights that belong to no version, and refuses to generate.
+            RuntimeError: a tensor differs after the copy (also when it holds NaN), or the engine was closed. Until an
+                update succeeds, the engine holds weights that belong to no version, and refuses to generate.
         """
         self._check_open()
         _check_same_tensors(_named_tensors(self._model), _named_tensors(model))
-        start_s = time.perf_counter()
-        loop = asyncio.get_running_loop()
-        async with self._weights_lock:
-            waited_s = time.perf_counter() - start_s
-            self._weights_proven = False
-            report = await loop.run_in_executor(self._executor, _hand_over, model, self._model, policy_version)
-            self._weights_proven = True
-            self._policy_version = policy_version
-        return WeightSyncReport(
-            policy_version=policy_version,
-            num_tensors=report.num_tensors,
-            num_bytes=report.num_bytes,
-            seconds=time.perf_counter() - start_s,
-            proof=report.proof,
-            phases_s={"wait": waited_s, **report.phases_s},
+        future: asyncio.Future[WeightSyncReport] = asyncio.get_running_loop().create_future()
+        self._submit(
+            _WeightUpdate(model=model, policy_version=policy_version, future=future, submitted_s=time.perf_counter())
         )
+        return await future
 
     async def aclose(self) -> None:
         """Finish the batch in hand, refuse what is still queued, and let go of the thread and the weights."""
@@ -217,11 +211,16 @@ class LocalEngine:
             return
         self._closed = True
         _refuse(self._queue, RuntimeError("this LocalEngine was closed"))
+        self._queue = []
         if self._task is not None:
             await asyncio.wait([self._task])
-        async with self._weights_lock:  # A weight update may still be under way.
-            self._executor.shutdown()
+        self._executor.shutdown()
         torch.nn.Module.to(self._model, device="meta")
+
+    def _submit(self, call: _Request | _WeightUpdate) -> None:
+        self._queue.append(call)
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._drain())
 
     def _check_open(self) -> None:
         if self._closed:
@@ -244,20 +243,21 @@ class LocalEngine:
             )
 
     async def _drain(self) -> None:
-        """Decode until the queue is empty. A wave is everything that was asked for by the time it begins."""
-        wave: list[_Request] = []
+        """Serve calls until none is left. A wave is all that was asked for until now or until the next weight update."""
+        taken: list[_Request | _WeightUpdate] = []
         try:
             await self._let_callers_submit()
             while self._queue:
-                wave, self._queue = self._queue, []
-                members = [(request, member) for request in wave for member in range(request.num_completions)]
-                members.sort(key=lambda pair: len(pair[0].prompt))  # Stable: ties stay in the order of submission.
-                for first in range(0, len(members), self._max_batch_size):
-                    batch = members[first : first + self._max_batch_size]
-                    await self._decode([pair for pair in batch if not pair[0].future.done()])
+                taken = list(itertools.takewhile(lambda call: isinstance(call, _Request), self._queue))
+                taken = taken or self._queue[:1]
+                self._queue = self._queue[len(taken) :]
+                if isinstance(taken[0], _WeightUpdate):
+                    await self._apply(taken[0])
+                else:
+                    await self._decode_wave([call for call in taken if isinstance(call, _Request)])
                 await self._let_callers_submit()
         finally:  # Nobody may wait for ever if this task is cancelled.
-            _refuse([*wave, *self._queue], RuntimeError("this LocalEngine stopped before the completions were drawn"))
+            _refuse([*taken, *self._queue], RuntimeError("this LocalEngine stopped before the completions were drawn"))
             self._queue = []
 
     async def _let_callers_submit(self) -> None:
@@ -268,93 +268,84 @@ class LocalEngine:
             await asyncio.sleep(0)
             quiet = quiet + 1 if len(self._queue) == before else 0
 
+    async def _decode_wave(self, wave: Sequence[_Request]) -> None:
+        members = [(request, member) for request in wave for member in range(request.num_completions)]
+        members.sort(key=lambda pair: len(pair[0].prompt))  # Stable: ties stay in the order of submission.
+        for first in range(0, len(members), self._max_batch_size):
+            batch = members[first : first + self._max_batch_size]
+            await self._decode([pair for pair in batch if not pair[0].future.done()])
+
     async def _decode(self, members: list[tuple[_Request, int]]) -> None:
         """Decode one batch in the worker thread and hand the completions to the requests that they belong to."""
-        async with self._weights_lock:
-            if self._closed:
-                _refuse([request for request, _ in members], RuntimeError("this LocalEngine was closed"))
-                return
-            if not members:
-                return
-            if not self._weights_proven:
-                error = RuntimeError(
-                    "the last weight sync failed, so the engine's weights belong to no version; sync again"
-                )
-                _refuse([request for request, _ in members], error)
-                return
-            version = self._policy_version
-            rows = [request.row(member) for request, member in members]
-            decoded = asyncio.get_running_loop().run_in_executor(self._executor, self._decode_rows, rows, version)
-            await asyncio.wait([decoded])
-        failure = decoded.exception()
-        if failure is not None:  # Every caller of the batch gets it; the next batch may well succeed.
-            _refuse([request for request, _ in members], failure)
+        if not members:
             return
-        for (request, member), completion in zip(members, decoded.result(), strict=True):
+        requests = [request for request, _ in members]
+        if self._closed:
+            _refuse(requests, RuntimeError("this LocalEngine was closed"))
+            return
+        if not self._weights_proven:
+            _refuse(
+                requests,
+                RuntimeError("the last weight sync failed, so the engine's weights belong to no version; sync again"),
+            )
+            return
+        rows = [request.row(member) for request, member in members]
+        decoding = asyncio.get_running_loop().run_in_executor(self._executor, self._decode_rows, rows)
+        await asyncio.wait([decoding])
+        failure = decoding.exception()
+        if failure is not None:  # Every caller of the batch gets it; the next batch may well succeed.
+            _refuse(requests, failure)
+            return
+        for (request, member), completion in zip(members, decoding.result(), strict=True):
             request.deliver(member, completion)
 
-    @torch.inference_mode()
-    def _decode_rows(self, rows: list[Row], policy_version: int) -> list[Completion]:
-        """Decode rows together, dropping those that have ended each time that half of them have."""
-        device = self._model.device
-        state = Decoding(rows, eos_token_ids=self._eos_token_ids, device=device)
-        input_ids, attention_mask, cache = self._prefill(rows)
-        while True:
-            config = GenerationConfig(
-                max_new_tokens=int(state.remaining()), do_sample=False, use_cache=True, disable_compile=True
-            )
-            num_before = input_ids.shape[1]
-            output = self._model.generate(  # type: ignore[operator]
-                input_ids,
-                attention_mask=attention_mask,
-                past_key_values=cache,
-                generation_config=config,
-                logits_processor=LogitsProcessorList([Choose(state)]),
-                stopping_criteria=StoppingCriteriaList([Pause(state)]),
-            )
-            keep = state.drop_finished()
-            if keep.numel() == 0:
-                break
-            attention_mask = torch.nn.functional.pad(attention_mask, (0, output.shape[1] - num_before), value=1)[keep]
-            input_ids = output[keep]
-            cache.batch_select_indices(keep)
-        return state.completions(policy_version)
+    def _decode_rows(self, rows: list[Row]) -> list[Completion]:
+        return decode(
+            self._model,
+            rows,
+            eos_token_ids=self._eos_token_ids,
+            pad_token_id=self._pad_token_id,
+            policy_version=self._policy_version,
+        )
 
-    def _prefill(self, rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor, DynamicCache]:
-        """Left-padded ids and mask `[B, P]`, and a cache of the first P - 1 positions, computed once a prompt."""
-        device = self._model.device
-        places: dict[tuple[int, ...], int] = {}
-        index = torch.tensor([places.setdefault(row.prompt, len(places)) for row in rows], device=device)
-        width = max(map(len, places))
-        padded = [[self._pad_token_id] * (width - len(prompt)) + list(prompt) for prompt in places]
-        mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in places]
-        input_ids = torch.tensor(padded, device=device)
-        attention_mask = torch.tensor(mask, device=device)
-        cache = DynamicCache(config=self._model.config.get_text_config(decoder=True))
-        if width > 1:
-            self._model(
-                input_ids=input_ids[:, :-1],
-                attention_mask=attention_mask[:, :-1],
-                position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0)[:, :-1],
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
+    async def _apply(self, update: _WeightUpdate) -> None:
+        """Hand the weights over in the worker thread, and tell the caller how it went."""
+        if update.future.done():  # The caller has given up before its turn came.
+            return
+        waited_s = time.perf_counter() - update.submitted_s
+        self._weights_proven = False
+        handing_over = asyncio.get_running_loop().run_in_executor(
+            self._executor, _hand_over, update.model, self._model, update.policy_version
+        )
+        await asyncio.wait([handing_over])
+        failure = handing_over.exception()
+        if failure is not None:
+            _refuse([update], failure)
+            return
+        self._weights_proven = True
+        self._policy_version = update.policy_version
+        report = handing_over.result()
+        if not update.future.done():
+            update.future.set_result(
+                dataclasses.replace(
+                    report,
+                    seconds=time.perf_counter() - update.submitted_s,
+                    phases_s={"wait": waited_s, **report.phases_s},
+                )
             )
-            cache.batch_select_indices(index)
-        return input_ids[index], attention_mask[index], cache
 
 
-def _refuse(requests: Sequence[_Request], error: BaseException) -> None:
+def _refuse(calls: Sequence[_Request | _WeightUpdate], error: BaseException) -> None:
     """Give `error` to every caller that still waits."""
-    for request in requests:
-        if not request.future.done():
-            request.future.set_exception(error)
+    for call in calls:
+        if not call.future.done():
+            call.future.set_exception(error)
 
 
 def _prepare(
     model: PreTrainedModel, *, device: torch.device | str | None, dtype: torch.dtype | None
 ) -> PreTrainedModel:
-    """Make a model ours: eval mode, no gradients, plain attention, no generation defaults of its own."""
+    """Make a model ours: eval mode, no gradients, attention for decoding."""
     for parameter in model.parameters():
         parameter.grad = None
         parameter.requires_grad_(False)
@@ -363,9 +354,7 @@ def _prepare(
         model.to(device)  # type: ignore[arg-type]
     if dtype is not None:
         _cast(model, dtype)
-    model.set_attn_implementation("sdpa")
-    # An empty one: a folder's generation_config.json must not override what a caller asks for.
-    model.generation_config = GenerationConfig()
+    prepare_decoding(model)
     return model
 
 
