@@ -63,6 +63,7 @@ def save(
     return save_checkpoint(
         folder,
         model=model,
+        weights=model.state_dict(),
         tokenizer=make_tiny_tokenizer(),
         optimizer=adamw(model) if optimizer is None else optimizer,
         state=state_at(step),

@@ -47,6 +47,8 @@ def parse(*flags: str) -> GRPOConfig:
         (["--max-grad-norm", "-1"], "--max-grad-norm", "negative"),
         (["--kl-coef", "-0.1"], "--kl-coef", "negative"),
         (["--tis-cap", "-1"], "--tis-cap", "negative"),
+        (["--max-staleness", "-1"], "--max-staleness", "negative"),
+        (["--logprob-share", "1.5"], "--logprob-share", "0 to 1"),
         (["--eval-every", "-1"], "--eval-every", "negative"),
         (["--eval-limit", "-1"], "--eval-limit", "negative"),
         (["--eval-temperature", "-1"], "--eval-temperature", "negative"),
@@ -167,3 +169,23 @@ def test_a_run_writes_the_files_that_the_readme_names(tmp_path: Path) -> None:
         "gsm8k_train_reward.png",
     ]
     assert all(path.parent == tmp_path for path in (paths.rollouts, paths.checkpoints))
+
+
+def test_a_budget_of_auto_is_left_to_the_trial() -> None:
+    assert parse("--micro-token-budget", "auto").micro_token_budget is None
+    assert parse().micro_token_budget == 16384
+
+
+def test_stale_rollouts_are_corrected_unless_it_is_switched_off_and_on_policy_ones_are_not() -> None:
+    assert parse().importance_cap is None
+    assert parse("--max-staleness", "1").importance_cap == 2.0
+    assert parse("--max-staleness", "1", "--tis-cap", "0").importance_cap is None
+    assert parse("--tis-cap", "3").importance_cap == 3.0
+
+
+def test_the_share_of_groups_with_log_probs_is_the_same_in_every_update() -> None:
+    config = parse("--logprob-share", "0.1", "--rollouts-per-update", "256")
+    chosen = [config.wants_logprobs(group_id) for group_id in range(96)]
+    assert [sum(chosen[first : first + 32]) for first in (0, 32, 64)] == [4, 4, 4]
+    assert not any(parse("--logprob-share", "0").wants_logprobs(group_id) for group_id in range(64))
+    assert all(parse("--logprob-share", "1").wants_logprobs(group_id) for group_id in range(64))

@@ -36,6 +36,7 @@ class StubEngine:
     """Answers every prompt with what `answer` says, after one turn of the event loop, and keeps count."""
 
     policy_version = 3
+    overlaps_training = True
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, answer: Callable[[str, int], str]) -> None:
         self.tokenizer, self.answer = tokenizer, answer

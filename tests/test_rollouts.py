@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ludic.inference.engine import WeightSyncReport
 from ludic.prompts import encode_prompt
-from ludic.rollouts import Prompt, collect_groups, derive_seed, rollout_metrics, rollout_record
+from ludic.rollouts import GroupStream, Prompt, derive_seed, rollout_metrics, rollout_record
 from ludic.types import ChatMessage, Completion, FinishReason, ParseResult, Rollout, RolloutGroup, SamplingParams, Score
 from tests.vllm_helpers import make_tiny_tokenizer
 
@@ -27,6 +27,7 @@ class EchoEngine:
     """Completes every prompt with `<its question><member>`; later prompts are answered sooner."""
 
     policy_version = VERSION
+    overlaps_training = True
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self.tokenizer = tokenizer
@@ -52,6 +53,22 @@ class EchoEngine:
 
     async def aclose(self) -> None:
         raise AssertionError("rollouts do not close the engine")
+
+
+class HoldsTheFirst(EchoEngine):
+    """Answers the first prompt only when it is told to."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        super().__init__(tokenizer)
+        self.release = asyncio.Event()
+
+    async def generate(
+        self, prompt_token_ids: Sequence[int], *, num_completions: int, sampling: SamplingParams
+    ) -> list[Completion]:
+        if self.started == 0:
+            self.started += 1
+            await self.release.wait()
+        return await super().generate(prompt_token_ids, num_completions=num_completions, sampling=sampling)
 
 
 class LastDigit:
@@ -108,29 +125,50 @@ def prompts(tokenizer: PreTrainedTokenizerFast, *samples: str) -> list[Prompt[st
     ]
 
 
-async def test_groups_come_back_in_the_order_of_their_prompts_whoever_is_first(
+def stream_of(engine: EchoEngine, *, group_size: int = 2, writer: ListWriter | None = None) -> GroupStream[str]:
+    return GroupStream(engine, LastDigit(), group_size=group_size, tokenizer=engine.tokenizer, writer=writer)
+
+
+async def test_groups_are_handed_out_as_they_are_scored_and_are_whole(tokenizer: PreTrainedTokenizerFast) -> None:
+    engine = HoldsTheFirst(tokenizer)
+    stream = stream_of(engine)
+    stream.submit(1, prompts(tokenizer, "a", "b", "c"))
+    groups = []
+    async for ready in stream.groups(1):
+        groups += ready
+        if len(groups) == 2:
+            engine.release.set()
+    assert [group.group_id for group in groups][-1] == 40, "the others did not wait for the first"
+    groups.sort(key=lambda group: group.group_id)
+    assert [group.target for group in groups] == ["target of a", "target of b", "target of c"]
+    texts = [[rollout.text for rollout in group.rollouts] for group in groups]
+    assert texts == [["a0", "a1"], ["b0", "b1"], ["c0", "c1"]]
+    assert [[rollout.rollout_id for rollout in group.rollouts] for group in groups] == [[0, 1]] * 3
+    assert [[rollout.score.reward for rollout in group.rollouts] for group in groups] == [[0.0, 1.0]] * 3
+    times = stream.timings(1)
+    assert times.generation_s > 0 and times.grading_s >= 0
+
+
+async def test_updates_are_generated_together_and_handed_out_each_on_its_own(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
-    batch = await collect_groups(
-        EchoEngine(tokenizer),
-        LastDigit(),
-        prompts(tokenizer, "a", "b", "c"),
-        group_size=2,
-        tokenizer=tokenizer,
-        step=1,
-    )
-    assert [group.group_id for group in batch.groups] == [40, 41, 42]
-    assert [group.target for group in batch.groups] == ["target of a", "target of b", "target of c"]
-    texts = [[rollout.text for rollout in group.rollouts] for group in batch.groups]
-    assert texts == [["a0", "a1"], ["b0", "b1"], ["c0", "c1"]]
-    assert [[rollout.rollout_id for rollout in group.rollouts] for group in batch.groups] == [[0, 1]] * 3
-    assert [[rollout.score.reward for rollout in group.rollouts] for group in batch.groups] == [[0.0, 1.0]] * 3
-    assert batch.generation_s > 0 and batch.grading_s >= 0
+    engine = EchoEngine(tokenizer)
+    stream = stream_of(engine)
+    stream.submit(1, prompts(tokenizer, "a", "b"))
+    stream.submit(2, prompts(tokenizer, "c"))
+    stream.submit(2, prompts(tokenizer, "again"))
+    first = [group async for groups in stream.groups(1) for group in groups]
+    assert engine.started == 3, "the second update was generated with the first, and once"
+    second = [group async for groups in stream.groups(2) for group in groups]
+    assert {group.target for group in first} == {"target of a", "target of b"}
+    assert [group.target for group in second] == ["target of c"]
 
 
 async def test_every_prompt_is_sampled_with_its_own_seed(tokenizer: PreTrainedTokenizerFast) -> None:
     engine = EchoEngine(tokenizer)
-    await collect_groups(engine, LastDigit(), prompts(tokenizer, "a", "b"), group_size=2, tokenizer=tokenizer, step=1)
+    stream = stream_of(engine)
+    stream.submit(1, prompts(tokenizer, "a", "b"))
+    assert [groups async for groups in stream.groups(1)]
     assert [sampling.seed for sampling in engine.sampling] == [derive_seed(0, 2, 0), derive_seed(0, 2, 1)]
 
 
@@ -147,15 +185,9 @@ async def test_every_rollout_is_recorded_with_all_that_is_needed_to_read_it(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     writer = ListWriter()
-    await collect_groups(
-        EchoEngine(tokenizer),
-        LastDigit(),
-        prompts(tokenizer, "a", "b"),
-        group_size=2,
-        tokenizer=tokenizer,
-        step=9,
-        writer=writer,
-    )
+    stream = stream_of(EchoEngine(tokenizer), writer=writer)
+    stream.submit(9, prompts(tokenizer, "a", "b"))
+    assert [groups async for groups in stream.groups(9)]
     assert sorted((record["group"], record["rollout"]) for record in writer.records) == [
         (40, 0), (40, 1), (41, 0), (41, 1),
     ]  # fmt: skip
@@ -183,19 +215,13 @@ async def test_every_rollout_is_recorded_with_all_that_is_needed_to_read_it(
 
 async def test_a_score_that_fails_cancels_the_others_and_propagates(tokenizer: PreTrainedTokenizerFast) -> None:
     environment, writer = LastDigit(), ListWriter()
-    with pytest.raises(ExceptionGroup) as failure:
-        await collect_groups(
-            EchoEngine(tokenizer),
-            environment,
-            prompts(tokenizer, "slow", "boom"),
-            group_size=3,
-            tokenizer=tokenizer,
-            step=1,
-            writer=writer,
-        )
-    (error,) = failure.value.exceptions
-    assert isinstance(error, RuntimeError) and str(error) == "the scorer broke"
-    assert environment.cancelled >= 3, "the scores of the other prompt still wait"
+    engine = EchoEngine(tokenizer)
+    stream = GroupStream(engine, environment, group_size=3, tokenizer=tokenizer, writer=writer)
+    stream.submit(1, prompts(tokenizer, "slow", "boom"))
+    stream.submit(2, prompts(tokenizer, "slow"))
+    with pytest.raises(RuntimeError, match="the scorer broke"):
+        assert [groups async for groups in stream.groups(1)]
+    assert environment.cancelled >= 6, "the scores of the other prompts still wait, in this update or the next"
     assert writer.records == [], "a group that is not whole was recorded"
 
 
@@ -240,6 +266,7 @@ def test_the_metrics_of_an_update_are_those_counted_by_hand() -> None:
         "total_completion_tokens": 40,
         "prompt_tokens": 24,
         "staleness": 0.5,
+        "staleness_max": 2,
         "grader_failures": 1.0,
     }
 

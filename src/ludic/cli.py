@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from ludic.inference.engine import InferenceEngine
 
-USER_ERRORS: tuple[type[Exception], ...] = (ValueError, EngineError, OSError, FloatingPointError)
+USER_ERRORS: tuple[type[Exception], ...] = (ValueError, EngineError, OSError, FloatingPointError, MemoryError)
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +35,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--port", type=int, default=8000, help="the server's port (default: 8000)")
     group.add_argument("--api-key", default=None,
                        help="the server's key; better in LUDIC_API_KEY or VLLM_API_KEY than on the command line")  # fmt: skip
-    group.add_argument("--concurrency", type=int, default=256, help="completions in flight at once (default: 256)")
+    group.add_argument("--concurrency", type=int, default=1024, help="completions in flight at once (default: 1024)")
     group.add_argument("--seed-requests", action="store_true",
                        help="send a seed with each request; slower, and repeatable only as far as the server is")  # fmt: skip
     group.add_argument(

@@ -402,7 +402,8 @@ def _check_length(problem: _Problem, max_seq_len: int | None) -> None:
 def _request_sampling(
     sampling: SamplingParams, problem: _Problem, start: int, max_seq_len: int | None
 ) -> SamplingParams:
-    """`sampling` for one request: a seed of its own, and no more tokens than fit."""
+    """`sampling` for one request: a seed of its own, no more tokens than fit, and no log-probs, which nobody reads."""
+    sampling = replace(sampling, logprobs=False)
     if sampling.seed is not None:
         sampling = replace(sampling, seed=derive_seed(sampling.seed, problem.index, start))
     if max_seq_len is not None:

@@ -1,14 +1,15 @@
-"""Prompts in, scored rollout groups out: the generation half of one update.
+"""Prompts in, scored rollout groups out: the generation half of the training loop.
 
 Every prompt is one task: generate its group, score its members as soon as they are there, log them. Scoring thus overlaps
-the generation of the other groups. How many completions are in flight is the engine's business.
+the generation of the other groups, and so does whatever the caller does with the groups that it has been handed. How many
+completions are in flight is the engine's business.
 """
 
 import asyncio
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from ludic.environment import Environment
@@ -39,17 +40,6 @@ class Prompt(Generic[SampleT]):
     sampling: SamplingParams
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RolloutBatch:
-    """The groups of one update, in the order of their prompts."""
-
-    groups: tuple[RolloutGroup, ...]
-    generation_s: float
-    """Until the last completion had arrived."""
-    grading_s: float
-    """From then until the last score was there: the part of the scoring that generation did not hide."""
-
-
 def derive_seed(*parts: int) -> int:
     """A seed in [0, 2^62) that depends on every part, e.g. (run seed, step, prompt).
 
@@ -61,28 +51,75 @@ def derive_seed(*parts: int) -> int:
     return int.from_bytes(digest) >> 2
 
 
-async def collect_groups(
-    engine: InferenceEngine,
-    environment: Environment[SampleT],
-    prompts: Sequence[Prompt[SampleT]],
-    *,
-    group_size: int,
-    tokenizer: "PreTrainedTokenizerBase",
-    step: int,
-    writer: RecordWriter | None = None,
-) -> RolloutBatch:
-    """Generate and score `group_size` rollouts of each prompt.
+class GroupStream(Generic[SampleT]):
+    """Generates and scores the groups of several updates at once, and hands them out update by update.
 
-    The first failure cancels the rest and propagates: no group is silently short.
+    The caller decides how far ahead of the policy it submits; what was submitted is generated at once, as far as the engine
+    lets it. Updates are handed out whole and in order, so no completion is left behind for being long.
+
+    Args:
+        group_size: rollouts of each prompt.
+        writer: takes one record a rollout as soon as its group is scored.
     """
-    started = time.perf_counter()
-    generated_at = [started] * len(prompts)
 
-    async def one(index: int, prompt: Prompt[SampleT]) -> RolloutGroup:
-        completions = await engine.generate(prompt.token_ids, num_completions=group_size, sampling=prompt.sampling)
-        generated_at[index] = time.perf_counter()
-        texts = [decode_completion(tokenizer, completion.token_ids) for completion in completions]
-        scores = await asyncio.gather(*(environment.score(prompt.sample, text) for text in texts))
+    def __init__(
+        self,
+        engine: InferenceEngine,
+        environment: Environment[SampleT],
+        *,
+        group_size: int,
+        tokenizer: "PreTrainedTokenizerBase",
+        writer: RecordWriter | None = None,
+    ) -> None:
+        self._engine = engine
+        self._environment = environment
+        self._group_size = group_size
+        self._tokenizer = tokenizer
+        self._writer = writer
+        self._updates: dict[int, _Update] = {}
+
+    def submit(self, step: int, prompts: Sequence[Prompt[SampleT]]) -> None:
+        """Start the groups of update `step`; returns at once. An update that was submitted before is left as it is."""
+        if step not in self._updates:
+            update = _Update(started=time.perf_counter())
+            update.tasks = [asyncio.create_task(self._group(update, step, prompt)) for prompt in prompts]
+            self._updates[step] = update
+
+    async def groups(self, step: int) -> AsyncIterator[list[RolloutGroup]]:
+        """The groups of update `step` as they are scored, each time all that are ready, until there are no more.
+
+        The first failure cancels everything that is in flight and propagates: no group is silently short.
+        """
+        update = self._updates[step]
+        waiting = set(update.tasks)
+        while waiting:
+            done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            ready = [task for task in update.tasks if task in done]  # in the order of their prompts
+            if any(task.exception() is not None for task in ready):
+                await self.aclose()
+            yield [task.result() for task in ready]
+
+    def timings(self, step: int) -> "GenerationTimes":
+        """What the generation of update `step` took; call it when all its groups are there, which forgets the update."""
+        update = self._updates.pop(step)
+        return GenerationTimes(
+            generation_s=update.last_generated - update.started, grading_s=update.last_scored - update.last_generated
+        )
+
+    async def aclose(self) -> None:
+        """Cancel what is in flight, and wait until it is gone."""
+        tasks = [task for update in self._updates.values() for task in update.tasks]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _group(self, update: "_Update", step: int, prompt: Prompt[SampleT]) -> RolloutGroup:
+        completions = await self._engine.generate(
+            prompt.token_ids, num_completions=self._group_size, sampling=prompt.sampling
+        )
+        update.last_generated = time.perf_counter()
+        texts = [decode_completion(self._tokenizer, completion.token_ids) for completion in completions]
+        scores = await asyncio.gather(*(self._environment.score(prompt.sample, text) for text in texts))
         rollouts = tuple(
             Rollout(
                 group_id=prompt.group_id,
@@ -94,21 +131,33 @@ async def collect_groups(
             )
             for member, (completion, text, score) in enumerate(zip(completions, texts, scores, strict=True))
         )
-        group = RolloutGroup(group_id=prompt.group_id, target=environment.target(prompt.sample), rollouts=rollouts)
-        if writer is not None:
-            question = environment.messages(prompt.sample)[-1]["content"]
+        target = self._environment.target(prompt.sample)
+        if self._writer is not None:
+            question = self._environment.messages(prompt.sample)[-1]["content"]
             for rollout in rollouts:
-                writer.write(rollout_record(rollout, step=step, prompt=question, target=group.target))
-        return group
+                self._writer.write(rollout_record(rollout, step=step, prompt=question, target=target))
+        update.last_scored = time.perf_counter()
+        return RolloutGroup(group_id=prompt.group_id, target=target, rollouts=rollouts)
 
-    async with asyncio.TaskGroup() as tasks:
-        pending = [tasks.create_task(one(index, prompt)) for index, prompt in enumerate(prompts)]
-    last_generated = max(generated_at, default=started)
-    return RolloutBatch(
-        groups=tuple(task.result() for task in pending),
-        generation_s=last_generated - started,
-        grading_s=time.perf_counter() - last_generated,
-    )
+
+@dataclass(slots=True, kw_only=True)
+class _Update:
+    """The groups of one update on their way."""
+
+    started: float
+    tasks: list[asyncio.Task[RolloutGroup]] = field(default_factory=list)
+    last_generated: float = 0.0
+    last_scored: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationTimes:
+    """Wall clock of one update's rollouts."""
+
+    generation_s: float
+    """From their submission until the last completion had arrived."""
+    grading_s: float
+    """From then until the last score was there: the part of the scoring that generation did not hide."""
 
 
 def rollout_record(rollout: Rollout, *, step: int, prompt: str, target: str) -> dict[str, Any]:
@@ -153,5 +202,6 @@ def rollout_metrics(groups: Sequence[RolloutGroup], *, policy_version: int) -> d
         "total_completion_tokens": completion_tokens,
         "prompt_tokens": sum(len(group.rollouts[0].prompt_token_ids) * len(group.rollouts) for group in groups),
         "staleness": sum(policy_version - rollout.completion.policy_version for rollout in rollouts) / count,
+        "staleness_max": max(policy_version - rollout.completion.policy_version for rollout in rollouts),
         "grader_failures": sum(rollout.score.parts.get("grader_failed", 0.0) for rollout in rollouts),
     }

@@ -54,6 +54,7 @@ def save_checkpoint(
     folder: Path,
     *,
     model: "PreTrainedModel",
+    weights: dict[str, torch.Tensor],
     tokenizer: "PreTrainedTokenizerBase",
     optimizer: torch.optim.Optimizer,
     state: TrainerState,
@@ -61,6 +62,8 @@ def save_checkpoint(
     keep: int,
 ) -> Path:
     """Write `folder/step_N` atomically and remove all but the last `keep`; returns the new checkpoint's path.
+
+    `weights` is the model's state dict with its float32 masters; the model itself may compute in less.
 
     Raises:
         CheckpointError: the disk is full or the folder cannot be written; earlier checkpoints are untouched.
@@ -72,7 +75,7 @@ def save_checkpoint(
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        _write(partial, model, tokenizer, optimizer, state, model_dtype)
+        _write(partial, model, weights, tokenizer, optimizer, state, model_dtype)
         shutil.rmtree(replaced, ignore_errors=True)
         if final.exists():  # the same step again, after a resume: the new one takes its place
             os.rename(final, replaced)
@@ -98,12 +101,13 @@ def save_checkpoint(
 def _write(
     partial: Path,
     model: "PreTrainedModel",
+    weights: dict[str, torch.Tensor],
     tokenizer: "PreTrainedTokenizerBase",
     optimizer: torch.optim.Optimizer,
     state: TrainerState,
     model_dtype: torch.dtype,
 ) -> None:
-    model.save_pretrained(partial)
+    model.save_pretrained(partial, state_dict=weights)  # the fp32 masters, not what the model computes with
     tokenizer.save_pretrained(partial)
     config_path = partial / "config.json"
     config = json.loads(config_path.read_text())

@@ -40,6 +40,17 @@ class GRPOConfig:
         0, "rollouts", "cap on a completion's tokens; 0: as many as --max-seq-len leaves"
     )
 
+    max_staleness: int = _setting(
+        0,
+        "rollouts",
+        "how many updates older than the policy rollouts may be; 0: strictly on-policy, 1: generate ahead",
+    )
+    logprob_share: float = _setting(
+        0.0625,
+        "rollouts",
+        "share of groups whose sampler log-probs are compared with the trainer's; all with a --tis-cap",
+    )
+
     train_steps: int = _setting(100, "optimisation", "updates in this run")
     loss: str = _setting("dapo", "optimisation", "policy loss; dapo is the token mean", choices=LOSS_NAMES)
     learning_rate: float = _setting(1e-6, "optimisation", "peak learning rate of AdamW")
@@ -61,20 +72,23 @@ class GRPOConfig:
     kl_coef: float = _setting(
         0.0, "optimisation", "weight of the KL penalty to the initial policy; 0: no reference model"
     )
-    tis_cap: float = _setting(
-        2.0, "optimisation", "cap of the truncated importance weight between trainer and sampler; 0 switches it off"
+    tis_cap: float | None = _setting(
+        None, "optimisation", "cap of the truncated importance weight; default: 2 with --max-staleness, else 0 (off)"
     )
     mask_truncated: bool = _setting(False, "optimisation", "leave truncated completions out of the loss")
     scale_rewards: bool | None = _setting(
         None, "optimisation", "divide advantages by the group's standard deviation; default: yes, but not for dr_grpo"
     )
 
-    micro_token_budget: int = _setting(16384, "memory", "tokens of one micro-batch: the knob for the trainer's memory")
+    micro_token_budget: int | None = _setting(
+        16384, "memory", "tokens of one micro-batch, the knob for the trainer's memory; auto: as many as fit"
+    )
+    share_prompts: bool = _setting(True, "memory", "forward a prompt once for all its completions in a micro-batch")
     gradient_checkpointing: bool = _setting(
         False, "memory", "recompute activations in the backward pass: slower, smaller"
     )
     compile: bool = _setting(
-        True, "memory", "on CUDA: compile layers and log-probs; quicker, some 15 s more at the first update"
+        True, "memory", "on CUDA: compile layers and log-probs; quicker, but some 20 s more at the first update"
     )
     logprob_chunk: int = _setting(4096, "memory", "tokens that meet the vocabulary at once; bounds the logits' memory")
 
@@ -95,13 +109,13 @@ class GRPOConfig:
                 raise ValueError(f"{_flag(setting.name)} must be a finite number, not {value}")
             if choices and value not in choices:
                 raise ValueError(f"{_flag(setting.name)} {value} is not one of {', '.join(choices)}")
-        for name in ("rollouts_per_update", "max_seq_len", "train_steps", "epochs_per_update", "micro_token_budget",
-                     "logprob_chunk", "keep_checkpoints"):  # fmt: skip
+        for name in ("rollouts_per_update", "max_seq_len", "train_steps", "epochs_per_update", "logprob_chunk",
+                     "keep_checkpoints"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{_flag(name)} must be at least 1, not {getattr(self, name)}")
-        for name in ("max_completion_len", "warmup_steps", "weight_decay", "max_grad_norm", "kl_coef", "tis_cap",
-                     "eval_every", "eval_limit", "eval_temperature", "save_every"):  # fmt: skip
-            if getattr(self, name) < 0:
+        for name in ("max_completion_len", "max_staleness", "warmup_steps", "weight_decay", "max_grad_norm", "kl_coef",
+                     "tis_cap", "eval_every", "eval_limit", "eval_temperature", "save_every"):  # fmt: skip
+            if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{_flag(name)} must not be negative, but is {getattr(self, name)}")
         if self.group_size < 2:
             raise ValueError(
@@ -111,7 +125,11 @@ class GRPOConfig:
             raise ValueError(
                 f"--rollouts-per-update {self.rollouts_per_update} is not a multiple of --group-size {self.group_size}"
             )
-        if self.micro_token_budget < self.max_seq_len:
+        if not 0 <= self.logprob_share <= 1:
+            raise ValueError(f"--logprob-share must be in 0 to 1, not {self.logprob_share}")
+        if self.micro_token_budget is not None and self.micro_token_budget < 1:
+            raise ValueError(f"--micro-token-budget must be at least 1, or auto, not {self.micro_token_budget}")
+        if self.micro_token_budget is not None and self.micro_token_budget < self.max_seq_len:
             raise ValueError(
                 f"--micro-token-budget {self.micro_token_budget} is smaller than --max-seq-len {self.max_seq_len}: "
                 "no sequence is split, so the budget must hold the longest one"
@@ -143,6 +161,25 @@ class GRPOConfig:
         """Longest prompt that is accepted: one token of `max_seq_len` at least is left for the completion."""
         return self.max_seq_len - 1
 
+    @property
+    def importance_cap(self) -> float | None:
+        """The cap of the truncated importance weight, None for no correction.
+
+        Strictly on-policy rollouts are sampled by the policy that trains, so the ratio needs no correction, and the server
+        need not return log-probs, which cost it more than anything else. Stale ones are corrected.
+        """
+        if self.tis_cap is None:
+            return 2.0 if self.max_staleness else None
+        return self.tis_cap or None
+
+    def wants_logprobs(self, group_id: int) -> bool:
+        """Whether the engine is asked for the log-probs of this group: all where they correct, else a share to watch."""
+        if self.importance_cap is not None:
+            return True
+        groups = self.groups_per_update
+        chosen, place = math.ceil(groups * self.logprob_share), group_id % groups
+        return (place + 1) * chosen // groups > place * chosen // groups  # as many of each update, evenly spread
+
     def completion_cap(self, prompt_len: int) -> int:
         """How many tokens a completion of such a prompt may have."""
         room = self.max_seq_len - prompt_len
@@ -172,7 +209,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if "bool" in kind:
             options["action"] = argparse.BooleanOptionalAction
         else:
-            options["type"] = _kind(kind)
+            options["type"] = number_or_auto if setting.name == "micro_token_budget" else _kind(kind)
             if setting.metadata["choices"]:
                 options["choices"] = setting.metadata["choices"]
             else:
@@ -184,6 +221,11 @@ def _kind(annotation: str) -> type[int] | type[float] | type[str]:
     if "int" in annotation:
         return int
     return float if "float" in annotation else str
+
+
+def number_or_auto(text: str) -> int | None:
+    """A number of tokens; `auto` is None."""
+    return None if text == "auto" else int(text)
 
 
 def from_arguments(namespace: argparse.Namespace) -> GRPOConfig:

@@ -1,17 +1,21 @@
 """The training loop: rollouts, advantages, packed micro-batches, one optimizer step, one weight sync; and again.
 
-`GRPOTrainer.run` is the whole job from top to bottom. It is strictly on-policy: a batch is sampled by the policy that it
-trains, and the next batch waits for the new weights. Left out: overlapping generation with training, and more than one
-training GPU.
+`GRPOTrainer.run` is the whole job from top to bottom. Rollouts are generated up to `max_staleness` updates ahead of the
+policy; with 0, the default, each batch is sampled by the very policy that it trains. Either way training starts with the
+first groups that arrive, while the others are still being generated.
+
+Reproducible where generation happens in this process: the learner then waits for the whole batch and takes it in the order
+of its prompts. With a server, what is trained on in which micro-batch depends on who answers first.
 """
 
+import asyncio
 import dataclasses
 import logging
-import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar
 
 import torch
 
@@ -19,24 +23,31 @@ from ludic.environment import Environment
 from ludic.evaluation import EvaluationResult, evaluate
 from ludic.inference.engine import InferenceEngine, WeightSyncReport
 from ludic.prompts import encode_prompt
-from ludic.rollouts import Prompt, RolloutBatch, collect_groups, derive_seed, rollout_metrics
+from ludic.rollouts import GenerationTimes, GroupStream, Prompt, derive_seed, rollout_metrics
 from ludic.telemetry.jsonl import JsonlWriter
 from ludic.telemetry.loggers import MetricLogger
-from ludic.training.advantages import training_samples
-from ludic.training.attention import check_isolation, compile_layers, prepare_packed_attention
+from ludic.training.advantages import GroupStats, training_samples
 from ludic.training.checkpoint import CheckpointError, TrainerState, load_optimizer, save_checkpoint
 from ludic.training.config import GRPOConfig, RunPaths
-from ludic.training.losses import LOSSES, LossSettings, check_head, loss_inputs, reduce_metrics, token_logprobs
-from ludic.training.packing import pack
-from ludic.types import MicroBatch, SamplingParams, TrainingSample
+from ludic.training.learner import Learner
+from ludic.training.memory import fit_budget
+from ludic.training.schedule import DataOrder, check_same_data_order, schedule_factor
+from ludic.types import RolloutGroup, SamplingParams, TrainingSample
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
     from pathlib import Path
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 SampleT = TypeVar("SampleT")
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+ENOUGH_TOKENS = 12_288
+"""Tokens of sequences that are worth a micro-batch while others are still being generated. Less would keep the GPU waiting
+for its host, more would be left to do when the last rollout is there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +77,8 @@ class GRPOTrainer(Generic[SampleT]):
         engine: generates with its own copy of the weights, which every update replaces.
         resume_from: a checkpoint of this run, whose model was already loaded into `model`.
 
+    On a GPU the model computes in bf16 from then on; `learner.masters` has its float32 weights.
+
     Raises:
         ValueError: a prompt is too long, there is no data, or the model cannot be trained packed.
     """
@@ -91,14 +104,8 @@ class GRPOTrainer(Generic[SampleT]):
     ) -> None:
         if not train_samples:
             raise ValueError("there are no samples to train on")
-        if (config.kl_coef > 0) != (reference_model is not None):
-            raise ValueError("a reference model is needed if, and only if, kl_coef is above 0")
-        wrong = next((name for name, p in model.named_parameters() if p.dtype != torch.float32), None)
-        if wrong is not None:
-            raise ValueError(f"{wrong} is not float32: load the policy with dtype=torch.float32, its masters must be")
         self.config = config
         self.model = model
-        self.reference_model = reference_model
         self.tokenizer = tokenizer
         self.engine = engine
         self.environment = environment
@@ -109,40 +116,10 @@ class GRPOTrainer(Generic[SampleT]):
         self._eval_concurrency = eval_concurrency
         self._eval_max_tokens = eval_max_tokens
         self._model_dtype = model_dtype
-        self._device = next(model.parameters()).device
         self._prompt_token_ids = self._tokenise(train_samples)
+        self._order = DataOrder(seed=config.seed, num_samples=len(train_samples))
         self._settings = {**dataclasses.asdict(config), "num_train_samples": len(train_samples)}
-
-        disable_dropout(model)
-        prepare_packed_attention(model)
-        with (
-            self._autocast()
-        ):  # two proofs that cost milliseconds: no leak between packed sequences, the model's own logits
-            check_isolation(model)
-            check_head(model)
-        if reference_model is not None:
-            prepare_packed_attention(reference_model)
-            reference_model.requires_grad_(False).eval()
-        if config.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self._compile = config.compile and self._device.type == "cuda"
-        if self._compile:
-            compile_layers(model)
-        model.train()
-        self._loss = LOSSES[config.loss]
-        self._loss_settings = LossSettings(
-            clip_low=self._loss.clip_low if config.clip_low is None else config.clip_low,
-            clip_high=self._loss.clip_high if config.clip_high is None else config.clip_high,
-            kl_coef=config.kl_coef,
-            tis_cap=config.tis_cap or None,
-        )
-        self.optimizer = torch.optim.AdamW(
-            model.parameters(),
-            lr=config.learning_rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-            weight_decay=config.weight_decay,
-            fused=self._device.type == "cuda",
-        )
+        self.learner = Learner(config, model, reference_model=reference_model)
         self.state = TrainerState(step=0, policy_version=0, model=model_name, config=self._settings)
         self.last_checkpoint: Path | None = None
         self._mid_update = False
@@ -151,8 +128,9 @@ class GRPOTrainer(Generic[SampleT]):
         if resume_from is not None:
             self.last_checkpoint, state = resume_from
             check_same_data_order(state, self._settings)
-            load_optimizer(self.last_checkpoint, self.optimizer, self._device)
-            for group in self.optimizer.param_groups:  # what this run was given, not what the checkpoint was made with
+            optimizer = self.learner.optimizer
+            load_optimizer(self.last_checkpoint, optimizer, self.learner.device)
+            for group in optimizer.param_groups:  # what this run was given, not what the checkpoint was made with
                 group["betas"], group["weight_decay"] = (config.adam_beta1, config.adam_beta2), config.weight_decay
             self.state = dataclasses.replace(state, config=self._settings)
 
@@ -166,13 +144,20 @@ class GRPOTrainer(Generic[SampleT]):
         config = self.config
         self._started, self._seconds_before = time.perf_counter(), self.state.seconds
         self._saved_step = self.state.step
-        with JsonlWriter(self.paths.rollouts) as rollout_writer:
+        with JsonlWriter(self.paths.rollouts) as writer, self._learner_thread() as self._executor:
+            self._rollouts = GroupStream(
+                self.engine, self.environment, group_size=config.group_size, tokenizer=self.tokenizer, writer=writer
+            )
             try:
                 await self._sync_weights()
                 if not self.state.evaluations:
                     await self._evaluate()
+                if self.state.step < config.train_steps:
+                    self._submit_rollouts()  # they are generated while the memory is tried and layers are compiled
+                    await self._on_learner(fit_budget, self.learner)
                 while self.state.step < config.train_steps:
-                    await self._update(rollout_writer)
+                    await self._update()
+                    writer.flush()
                     done = self.state.step == config.train_steps
                     if done or (config.eval_every and self.state.step % config.eval_every == 0):
                         await self._evaluate()
@@ -188,80 +173,111 @@ class GRPOTrainer(Generic[SampleT]):
                     logger.warning("stopping at update %d; writing a checkpoint first", self.state.step)
                     self.save()
                 raise
+            finally:
+                await self._rollouts.aclose()
         return self._summary()
 
-    async def _update(self, rollout_writer: JsonlWriter) -> None:
-        """One step: sample and score, train, hand the weights over, log."""
+    # -- one update ------------------------------------------------------------------------------------------------
+
+    async def _update(self) -> None:
+        """One step: train on the groups as they come, hand the weights over, log."""
         started = time.perf_counter()
-        batch = await collect_groups(
-            self.engine,
-            self.environment,
-            self._prompts(self.state.step),
-            group_size=self.config.group_size,
-            tokenizer=self.tokenizer,
-            step=self.state.step + 1,
-            writer=rollout_writer,
-        )
-        train_started = time.perf_counter()
-        metrics = self._train_on(batch)
-        train_s = time.perf_counter() - train_started
+        self._submit_rollouts()
+        batch = await self._gather()
+        metrics = await self._finish_update(batch)
         report: WeightSyncReport | None = None
         try:
             report = await self._sync_weights()
         finally:  # the update is done and counted, so it is logged, whatever became of the sync
-            rollout_writer.flush()
-            self._log_step(metrics, batch, report, train_s=train_s, step_s=time.perf_counter() - started)
+            self._log_step(metrics, batch, report, step_s=time.perf_counter() - started)
+
+    def _submit_rollouts(self) -> None:
+        """Start the rollouts of the next update, and of as many after it as the staleness allows."""
+        step = self.state.step + 1
+        for ahead in range(step, min(step + self.config.max_staleness, self.config.train_steps) + 1):
+            self._rollouts.submit(ahead, self._prompts(ahead - 1))
 
     def _prompts(self, step: int) -> list[Prompt[SampleT]]:
-        """The prompts of one update: the data in a fresh random order each epoch, cut into updates without a gap."""
+        """The prompts of the update after `step` updates."""
         config = self.config
         prompts = []
         for group_id in range(step * config.groups_per_update, (step + 1) * config.groups_per_update):
-            epoch, place = divmod(group_id, len(self.train_samples))
-            index = self._epoch_order(epoch)[place]
+            index = self._order.index(group_id)
             token_ids = self._prompt_token_ids[index]
             sampling = SamplingParams(
                 temperature=config.temperature,
                 max_tokens=config.completion_cap(len(token_ids)),
                 seed=derive_seed(config.seed, step, group_id),
+                logprobs=config.wants_logprobs(group_id),
             )
             prompts.append(
                 Prompt(group_id=group_id, sample=self.train_samples[index], token_ids=token_ids, sampling=sampling)
             )
         return prompts
 
-    def _epoch_order(self, epoch: int) -> list[int]:
-        generator = torch.Generator().manual_seed(derive_seed(self.config.seed, epoch))
-        order: list[int] = torch.randperm(len(self.train_samples), generator=generator).tolist()
-        return order
+    async def _gather(self) -> "_Batch":
+        """Wait for the groups of the next update, and accumulate the gradient of those that are there meanwhile."""
+        batch, pending = _Batch(), list[TrainingSample]()
+        enough = min(self.learner.token_budget, ENOUGH_TOKENS)
+        waiting_since = time.perf_counter()
+        async for groups in self._rollouts.groups(self.state.step + 1):
+            batch.wait_s += time.perf_counter() - waiting_since
+            batch.groups += groups
+            if self.engine.overlaps_training:
+                pending += [sample for group in groups for sample in self._samples(batch, group)]
+                if sum(len(sample.token_ids) for sample in pending) >= enough:
+                    await self._accumulate(batch, pending)
+                    pending = []
+            waiting_since = time.perf_counter()
+        batch.wait_s += time.perf_counter() - waiting_since
+        batch.groups.sort(key=lambda group: group.group_id)
+        if not self.engine.overlaps_training:
+            pending = [sample for group in batch.groups for sample in self._samples(batch, group)]
+        await self._accumulate(batch, pending)
+        batch.times = self._rollouts.timings(self.state.step + 1)
+        return batch
 
-    # -- one update ------------------------------------------------------------------------------------------------
-
-    def _train_on(self, batch: RolloutBatch) -> dict[str, float]:
-        """Turn one batch of groups into optimizer steps; the metrics of the update."""
+    def _samples(self, batch: "_Batch", group: RolloutGroup) -> list[TrainingSample]:
+        """What there is to train on in one group: nothing if its rewards are all alike, or it has become too old."""
         config = self.config
-        metrics = rollout_metrics(batch.groups, policy_version=self.state.policy_version)
+        age = self.state.policy_version - min(rollout.completion.policy_version for rollout in group.rollouts)
+        if age > config.max_staleness:
+            batch.num_too_old += 1
+            return []
         scale = config.loss != "dr_grpo" if config.scale_rewards is None else config.scale_rewards
-        samples, stats = training_samples(batch.groups, scale_rewards=scale, mask_truncated=config.mask_truncated)
-        metrics["zero_variance_groups"] = stats.num_zero_variance_groups
-        metrics["zero_variance_share"] = stats.num_zero_variance_groups / max(stats.num_groups, 1)
-        metrics["truncated_masked"] = stats.num_truncated_masked
-        metrics["trained_sequences"] = stats.num_samples
-        learning_rate = self._set_learning_rate()
+        samples, stats = training_samples([group], scale_rewards=scale, mask_truncated=config.mask_truncated)
+        batch.stats.append(stats)
+        if config.importance_cap is not None:  # a ratio cannot be corrected without the sampler's log-probs
+            with_logprobs = [sample for sample in samples if sample.rollout_logprobs is not None]
+            batch.num_without_logprobs += len(samples) - len(with_logprobs)
+            return with_logprobs
+        return samples
+
+    async def _accumulate(self, batch: "_Batch", samples: Sequence[TrainingSample]) -> None:
         if samples:
-            metrics |= self._optimise(samples)
+            started = time.perf_counter()
+            await self._on_learner(self.learner.accumulate, samples)
+            batch.train_s += time.perf_counter() - started
+
+    async def _finish_update(self, batch: "_Batch") -> dict[str, float]:
+        """Step the optimizer and count the update; its metrics."""
+        metrics = rollout_metrics(batch.groups, policy_version=self.state.policy_version)
+        metrics |= batch.counts()
+        metrics["learning_rate"] = self.config.learning_rate * schedule_factor(self.config, self.state.step)
+        cancelled: asyncio.CancelledError | None = None
+        if metrics["trained_sequences"]:
+            started = time.perf_counter()
+            self._mid_update = True  # until the update is counted, the weights belong to no step
+            step = self._executor.submit(self.learner.step, learning_rate=metrics["learning_rate"])
+            try:
+                figures, cancelled = await _uninterrupted(step)
+            except FloatingPointError as error:
+                self._mid_update = False
+                raise FloatingPointError(f"update {self.state.step + 1}: {error}") from error
+            metrics |= _named(figures)
+            batch.train_s += time.perf_counter() - started
         else:
-            cut_off = f", and {stats.num_truncated_masked} completions were cut off and masked" * bool(
-                stats.num_truncated_masked
-            )
-            logger.warning(
-                "update %d: nothing to learn from: %d of %d groups have no variance in their rewards%s",
-                self.state.step + 1,
-                stats.num_zero_variance_groups,
-                stats.num_groups,
-                cut_off,
-            )
-        metrics["learning_rate"] = learning_rate
+            self._warn_of_nothing_to_learn(batch, metrics)
         rollouts = [rollout for group in batch.groups for rollout in group.rollouts]
         self.state = dataclasses.replace(
             self.state,
@@ -272,87 +288,38 @@ class GRPOTrainer(Generic[SampleT]):
             seconds=self._seconds_before + time.perf_counter() - self._started,
         )
         self._mid_update = False
+        if cancelled is not None:
+            raise cancelled
         return metrics
 
-    def _optimise(self, samples: Sequence[TrainingSample]) -> dict[str, float]:
-        """`epochs_per_update` optimizer steps on the samples. Nothing in here waits for the device but the last line."""
-        config = self.config
-        packed = pack(
-            samples,
-            token_budget=config.micro_token_budget,
-            normalisation=self._loss.normalisation,
-            max_completion_tokens=config.max_completion_len or config.max_seq_len,
+    def _warn_of_nothing_to_learn(self, batch: "_Batch", metrics: Mapping[str, float]) -> None:
+        masked = metrics["truncated_masked"]
+        logger.warning(
+            "update %d: nothing to learn from: %d of %d groups have no variance in their rewards%s%s",
+            self.state.step + 1,
+            metrics["zero_variance_groups"],
+            len(batch.groups),
+            f", and {masked:.0f} completions were cut off and masked" if masked else "",
+            f", and {batch.num_too_old} groups were too old" if batch.num_too_old else "",
         )
-        num_loss_tokens = [int(row.loss_mask.sum()) for row in packed]
-        rows = [row.to(self._device) for row in packed]
-        ref_logprobs = self._reference_logprobs(rows, num_loss_tokens)
-        old_logprobs: list[torch.Tensor | None] = [None] * len(rows)
-        collected: list[Mapping[str, torch.Tensor]] = []
-        grad_norm = torch.zeros(())
-        for epoch in range(config.epochs_per_update):
-            collected = []
-            for index, row in enumerate(rows):
-                with self._autocast():
-                    stats = token_logprobs(
-                        self.model,
-                        row,
-                        temperature=config.temperature,
-                        chunk_size=config.logprob_chunk,
-                        compile_head=self._compile,
-                        num_loss_tokens=num_loss_tokens[index],
-                    )
-                inputs = loss_inputs(stats, row, old_logprobs=old_logprobs[index], ref_logprobs=ref_logprobs[index])
-                output = self._loss.loss(inputs, self._loss_settings)
-                output.loss.backward()
-                collected.append(output.metrics)
-                if epoch == 0 and config.epochs_per_update > 1:
-                    old_logprobs[index] = stats.logprobs.detach()
-            max_norm = config.max_grad_norm or math.inf
-            grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
-            if not torch.isfinite(grad_norm):
-                self.optimizer.zero_grad(set_to_none=True)
-                raise FloatingPointError(
-                    f"the gradient of update {self.state.step + 1} is not finite (norm {grad_norm.item()}); the policy was "
-                    "left as it was before. A lower --learning-rate, or --tis-cap, is what helps most often"
-                )
-            self._mid_update = True  # until the update is counted, the weights belong to no step
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-        metrics = _named(reduce_metrics(collected))
-        metrics["grad_norm"] = grad_norm.item()
-        metrics["micro_batches"] = len(rows)
-        metrics["trained_tokens"] = sum(len(sample.token_ids) for sample in samples)
-        return metrics
 
-    @torch.no_grad()
-    def _reference_logprobs(
-        self, rows: Sequence[MicroBatch], num_loss_tokens: Sequence[int]
-    ) -> list[torch.Tensor | None]:
-        if self.reference_model is None:
-            return [None] * len(rows)
-        logprobs: list[torch.Tensor | None] = []
-        for row, count in zip(rows, num_loss_tokens, strict=True):
-            with self._autocast():
-                stats = token_logprobs(
-                    self.reference_model,
-                    row,
-                    temperature=self.config.temperature,
-                    chunk_size=self.config.logprob_chunk,
-                    with_entropy=False,
-                    num_loss_tokens=count,
-                )
-            logprobs.append(stats.logprobs)
-        return logprobs
+    def _learner_thread(self) -> ThreadPoolExecutor:
+        """One thread for all that the learner does: the event loop goes on talking to the server meanwhile."""
 
-    def _autocast(self) -> torch.autocast:
-        """bf16 compute over fp32 masters on CUDA; fp32 throughout on the CPU."""
-        return torch.autocast("cuda", dtype=torch.bfloat16, enabled=self._device.type == "cuda")
+        def choose_device() -> None:
+            if self.learner.device.type == "cuda":  # each thread has a current device of its own
+                torch.cuda.set_device(self.learner.device)
 
-    def _set_learning_rate(self) -> float:
-        learning_rate = self.config.learning_rate * schedule_factor(self.config, self.state.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        return learning_rate
+        return ThreadPoolExecutor(max_workers=1, thread_name_prefix="ludic-learner", initializer=choose_device)
+
+    async def _on_learner(
+        self, function: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
+    ) -> Result:
+        """Run `function` on the learner's thread. A cancellation waits for its end: the device cannot be interrupted."""
+        result, cancelled = await _uninterrupted(self._executor.submit(function, *args, **kwargs))
+        if cancelled is not None:
+            raise cancelled
+        return result
 
     # -- weights, evaluation, checkpoints, log ---------------------------------------------------------------------
 
@@ -399,8 +366,9 @@ class GRPOTrainer(Generic[SampleT]):
         self.last_checkpoint = save_checkpoint(
             self.paths.checkpoints,
             model=self.model,
+            weights=self.learner.masters.state_dict(self.model),
             tokenizer=self.tokenizer,
-            optimizer=self.optimizer,
+            optimizer=self.learner.optimizer,
             state=self.state,
             model_dtype=self._model_dtype,
             keep=self.config.keep_checkpoints,
@@ -409,23 +377,18 @@ class GRPOTrainer(Generic[SampleT]):
         return self.last_checkpoint
 
     def _log_step(
-        self,
-        metrics: dict[str, float],
-        batch: RolloutBatch,
-        report: WeightSyncReport | None,
-        *,
-        train_s: float,
-        step_s: float,
+        self, metrics: dict[str, float], batch: "_Batch", report: WeightSyncReport | None, *, step_s: float
     ) -> None:
         figures = dict(metrics)
         figures |= {
             "policy_version": self.state.policy_version,
-            "generation_s": batch.generation_s,
-            "grading_s": batch.grading_s,
-            "train_s": train_s,
+            "generation_s": batch.times.generation_s,
+            "grading_s": batch.times.grading_s,
+            "wait_s": batch.wait_s,
+            "train_s": batch.train_s,
             "step_s": step_s,
             "tokens_per_s": metrics["total_completion_tokens"] / step_s,
-            "train_tokens_per_s": metrics.get("trained_tokens", 0.0) / train_s,
+            "train_tokens_per_s": metrics.get("trained_tokens", 0.0) / max(batch.train_s, 1e-9),
         }
         if report is not None:
             figures["sync_s"] = report.seconds
@@ -468,41 +431,40 @@ class GRPOTrainer(Generic[SampleT]):
         return token_ids
 
 
-def disable_dropout(model: torch.nn.Module) -> None:
-    """Set every dropout to 0: the trainer's log-probs must be those of the policy that sampled, in training mode too."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        for holder in (module, getattr(module, "config", None)):  # attention keeps its own in either place
-            if isinstance(getattr(holder, "attention_dropout", None), float):
-                setattr(holder, "attention_dropout", 0.0)  # noqa: B010  # a module's attributes are tensors to the checker
+@dataclass(slots=True)
+class _Batch:
+    """The groups of one update as they come in, and what became of them."""
+
+    groups: list[RolloutGroup] = dataclasses.field(default_factory=list)
+    stats: list[GroupStats] = dataclasses.field(default_factory=list)
+    num_too_old: int = 0
+    num_without_logprobs: int = 0
+    wait_s: float = 0.0
+    train_s: float = 0.0
+    times: GenerationTimes = dataclasses.field(default_factory=lambda: GenerationTimes(generation_s=0.0, grading_s=0.0))
+
+    def counts(self) -> dict[str, float]:
+        zero_variance = sum(stats.num_zero_variance_groups for stats in self.stats)
+        return {
+            "zero_variance_groups": zero_variance,
+            "zero_variance_share": zero_variance / max(len(self.stats), 1),
+            "truncated_masked": sum(stats.num_truncated_masked for stats in self.stats),
+            "trained_sequences": sum(stats.num_samples for stats in self.stats) - self.num_without_logprobs,
+            "dropped_groups": self.num_too_old,
+            "dropped_without_logprobs": self.num_without_logprobs,
+        }
 
 
-def check_same_data_order(state: TrainerState, settings: Mapping[str, Any]) -> None:
-    """A resumed run finds its place in the data from the update's number, so what that depends on must not change.
-
-    Raises:
-        ValueError: one of those settings is another than the checkpoint's; names it and both values.
-    """
-    for name in ("seed", "rollouts_per_update", "group_size", "num_train_samples"):
-        if state.config.get(name, settings[name]) != settings[name]:
-            what = "the number of training samples" if name == "num_train_samples" else "--" + name.replace("_", "-")
-            raise ValueError(
-                f"the checkpoint was made with {what} {state.config[name]}, this run has {settings[name]}: with another, "
-                "prompts would be repeated or skipped; resume with the same, or start a run with --model CHECKPOINT"
-            )
-
-
-def schedule_factor(config: GRPOConfig, step: int) -> float:
-    """What the peak learning rate is multiplied by in update `step` (from 0): a linear warm-up, then the schedule."""
-    if step < config.warmup_steps:
-        return (step + 1) / (config.warmup_steps + 1)
-    if config.lr_schedule == "constant":
-        return 1.0
-    done = (step - config.warmup_steps) / max(1, config.train_steps - config.warmup_steps)
-    if config.lr_schedule == "linear":
-        return max(0.0, 1.0 - done)
-    return 0.5 * (1.0 + math.cos(math.pi * min(done, 1.0)))
+async def _uninterrupted(work: "Future[Result]") -> tuple[Result, asyncio.CancelledError | None]:
+    """The result of work on another thread, and the cancellation that came meanwhile, for the caller to raise."""
+    future = asyncio.wrap_future(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not future.done():
+        try:
+            await asyncio.wait([future])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    return future.result(), cancelled
 
 
 _METRIC_NAMES = {"logprob_gap_mean": "logprob_gap"}

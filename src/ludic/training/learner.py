@@ -1,0 +1,235 @@
+"""The half of the trainer that touches the device: samples in, gradients, one optimizer step, figures out.
+
+An update is accumulated piece by piece, as its rollouts arrive, so that training hides behind generation. What a mean over
+the update divides by is known only with its last piece: the gradient is summed undivided and scaled once, before clipping.
+Nothing in here waits for the device but `step`, at its end.
+
+Left out: more than one training GPU.
+"""
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from ludic.training.attention import check_isolation, compile_layers, prepare_packed_attention
+from ludic.training.config import GRPOConfig
+from ludic.training.logprobs import check_head, token_logprobs
+from ludic.training.losses import LOSSES, LossSettings, check_rollout_logprobs, loss_inputs, reduce_metrics
+from ludic.training.master_weights import MasterWeights, cast_parameters
+from ludic.training.packing import num_loss_tokens, pack, update_scale
+from ludic.types import MicroBatch, TrainingSample
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+_PAD_TO = 128
+"""On a GPU, rows are padded to a multiple of this, so that compiled layers serve every length alike."""
+
+
+class Learner:
+    """Trains `model` on the samples of one update at a time.
+
+    On a GPU the model computes in bf16 from then on: its parameters become rounded copies of fp32 masters.
+
+    Args:
+        model: the policy, float32, on the device that trains.
+        reference_model: frozen, on the same device; needed if, and only if, `config.kl_coef` is above 0.
+
+    Raises:
+        ValueError: the model is not float32, cannot be trained on packed rows, or the reference is missing.
+    """
+
+    def __init__(
+        self, config: GRPOConfig, model: "PreTrainedModel", *, reference_model: "PreTrainedModel | None" = None
+    ) -> None:
+        if (config.kl_coef > 0) != (reference_model is not None):
+            raise ValueError("a reference model is needed if, and only if, kl_coef is above 0")
+        self.config = config
+        self.model = model
+        self.device = next(model.parameters()).device
+        self.token_budget = config.micro_token_budget or config.max_seq_len
+        """Tokens of one micro-batch; with `auto` a trial raises it to what fits (see `memory`)."""
+        on_gpu = self.device.type == "cuda"
+        self._pad_to = _PAD_TO if on_gpu else 1
+        self._compile = config.compile and on_gpu
+        self._loss = LOSSES[config.loss]
+        self._loss_settings = LossSettings(
+            clip_low=self._loss.clip_low if config.clip_low is None else config.clip_low,
+            clip_high=self._loss.clip_high if config.clip_high is None else config.clip_high,
+            kl_coef=config.kl_coef,
+            tis_cap=config.importance_cap,
+        )
+        disable_dropout(model)
+        prepare_packed_attention(model)
+        compute_dtype = torch.bfloat16 if on_gpu else torch.float32
+        self.masters = MasterWeights(model, compute_dtype=compute_dtype)
+        # Two proofs that cost milliseconds: no leak between packed sequences, the model's own logits.
+        check_isolation(model)
+        check_head(model)
+        self._reference = reference_model
+        if reference_model is not None:
+            prepare_packed_attention(reference_model)
+            reference_model.requires_grad_(False).eval()
+            cast_parameters(reference_model, compute_dtype)
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if self._compile:
+            compile_layers(model)
+        model.train()
+        self.optimizer = torch.optim.AdamW(
+            self.masters.parameters,
+            lr=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            weight_decay=config.weight_decay,
+            fused=on_gpu,
+        )
+        self._clear()
+
+    def _clear(self) -> None:
+        self._metrics: list[Mapping[str, torch.Tensor]] = []
+        self._rows: list[tuple[MicroBatch, torch.Tensor | None, torch.Tensor]] = []
+        self._num_sequences = self._num_loss_tokens = 0
+        self._forwarded = self._represented = self._micro_batches = 0
+
+    # -- one update ------------------------------------------------------------------------------------------------
+
+    def accumulate(self, samples: Sequence[TrainingSample]) -> None:
+        """Add the gradient of some of the update's samples. Returns before the device is done.
+
+        Raises:
+            OutOfMemory: the micro-batch did not fit; the gradient is lost, the weights are untouched.
+        """
+        check_rollout_logprobs(samples, self._loss_settings)
+        rows = pack(
+            samples,
+            token_budget=self.token_budget,
+            normalisation=self._loss.normalisation,
+            max_completion_tokens=self.config.max_completion_len or self.config.max_seq_len,
+            share_prompts=self.config.share_prompts,
+            scale=1.0,
+            pad_to_multiple=self._pad_to,
+        )
+        self._num_sequences += len(samples)
+        self._num_loss_tokens += num_loss_tokens(samples)
+        try:
+            for packed in rows:
+                row = packed.to(self.device)
+                self._forwarded += row.input_ids.numel()
+                self._represented += row.num_sequence_tokens
+                self._micro_batches += 1
+                reference = self._reference_logprobs(row)
+                logprobs = self._backward(row, reference=reference, old=None)
+                if self.config.epochs_per_update > 1:
+                    self._rows.append((row, reference, logprobs))
+        except torch.OutOfMemoryError as error:
+            self.discard()
+            raise self._out_of_memory() from error
+
+    def step(self, *, learning_rate: float) -> dict[str, float]:
+        """End the update: scale and clip the gradient, step, and hand the new weights to the model; the update's figures.
+
+        Raises:
+            FloatingPointError: the gradient is not finite. The policy is left as it was before the step.
+            OutOfMemory: the optimizer's state does not fit.
+        """
+        try:
+            return self._step(learning_rate)
+        except torch.OutOfMemoryError as error:
+            raise self._out_of_memory() from error
+        finally:
+            self.discard()
+
+    def _step(self, learning_rate: float) -> dict[str, float]:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        scale = update_scale(
+            self._loss.normalisation, num_sequences=self._num_sequences, num_loss_tokens=self._num_loss_tokens
+        )
+        grad_norm = self._apply(scale)
+        for _ in range(1, self.config.epochs_per_update):
+            self._metrics = []
+            for row, reference, old in self._rows:
+                self._backward(row, reference=reference, old=old)
+            grad_norm = self._apply(scale)
+        metrics = reduce_metrics(self._metrics)
+        metrics["loss"] *= scale  # the only sum that the weights of the loss went into
+        metrics["grad_norm"] = grad_norm
+        metrics["micro_batches"] = self._micro_batches
+        metrics["trained_tokens"] = self._represented
+        metrics["forwarded_tokens"] = self._forwarded
+        return metrics
+
+    def _backward(self, row: MicroBatch, *, reference: torch.Tensor | None, old: torch.Tensor | None) -> torch.Tensor:
+        """Forward and backward of one micro-batch; its log-probs [T], detached."""
+        stats = token_logprobs(
+            self.model,
+            row,
+            temperature=self.config.temperature,
+            chunk_size=self.config.logprob_chunk,
+            compile_head=self._compile,
+        )
+        inputs = loss_inputs(stats, row, old_logprobs=old, ref_logprobs=reference)
+        output = self._loss.loss(inputs, self._loss_settings)
+        output.loss.backward()
+        self._metrics.append(output.metrics)
+        return stats.logprobs.detach()
+
+    @torch.no_grad()
+    def _reference_logprobs(self, row: MicroBatch) -> torch.Tensor | None:
+        if self._reference is None:
+            return None
+        return token_logprobs(
+            self._reference,
+            row,
+            temperature=self.config.temperature,
+            chunk_size=self.config.logprob_chunk,
+            with_entropy=False,
+        ).logprobs
+
+    def _apply(self, scale: float) -> float:
+        """One optimizer step on what was accumulated; the norm of the gradient before it was clipped."""
+        gradients = [master.grad for master in self.masters.parameters if master.grad is not None]
+        torch._foreach_mul_(gradients, scale)
+        max_norm = self.config.max_grad_norm or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.masters.parameters, max_norm).item()
+        if not math.isfinite(norm):
+            raise FloatingPointError(
+                f"the gradient of the update is not finite (norm {norm}); the policy was left as it was before. "
+                "A lower --learning-rate, or a --tis-cap, is what helps most often"
+            )
+        self.optimizer.step()
+        self.masters.publish()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def discard(self) -> None:
+        """Forget what was accumulated of an update that will not be finished."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self._clear()
+
+    def _out_of_memory(self) -> "OutOfMemory":
+        total = torch.cuda.get_device_properties(self.device).total_memory / 2**30
+        lower = max(self.config.max_seq_len, self.token_budget // 2)
+        flag = f"lower --micro-token-budget {self.token_budget} (to {lower}, say)"
+        if lower == self.token_budget:
+            flag = "switch --gradient-checkpointing on, or lower --max-seq-len"
+        return OutOfMemory(f"the trainer's GPU ({total:.0f} GiB) ran out of memory in an update: {flag}")
+
+
+class OutOfMemory(MemoryError):
+    """The trainer's device is too small for what was asked; the message names the flag to change."""
+
+
+def disable_dropout(model: torch.nn.Module) -> None:
+    """Set every dropout to 0: the trainer's log-probs must be those of the policy that sampled, in training mode too."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for holder in (module, getattr(module, "config", None)):  # attention keeps its own in either place
+            if isinstance(getattr(holder, "attention_dropout", None), float):
+                setattr(holder, "attention_dropout", 0.0)  # noqa: B010  # a module's attributes are tensors to the checker

@@ -1,0 +1,81 @@
+"""fp32 masters behind a model that computes in bf16.
+
+bf16 keeps 8 bits of a number, so an AdamW step of 1e-6 on a weight of 0.1 would round to nothing, and so would the
+sum of many small gradients. Master weights, their gradients and the optimizer's state are therefore fp32; the model's own
+parameters are rounded copies of the masters, made once an update. Compared with autocast, which rounds every weight anew
+in each forward pass and keeps the residual stream in fp32, this moves fewer bytes, and the trainer computes with the very
+tensors that the inference server is sent.
+
+Each gradient of a micro-batch is added to its master's in fp32 as soon as it is there, and freed.
+"""
+
+import torch
+
+
+class MasterWeights:
+    """Makes `model` compute in `compute_dtype`, in place, and keeps what it was made from.
+
+    With `compute_dtype` float32 the model's parameters are their own masters and nothing is copied.
+
+    Args:
+        model: float32 parameters; they become the masters, and the model gets new ones in `compute_dtype`.
+        compute_dtype: float32, bfloat16 or float16.
+
+    Raises:
+        ValueError: a parameter is not float32.
+    """
+
+    def __init__(self, model: torch.nn.Module, *, compute_dtype: torch.dtype) -> None:
+        wrong = next((name for name, p in model.named_parameters() if p.dtype != torch.float32), None)
+        if wrong is not None:
+            raise ValueError(f"{wrong} is not float32: load the policy with dtype=torch.float32, its masters must be")
+        self._names = [name for name, _ in model.named_parameters()]  # a tied weight once
+        self._computing = [parameter for _, parameter in model.named_parameters()]
+        self.parameters = self._computing
+        """The masters, in the order of the model's parameters: what the optimizer steps, with fp32 gradients."""
+        self._separate = compute_dtype != torch.float32
+        if self._separate:
+            self.parameters = [torch.nn.Parameter(parameter.data) for parameter in self._computing]
+            for parameter, master in zip(self._computing, self.parameters, strict=True):
+                parameter.data = master.data.to(compute_dtype)
+                parameter.register_post_accumulate_grad_hook(_Collect(master))
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Round the masters into the model's parameters: after every optimizer step."""
+        if self._separate:
+            masters = [master.data for master in self.parameters]
+            torch._foreach_copy_([parameter.data for parameter in self._computing], masters)
+
+    def state_dict(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        """`model.state_dict()` with the masters in the place of the rounded parameters."""
+        state: dict[str, torch.Tensor] = model.state_dict()
+        if self._separate:
+            masters = {
+                parameter.data_ptr(): master.data
+                for parameter, master in zip(self._computing, self.parameters, strict=True)
+            }
+            state = {name: masters.get(tensor.data_ptr(), tensor) for name, tensor in state.items()}
+        return state
+
+
+def cast_parameters(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Round `model`'s parameters, in place. Unlike `Module.to` it leaves buffers alone: rotary frequencies in bf16 would turn
+    positions beyond a few hundred into others."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+class _Collect:
+    """Adds a parameter's gradient to its master's, and frees it."""
+
+    def __init__(self, master: torch.nn.Parameter) -> None:
+        self._master = master
+
+    def __call__(self, parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None
+        if self._master.grad is None:
+            self._master.grad = parameter.grad.float()
+        else:
+            self._master.grad.add_(parameter.grad)
+        parameter.grad = None

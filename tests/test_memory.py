@@ -1,0 +1,69 @@
+"""The budget that fits: found by trials of the worst micro-batch, refused with figures, never guessed."""
+
+from collections.abc import Callable
+
+import pytest
+
+from ludic.training.config import GRPOConfig
+from ludic.training.memory import BudgetError, choose_budget, worst_samples
+from ludic.training.packing import pack
+
+GIB = 2**30
+
+
+def device(capacity_gib: float, *, fixed_gib: float = 8.0, per_token: int = 1_000_000) -> Callable[[int], int | None]:
+    """A GPU on which a micro-batch needs so much for the weights and so much for each token."""
+
+    def measure(budget: int) -> int | None:
+        need = int(fixed_gib * GIB) + per_token * budget
+        return need if need <= capacity_gib * GIB else None
+
+    return measure
+
+
+def test_a_budget_that_fits_is_taken_as_it_is() -> None:
+    fit = choose_budget(device(80), requested=16384, minimum=1024, capacity=80 * GIB)
+    assert fit.token_budget == 16384
+    assert fit.need_bytes == 8 * GIB + 16384 * 1_000_000
+
+
+@pytest.mark.parametrize("requested", [65536, 200_000])
+def test_a_budget_that_does_not_fit_is_refused_with_the_one_that_would(requested: int) -> None:
+    with pytest.raises(BudgetError, match=f"--micro-token-budget {requested} needs about") as refusal:
+        choose_budget(device(40), requested=requested, minimum=1024, capacity=40 * GIB)
+    would = int(str(refusal.value).partition("free: ")[2].split()[0])
+    assert choose_budget(device(40), requested=would, minimum=1024, capacity=40 * GIB).token_budget == would
+    larger = device(40)(would + 4096)
+    assert larger is None or larger > 0.95 * 40 * GIB, "much more would have fitted"
+
+
+def test_auto_takes_the_largest_that_fits_and_no_more_than_the_limit() -> None:
+    fit = choose_budget(device(40), requested=0, minimum=1024, capacity=40 * GIB)
+    assert 30_000 < fit.token_budget < 34_000 and fit.need_bytes <= 0.95 * 40 * GIB
+    assert choose_budget(device(1000), requested=0, minimum=1024, capacity=1000 * GIB).token_budget == 65536
+    assert choose_budget(device(10), requested=0, minimum=1024, capacity=10 * GIB).token_budget == 1024
+
+
+def test_auto_goes_down_where_memory_grows_faster_than_two_trials_showed() -> None:
+    def quadratic(budget: int) -> int | None:
+        need = 8 * GIB + 40 * budget * budget
+        return need if need <= 40 * GIB else None
+
+    fit = choose_budget(quadratic, requested=0, minimum=1024, capacity=40 * GIB)
+    assert 20_000 < fit.token_budget < 29_000
+
+
+def test_a_model_that_fits_no_micro_batch_is_refused_with_what_helps() -> None:
+    with pytest.raises(BudgetError, match="not even micro-batches of 1024 tokens fit.*--gradient-checkpointing"):
+        choose_budget(device(8), requested=0, minimum=1024, capacity=8 * GIB)
+    with pytest.raises(BudgetError, match="not even"):
+        choose_budget(device(8.9, fixed_gib=7.6), requested=4096, minimum=1024, capacity=int(8.9 * GIB))
+
+
+@pytest.mark.parametrize("share_prompts", [False, True])
+def test_the_worst_micro_batch_is_one_and_nearly_full(share_prompts: bool) -> None:
+    config = GRPOConfig(max_seq_len=256, share_prompts=share_prompts, micro_token_budget=4096)
+    samples = worst_samples(config, 4096)
+    (row,) = pack(samples, token_budget=4096, normalisation="token_mean", share_prompts=share_prompts, scale=1.0)
+    assert row.input_ids.numel() > 4096 - 256
+    assert all(len(sample.token_ids) == 256 for sample in samples)
