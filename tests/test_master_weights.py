@@ -90,3 +90,12 @@ def test_rounding_the_parameters_leaves_the_rotary_frequencies_alone() -> None:
     assert buffers and all(buffer.dtype == torch.float32 for buffer in buffers.values())
     assert all(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_a_frozen_parameter_stays_frozen() -> None:
+    model = small_model()
+    model.model.embed_tokens.weight.requires_grad_(False)
+    masters = MasterWeights(model, compute_dtype=torch.bfloat16)
+    backward(model, 0)
+    assert masters.parameters[0].grad is None and not masters.parameters[0].requires_grad
+    assert all(master.grad is not None for master in masters.parameters[1:])

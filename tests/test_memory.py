@@ -5,7 +5,8 @@ from collections.abc import Callable
 import pytest
 
 from ludic.training.config import GRPOConfig
-from ludic.training.memory import BudgetError, choose_budget, worst_samples
+from ludic.training.learner import ROW_MULTIPLE
+from ludic.training.memory import BudgetError, choose_budget, smallest_budget, worst_samples
 from ludic.training.packing import pack
 
 GIB = 2**30
@@ -54,16 +55,29 @@ def test_auto_goes_down_where_memory_grows_faster_than_two_trials_showed() -> No
 
 
 def test_a_model_that_fits_no_micro_batch_is_refused_with_what_helps() -> None:
-    with pytest.raises(BudgetError, match="not even micro-batches of 1024 tokens fit.*--gradient-checkpointing"):
+    with pytest.raises(BudgetError, match=r"not even micro-batches of 1024 tokens fit.*--gradient-checkpointing"):
         choose_budget(device(8), requested=0, minimum=1024, capacity=8 * GIB)
     with pytest.raises(BudgetError, match="not even"):
         choose_budget(device(8.9, fixed_gib=7.6), requested=4096, minimum=1024, capacity=int(8.9 * GIB))
 
 
 @pytest.mark.parametrize("share_prompts", [False, True])
-def test_the_worst_micro_batch_is_one_and_nearly_full(share_prompts: bool) -> None:
-    config = GRPOConfig(max_seq_len=256, share_prompts=share_prompts, micro_token_budget=4096)
-    samples = worst_samples(config, 4096)
-    (row,) = pack(samples, token_budget=4096, normalisation="token_mean", share_prompts=share_prompts, scale=1.0)
-    assert row.input_ids.numel() > 4096 - 256
-    assert all(len(sample.token_ids) == 256 for sample in samples)
+@pytest.mark.parametrize(("max_seq_len", "budget"), [(256, 4096), (1024, 1024), (1500, 1536), (9000, 16384)])
+def test_the_worst_micro_batch_is_one_and_full_and_mostly_trained_on(
+    max_seq_len: int, budget: int, share_prompts: bool
+) -> None:
+    config = GRPOConfig(max_seq_len=max_seq_len, share_prompts=share_prompts, micro_token_budget=None)
+    samples = worst_samples(config, budget)
+    (row,) = pack(samples, token_budget=budget, normalisation="token_mean", share_prompts=share_prompts, scale=1.0)
+    assert row.input_ids.numel() > budget - max_seq_len // 8 - 2
+    assert row.num_loss_tokens > 0.85 * row.input_ids.numel()
+    assert len(samples[0].token_ids) == max_seq_len
+
+
+@pytest.mark.parametrize("max_seq_len", [100, 1024, 1100, 1500, 2000, 3000])
+def test_the_smallest_budget_holds_the_longest_sequence_in_padded_rows(max_seq_len: int) -> None:
+    config = GRPOConfig(max_seq_len=max_seq_len, micro_token_budget=None)
+    budget = smallest_budget(config)
+    samples = worst_samples(config, budget)
+    (row,) = pack(samples, token_budget=budget, normalisation="token_mean", scale=1.0, pad_to_multiple=ROW_MULTIPLE)
+    assert len(samples[0].token_ids) == max_seq_len and row.input_ids.numel() <= budget

@@ -59,7 +59,7 @@ class GroupStream(Generic[SampleT]):
 
     Args:
         group_size: rollouts of each prompt.
-        writer: takes one record a rollout as soon as its group is scored.
+        writer: takes one record a rollout as its group is handed out.
     """
 
     def __init__(
@@ -76,13 +76,13 @@ class GroupStream(Generic[SampleT]):
         self._group_size = group_size
         self._tokenizer = tokenizer
         self._writer = writer
-        self._updates: dict[int, _Update] = {}
+        self._updates: dict[int, _Update[SampleT]] = {}
 
     def submit(self, step: int, prompts: Sequence[Prompt[SampleT]]) -> None:
         """Start the groups of update `step`; returns at once. An update that was submitted before is left as it is."""
         if step not in self._updates:
-            update = _Update(started=time.perf_counter())
-            update.tasks = [asyncio.create_task(self._group(update, step, prompt)) for prompt in prompts]
+            update: _Update[SampleT] = _Update(started=time.perf_counter())
+            update.tasks = [asyncio.create_task(self._group(update, prompt)) for prompt in prompts]
             self._updates[step] = update
 
     async def groups(self, step: int) -> AsyncIterator[list[RolloutGroup]]:
@@ -97,7 +97,10 @@ class GroupStream(Generic[SampleT]):
             ready = [task for task in update.tasks if task in done]  # in the order of their prompts
             if any(task.exception() is not None for task in ready):
                 await self.aclose()
-            yield [task.result() for task in ready]
+            groups = [task.result() for task in ready]
+            for group in groups:
+                self._record(group, step)
+            yield groups
 
     def timings(self, step: int) -> "GenerationTimes":
         """What the generation of update `step` took; call it when all its groups are there, which forgets the update."""
@@ -113,7 +116,7 @@ class GroupStream(Generic[SampleT]):
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _group(self, update: "_Update", step: int, prompt: Prompt[SampleT]) -> RolloutGroup:
+    async def _group(self, update: "_Update[SampleT]", prompt: Prompt[SampleT]) -> RolloutGroup:
         completions = await self._engine.generate(
             prompt.token_ids, num_completions=self._group_size, sampling=prompt.sampling
         )
@@ -131,21 +134,25 @@ class GroupStream(Generic[SampleT]):
             )
             for member, (completion, text, score) in enumerate(zip(completions, texts, scores, strict=True))
         )
-        target = self._environment.target(prompt.sample)
-        if self._writer is not None:
-            question = self._environment.messages(prompt.sample)[-1]["content"]
-            for rollout in rollouts:
-                self._writer.write(rollout_record(rollout, step=step, prompt=question, target=target))
         update.last_scored = time.perf_counter()
-        return RolloutGroup(group_id=prompt.group_id, target=target, rollouts=rollouts)
+        update.samples[prompt.group_id] = prompt.sample
+        return RolloutGroup(group_id=prompt.group_id, target=self._environment.target(prompt.sample), rollouts=rollouts)
+
+    def _record(self, group: RolloutGroup, step: int) -> None:
+        """Log a group as it is handed out: what was generated ahead for a run that then ended was never trained on."""
+        if self._writer is not None:
+            question = self._environment.messages(self._updates[step].samples.pop(group.group_id))[-1]["content"]
+            for rollout in group.rollouts:
+                self._writer.write(rollout_record(rollout, step=step, prompt=question, target=group.target))
 
 
 @dataclass(slots=True, kw_only=True)
-class _Update:
+class _Update(Generic[SampleT]):
     """The groups of one update on their way."""
 
     started: float
     tasks: list[asyncio.Task[RolloutGroup]] = field(default_factory=list)
+    samples: dict[int, SampleT] = field(default_factory=dict)
     last_generated: float = 0.0
     last_scored: float = 0.0
 

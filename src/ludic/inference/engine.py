@@ -55,8 +55,9 @@ class InferenceEngine(Protocol):
     async def update_weights(self, model: torch.nn.Module, *, policy_version: int) -> WeightSyncReport:
         """Take over `model`'s weights, prove that they arrived, and stamp what follows with `policy_version`.
 
-        May be called while generations are in flight. They go on with the new weights, and their completions keep the
-        version at which they started, the oldest that sampled any of their tokens: staleness is never understated.
+        May be called while generations are in flight. They go on with the new weights, or end first under the old ones,
+        as the engine has it; their completions keep the version at which they started, the oldest that sampled any of
+        their tokens: staleness is never understated.
         """
         ...
 

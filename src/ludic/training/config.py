@@ -43,12 +43,12 @@ class GRPOConfig:
     max_staleness: int = _setting(
         0,
         "rollouts",
-        "how many updates older than the policy rollouts may be; 0: strictly on-policy, 1: generate ahead",
+        "how many updates older than the policy rollouts may be; 0: on-policy, 1: generate ahead (resumed, the first is fresh)",
     )
     logprob_share: float = _setting(
         0.0625,
         "rollouts",
-        "share of groups whose sampler log-probs are compared with the trainer's; all with a --tis-cap",
+        "share of groups whose sampler log-probs are asked for, to compare; all where they correct (--tis-cap, --max-staleness)",
     )
 
     train_steps: int = _setting(100, "optimisation", "updates in this run")

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_PAD_TO = 128
+ROW_MULTIPLE = 128
 """On a GPU, rows are padded to a multiple of this, so that compiled layers serve every length alike."""
 
 
@@ -55,7 +55,13 @@ class Learner:
         self.token_budget = config.micro_token_budget or config.max_seq_len
         """Tokens of one micro-batch; with `auto` a trial raises it to what fits (see `memory`)."""
         on_gpu = self.device.type == "cuda"
-        self._pad_to = _PAD_TO if on_gpu else 1
+        self._pad_to = ROW_MULTIPLE if on_gpu else 1
+        longest_row = self.token_budget - self.token_budget % self._pad_to
+        if config.micro_token_budget is not None and longest_row < config.max_seq_len:
+            raise ValueError(
+                f"--micro-token-budget {config.micro_token_budget} holds rows of {longest_row} tokens (a multiple of "
+                f"{self._pad_to}), fewer than --max-seq-len {config.max_seq_len}: take {longest_row + self._pad_to} or more"
+            )
         self._compile = config.compile and on_gpu
         self._loss = LOSSES[config.loss]
         self._loss_settings = LossSettings(
@@ -88,6 +94,8 @@ class Learner:
             weight_decay=config.weight_decay,
             fused=on_gpu,
         )
+        self.stepped = False
+        """Whether the last `step` changed the weights, also where it failed."""
         self._clear()
 
     def _clear(self) -> None:
@@ -134,9 +142,10 @@ class Learner:
         """End the update: scale and clip the gradient, step, and hand the new weights to the model; the update's figures.
 
         Raises:
-            FloatingPointError: the gradient is not finite. The policy is left as it was before the step.
+            FloatingPointError: the gradient is not finite. `stepped` says whether an earlier epoch of the update was applied.
             OutOfMemory: the optimizer's state does not fit.
         """
+        self.stepped = False
         try:
             return self._step(learning_rate)
         except torch.OutOfMemoryError as error:
@@ -198,10 +207,12 @@ class Learner:
         max_norm = self.config.max_grad_norm or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.masters.parameters, max_norm).item()
         if not math.isfinite(norm):
+            left = "some of its epochs were applied already" if self.stepped else "the policy was left as it was before"
             raise FloatingPointError(
-                f"the gradient of the update is not finite (norm {norm}); the policy was left as it was before. "
+                f"the gradient of the update is not finite (norm {norm}); {left}. "
                 "A lower --learning-rate, or a --tis-cap, is what helps most often"
             )
+        self.stepped = True
         self.optimizer.step()
         self.masters.publish()
         self.optimizer.zero_grad(set_to_none=True)
@@ -213,10 +224,11 @@ class Learner:
         self._clear()
 
     def _out_of_memory(self) -> "OutOfMemory":
-        total = torch.cuda.get_device_properties(self.device).total_memory / 2**30
-        lower = max(self.config.max_seq_len, self.token_budget // 2)
+        total = torch.cuda.get_device_properties(self.device).total_memory / 2**30 if self._pad_to > 1 else math.nan
+        smallest = -(-self.config.max_seq_len // self._pad_to) * self._pad_to
+        lower = max(smallest, self.token_budget // 2)
         flag = f"lower --micro-token-budget {self.token_budget} (to {lower}, say)"
-        if lower == self.token_budget:
+        if lower >= self.token_budget:
             flag = "switch --gradient-checkpointing on, or lower --max-seq-len"
         return OutOfMemory(f"the trainer's GPU ({total:.0f} GiB) ran out of memory in an update: {flag}")
 

@@ -35,10 +35,14 @@ class MasterWeights:
         """The masters, in the order of the model's parameters: what the optimizer steps, with fp32 gradients."""
         self._separate = compute_dtype != torch.float32
         if self._separate:
-            self.parameters = [torch.nn.Parameter(parameter.data) for parameter in self._computing]
+            self.parameters = [
+                torch.nn.Parameter(parameter.data, requires_grad=parameter.requires_grad)
+                for parameter in self._computing
+            ]
             for parameter, master in zip(self._computing, self.parameters, strict=True):
                 parameter.data = master.data.to(compute_dtype)
-                parameter.register_post_accumulate_grad_hook(_Collect(master))
+                if parameter.requires_grad:  # a frozen one has no gradient to collect
+                    parameter.register_post_accumulate_grad_hook(_Collect(master))
 
     @torch.no_grad()
     def publish(self) -> None:

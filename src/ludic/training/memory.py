@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from ludic.training.config import GRPOConfig
-from ludic.training.learner import Learner
+from ludic.training.learner import ROW_MULTIPLE, Learner
 from ludic.types import TrainingSample
 
 logger = logging.getLogger(__name__)
@@ -68,8 +68,8 @@ def fit_budget(learner: Learner) -> Fit:
 
 
 def smallest_budget(config: GRPOConfig) -> int:
-    """A budget must hold the longest sequence, and be worth the trouble."""
-    return max(config.max_seq_len, _ROUND_TO)
+    """A budget must hold the longest sequence in rows of the learner's multiple, and be worth the trouble."""
+    return -(-max(config.max_seq_len, _ROUND_TO) // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
 def choose_budget(
@@ -132,11 +132,13 @@ def _need(learner: Learner, token_budget: int) -> int | None:
     """Peak bytes of the worst micro-batch of such a budget, with the optimizer's state; None if it ran out of memory."""
     before = learner.token_budget
     learner.token_budget = token_budget
-    torch.cuda.reset_peak_memory_stats(learner.device)
     try:
+        for master in learner.masters.parameters:  # there from the second micro-batch of an update on
+            master.grad = torch.zeros_like(master)
+        torch.cuda.reset_peak_memory_stats(learner.device)
         learner.accumulate(worst_samples(learner.config, token_budget))
         torch.cuda.synchronize(learner.device)
-    except MemoryError:
+    except (MemoryError, torch.OutOfMemoryError):
         torch.cuda.empty_cache()
         return None
     finally:
@@ -149,23 +151,24 @@ def _need(learner: Learner, token_budget: int) -> int | None:
 
 
 def worst_samples(config: GRPOConfig, token_budget: int) -> list[TrainingSample]:
-    """Sequences as long as allowed that fill one micro-batch, in groups that share a prompt of half their length."""
-    prompt_len = max(1, config.max_seq_len // 2)
-    completion_len = config.max_seq_len - prompt_len
+    """Sequences as long as allowed, seven eighths of them trained on, that fill one micro-batch; the last one is cut to fit."""
+    prompt_len = max(1, config.max_seq_len // 8)
     samples: list[TrainingSample] = []
     room = token_budget
     while True:
         new_prompt = not config.share_prompts or len(samples) % config.group_size == 0
-        room -= completion_len + prompt_len * new_prompt
-        if room < 0:
+        room -= prompt_len * new_prompt
+        completion_len = min(config.max_seq_len - prompt_len, room)
+        if completion_len < 1:
             return samples
+        room -= completion_len
         group = len(samples) // config.group_size
         samples.append(
             TrainingSample(
                 # A prompt of its own for each group; 2 and 3 are in every vocabulary.
                 token_ids=[2 + (group >> bit & 1) for bit in range(prompt_len)] + [2] * completion_len,
                 loss_mask=[False] * prompt_len + [True] * completion_len,
-                rollout_logprobs=[0.0] * config.max_seq_len if config.importance_cap is not None else None,
+                rollout_logprobs=[0.0] * (prompt_len + completion_len) if config.importance_cap is not None else None,
                 advantage=0.0,
                 policy_version=0,
             )

@@ -132,6 +132,7 @@ class GRPOTrainer(Generic[SampleT]):
             load_optimizer(self.last_checkpoint, optimizer, self.learner.device)
             for group in optimizer.param_groups:  # what this run was given, not what the checkpoint was made with
                 group["betas"], group["weight_decay"] = (config.adam_beta1, config.adam_beta2), config.weight_decay
+                group["fused"] = optimizer.defaults["fused"]
             self.state = dataclasses.replace(state, config=self._settings)
 
     # -- the loop --------------------------------------------------------------------------------------------------
@@ -153,7 +154,8 @@ class GRPOTrainer(Generic[SampleT]):
                 if not self.state.evaluations:
                     await self._evaluate()
                 if self.state.step < config.train_steps:
-                    self._submit_rollouts()  # they are generated while the memory is tried and layers are compiled
+                    if self.engine.overlaps_training:  # generated while the memory is tried and layers are compiled
+                        self._submit_rollouts()
                     await self._on_learner(fit_budget, self.learner)
                 while self.state.step < config.train_steps:
                     await self._update()
@@ -183,10 +185,13 @@ class GRPOTrainer(Generic[SampleT]):
         """One step: train on the groups as they come, hand the weights over, log."""
         started = time.perf_counter()
         self._submit_rollouts()
+        self.learner.discard()  # what an update that failed may have left
         batch = await self._gather()
-        metrics = await self._finish_update(batch)
+        metrics, cancelled = await self._finish_update(batch)
         report: WeightSyncReport | None = None
         try:
+            if cancelled is not None:
+                raise cancelled
             report = await self._sync_weights()
         finally:  # the update is done and counted, so it is logged, whatever became of the sync
             self._log_step(metrics, batch, report, step_s=time.perf_counter() - started)
@@ -259,8 +264,8 @@ class GRPOTrainer(Generic[SampleT]):
             await self._on_learner(self.learner.accumulate, samples)
             batch.train_s += time.perf_counter() - started
 
-    async def _finish_update(self, batch: "_Batch") -> dict[str, float]:
-        """Step the optimizer and count the update; its metrics."""
+    async def _finish_update(self, batch: "_Batch") -> tuple[dict[str, float], asyncio.CancelledError | None]:
+        """Step the optimizer and count the update; its metrics, and the cancellation that came meanwhile."""
         metrics = rollout_metrics(batch.groups, policy_version=self.state.policy_version)
         metrics |= batch.counts()
         metrics["learning_rate"] = self.config.learning_rate * schedule_factor(self.config, self.state.step)
@@ -271,11 +276,16 @@ class GRPOTrainer(Generic[SampleT]):
             step = self._executor.submit(self.learner.step, learning_rate=metrics["learning_rate"])
             try:
                 figures, cancelled = await _uninterrupted(step)
-            except FloatingPointError as error:
-                self._mid_update = False
-                raise FloatingPointError(f"update {self.state.step + 1}: {error}") from error
+            except (FloatingPointError, MemoryError) as error:
+                self._mid_update = self.learner.stepped
+                raise type(error)(f"update {self.state.step + 1}: {error}") from error
             metrics |= _named(figures)
             batch.train_s += time.perf_counter() - started
+        elif batch.num_without_logprobs:
+            raise ValueError(
+                f"the engine returned no log-probs for any of {batch.num_without_logprobs} sequences, and --tis-cap "
+                f"{self.config.importance_cap} corrects with them; --tis-cap 0 trains without the correction"
+            )
         else:
             self._warn_of_nothing_to_learn(batch, metrics)
         rollouts = [rollout for group in batch.groups for rollout in group.rollouts]
@@ -288,9 +298,7 @@ class GRPOTrainer(Generic[SampleT]):
             seconds=self._seconds_before + time.perf_counter() - self._started,
         )
         self._mid_update = False
-        if cancelled is not None:
-            raise cancelled
-        return metrics
+        return metrics, cancelled
 
     def _warn_of_nothing_to_learn(self, batch: "_Batch", metrics: Mapping[str, float]) -> None:
         masked = metrics["truncated_masked"]
@@ -388,7 +396,6 @@ class GRPOTrainer(Generic[SampleT]):
             "train_s": batch.train_s,
             "step_s": step_s,
             "tokens_per_s": metrics["total_completion_tokens"] / step_s,
-            "train_tokens_per_s": metrics.get("trained_tokens", 0.0) / max(batch.train_s, 1e-9),
         }
         if report is not None:
             figures["sync_s"] = report.seconds
@@ -475,5 +482,5 @@ _EVAL_METRICS = ("accuracy", "strict_accuracy", "qwen_accuracy", "correct_rate",
 def _named(metrics: Mapping[str, float]) -> dict[str, float]:
     """The loss's metrics under their names in the log; `kl` is to the reference policy, else to the sampler."""
     named = {_METRIC_NAMES.get(name, name): value for name, value in metrics.items()}
-    named["kl"] = named.get("kl_ref", named.get("kl_rollout", named.get("kl_old", 0.0)))
-    return named
+    kl = named.get("kl_ref", named.get("kl_rollout"))
+    return named if kl is None else {**named, "kl": kl}
