@@ -1,4 +1,5 @@
-"""A stand-in for a vLLM server: the same routes and the same JSON on a real socket, and a model that just counts.
+"""A stand-in for ludic's vLLM server, or a plain one: the same routes and the same JSON on a real socket, and a model that
+just counts.
 
 It answers as vLLM 0.32 does, errors included, and knows nothing of models. `faults` are answers that replace the next
 completions, in order, so that a test can say how the wire breaks.
@@ -12,6 +13,8 @@ from typing import Any
 
 from aiohttp import web
 from transformers import PreTrainedTokenizerFast
+
+from ludic.inference.generate_wire import PATH, PROTOCOL, Generated, decode_request, encode_reply
 
 MODEL = "tiny"
 
@@ -30,6 +33,8 @@ class FakeServer:
     max_model_len: int = 512
     api_key: str | None = None
     rl_routes: bool = True
+    generate_route: bool = True
+    """Without both of these it is plain vLLM."""
     server_info: dict[str, Any] = field(
         default_factory=lambda: {
             "dtype": "float32",
@@ -44,7 +49,9 @@ class FakeServer:
     base_url: str = ""
     paused: bool = False
     requests: list[dict[str, Any]] = field(default_factory=list)
-    """The bodies of all completion requests."""
+    """The bodies of all completion requests, on either route."""
+    paths: list[str] = field(default_factory=list)
+    """Where each of them went."""
     in_flight: int = 0
     most_in_flight: int = 0
     """Completions, not requests."""
@@ -54,6 +61,9 @@ class FakeServer:
         app.router.add_get("/v1/models", self._models)
         app.router.add_post("/tokenize", self._tokenize)
         app.router.add_post("/v1/completions", self._completions)
+        if self.generate_route:
+            app.router.add_get(PATH, self._protocol)
+            app.router.add_post(PATH, self._completions)
         if self.rl_routes:
             app.router.add_get("/is_paused", self._is_paused)
             app.router.add_post("/collective_rpc", self._collective_rpc)
@@ -94,9 +104,14 @@ class FakeServer:
             return web.json_response(error_body(500, f"no method {body['method']}"), status=500)
         return web.json_response({"results": [self.server_info]})
 
+    async def _protocol(self, request: web.Request) -> web.Response:
+        return web.json_response({"protocol": PROTOCOL})
+
     async def _completions(self, request: web.Request) -> web.StreamResponse:
+        """Both routes that generate."""
         body = await request.json()
         self.requests.append(body)
+        self.paths.append(request.path)
         self.in_flight += body["n"]
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
         try:
@@ -104,7 +119,10 @@ class FakeServer:
             if self.faults:
                 fault = self.faults.pop(0)
                 return await self._cut_off(request) if isinstance(fault, str) else fault
-            return web.json_response(self._answer(body))
+            if request.path == PATH:
+                decode_request(await request.read())  # or it would have been refused
+                return web.Response(body=self.reply(body), content_type="application/json")
+            return web.json_response(self.answer(body))
         finally:
             self.in_flight -= body["n"]
 
@@ -117,23 +135,37 @@ class FakeServer:
         request.transport.close()
         return response
 
-    def _answer(self, body: dict[str, Any]) -> dict[str, Any]:
+    def completions(self, body: dict[str, Any]) -> list[Generated]:
         """Member i of a request with seed s answers with the tokens [s + i, s + i, ..., 1] (modulo 200), 1 to stop."""
-        choices = []
-        for member in range(body["n"]):
-            length = min(4, body["max_tokens"])
-            ids = [(body.get("seed", 0) + member) % 200] * (length - 1) + [1 if length == 4 else 9]
-            choice = {
+        length = min(4, body["max_tokens"])
+        stops = length == 4
+        wants_logprobs = body.get("logprobs") is not None and body["logprobs"] is not False  # 0 of vLLM means yes
+        return [
+            Generated(
+                token_ids=[((body.get("seed") or 0) + member) % 200] * (length - 1) + [1 if stops else 9],
+                logprobs=[-0.25 * (place + 1) for place in range(length)] if wants_logprobs else None,
+                finish_reason="stop" if stops else "length",
+            )
+            for member in range(body["n"])
+        ]
+
+    def reply(self, body: dict[str, Any]) -> bytes:
+        """What ludic's route answers."""
+        return encode_reply(self.completions(body))
+
+    def answer(self, body: dict[str, Any]) -> dict[str, Any]:
+        """What /v1/completions answers."""
+        choices = [
+            {
                 "index": member,
                 "text": "",
-                "logprobs": {"token_logprobs": [-0.25 * (place + 1) for place in range(length)]},
-                "finish_reason": "stop" if ids[-1] == 1 else "length",
-                "token_ids": ids if body.get("return_token_ids") else None,
+                "logprobs": None if one.logprobs is None else {"token_logprobs": one.logprobs},
+                "finish_reason": one.finish_reason,
+                "token_ids": one.token_ids if body.get("return_token_ids") else None,
                 "prompt_token_ids": body["prompt"],
             }
-            if body.get("logprobs") is None:
-                choice["logprobs"] = None
-            choices.append(choice)
+            for member, one in enumerate(self.completions(body))
+        ]
         return {"id": "cmpl-1", "object": "text_completion", "model": self.model, "choices": choices[::-1]}
 
 

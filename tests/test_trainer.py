@@ -764,7 +764,7 @@ def test_training_on_groups_as_they_arrive_takes_the_same_step_as_training_on_al
     waits, streams = figures
     assert len(pieces[0]) == 1 and len(pieces[1]) > 1 and sum(pieces[0]) == sum(pieces[1]) > 8
     assert streams["grad_norm"] == pytest.approx(waits["grad_norm"], rel=1e-3)
-    assert streams["loss"] == pytest.approx(waits["loss"], abs=1e-5)
+    assert streams["loss"] == pytest.approx(waits["loss"], rel=1e-3, abs=1e-5)
     before = torch.cat([parameter.detach().flatten() for parameter in load(digit_policy_dir).parameters()])
     one, other = (torch.cat([parameter.detach().flatten() for parameter in model.parameters()]) for model in models)
     assert float((one - other).norm()) < 1e-3 * float((one - before).norm())

@@ -1,7 +1,12 @@
-"""The client of a vLLM server, over a real socket, against a stand-in that speaks vLLM's JSON."""
+"""The client of a vLLM server, over a real socket, against a stand-in that speaks ludic's route and vLLM's JSON.
+
+What uses the fixture `server` runs twice: against ludic's server, and against plain vLLM without ludic's route.
+"""
 
 import asyncio
 import copy
+import dataclasses
+import json
 import random
 import socket
 from collections.abc import AsyncIterator, Callable
@@ -10,13 +15,22 @@ from typing import Any
 
 import aiohttp
 import pytest
+import torch
 from aiohttp import web
 from transformers import PreTrainedTokenizerFast
 
 from ludic.inference import vllm_client
-from ludic.inference.errors import EngineError, ServerMismatchError, ServerUnauthorizedError, ServerUnreachableError
+from ludic.inference.engine import WeightSyncReport
+from ludic.inference.errors import (
+    EngineError,
+    ServerMismatchError,
+    ServerUnauthorizedError,
+    ServerUnreachableError,
+    WeightSyncError,
+)
+from ludic.inference.generate_wire import PATH, Generated, encode_reply
 from ludic.inference.vllm_client import VLLMEngine, stop_token_ids
-from ludic.types import SamplingParams
+from ludic.types import Completion, SamplingParams
 from tests.fake_vllm import MODEL, FakeServer, error_body, serving
 from tests.vllm_helpers import make_tiny_tokenizer
 
@@ -28,9 +42,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return make_tiny_tokenizer()
 
 
-@pytest.fixture
-async def server(tokenizer: PreTrainedTokenizerFast) -> AsyncIterator[FakeServer]:
-    async with serving(FakeServer(tokenizer=tokenizer)) as running:
+@pytest.fixture(params=[True, False], ids=["ludic", "plain"])
+async def server(tokenizer: PreTrainedTokenizerFast, request: pytest.FixtureRequest) -> AsyncIterator[FakeServer]:
+    async with serving(FakeServer(tokenizer=tokenizer, generate_route=request.param)) as running:
         yield running
 
 
@@ -41,8 +55,10 @@ async def open_client(server: FakeServer) -> AsyncIterator[Callable[..., VLLMEng
 
     def make(**options: Any) -> VLLMEngine:
         settings: dict[str, Any] = {"model": MODEL, "seed_requests": True} | options
-        opened.append(VLLMEngine(server.base_url, **settings))
-        return opened[-1]
+        client = VLLMEngine(server.base_url, **settings)
+        client._has_generate_route = server.generate_route  # as connect() finds out
+        opened.append(client)
+        return client
 
     yield make
     for client in opened:
@@ -72,12 +88,6 @@ def free_port() -> int:
 # --- token ids in, token ids out --------------------------------------------------------------------------------------
 
 
-async def test_a_seed_is_sent_only_when_asked_for(server: FakeServer, open_client: Callable[..., VLLMEngine]) -> None:
-    client = open_client(seed_requests=False)
-    await client.generate(PROMPT, num_completions=1, sampling=SamplingParams(max_tokens=4, seed=50))
-    assert "seed" not in server.requests[0]
-
-
 async def test_the_prompts_ids_go_out_as_they_are_and_the_completions_ids_come_back_as_they_are(
     server: FakeServer, open_client: Callable[..., VLLMEngine]
 ) -> None:
@@ -85,19 +95,13 @@ async def test_the_prompts_ids_go_out_as_they_are_and_the_completions_ids_come_b
     sampling = SamplingParams(temperature=0.7, top_p=0.9, max_tokens=16, seed=50)
     completions = await client.generate(PROMPT, num_completions=3, sampling=sampling)
     (request,) = server.requests
-    assert request == {
-        "model": MODEL,
-        "prompt": PROMPT,
-        "n": 3,
-        "max_tokens": 16,
-        "temperature": 0.7,
-        "top_p": 0.9,
-        "seed": 50,
-        "stop_token_ids": [1, 77],
-        "return_token_ids": True,
-        "add_special_tokens": False,
-        "logprobs": 0,
-    }
+    common = {
+        "model": MODEL, "n": 3, "max_tokens": 16, "temperature": 0.7, "top_p": 0.9, "stop_token_ids": [1, 77],
+        "seed": 50, "cache_salt": request["cache_salt"],
+    }  # fmt: skip
+    ours = {"prompt_token_ids": PROMPT, "logprobs": True}
+    plain = {"prompt": PROMPT, "logprobs": 0, "return_token_ids": True, "add_special_tokens": False}
+    assert request == common | (ours if server.generate_route else plain)
     assert [completion.token_ids for completion in completions] == [[50, 50, 50, 1], [51, 51, 51, 1], [52, 52, 52, 1]]
     assert all(completion.logprobs == [-0.25, -0.5, -0.75, -1.0] for completion in completions)
     assert all(completion.finish_reason == "stop" and completion.policy_version == 0 for completion in completions)
@@ -118,11 +122,27 @@ async def test_a_seed_is_sent_only_when_it_was_asked_for_since_it_slows_the_serv
     assert [request.get("seed") for request in server.requests] == [None, 5]
 
 
-async def test_without_logprobs_none_are_asked_for(server: FakeServer, open_client: Callable[..., VLLMEngine]) -> None:
-    (completion,) = await open_client(with_logprobs=False).generate(
-        PROMPT, num_completions=1, sampling=SamplingParams(max_tokens=4)
+async def test_log_probs_are_asked_for_request_by_request(
+    server: FakeServer, open_client: Callable[..., VLLMEngine]
+) -> None:
+    client = open_client()
+    for wanted in (False, True):
+        sampling = SamplingParams(max_tokens=4, logprobs=wanted)
+        (completion,) = await client.generate(PROMPT, num_completions=1, sampling=sampling)
+        assert completion.logprobs == ([-0.25, -0.5, -0.75, -1.0] if wanted else None)
+    assert [request.get("logprobs") for request in server.requests] == (
+        [False, True] if server.generate_route else [None, 0]
     )
-    assert completion.logprobs is None and "logprobs" not in server.requests[0]
+
+
+async def test_connecting_finds_out_which_route_the_server_has(
+    server: FakeServer, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    client = VLLMEngine(server.base_url, model=MODEL)
+    await client.connect(tokenizer)
+    await client.generate(PROMPT, num_completions=1, sampling=SamplingParams(max_tokens=4))
+    await client.aclose()
+    assert server.paths == [PATH if server.generate_route else "/v1/completions"]
 
 
 async def test_a_group_above_the_concurrency_is_asked_for_in_parts_with_the_seeds_that_one_request_would_have_used(
@@ -147,19 +167,143 @@ async def test_the_concurrency_counts_completions_and_not_requests(
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda answer: answer["choices"].pop(), "asked for 2 completions, the server returned 1"),
-        (lambda answer: answer["choices"][0].update(finish_reason="abort"), "'abort'"),
-        (lambda answer: answer["choices"][0]["logprobs"]["token_logprobs"].pop(), "4 tokens but 3 log-probs"),
+        (lambda group: group[:1], "asked for 2 completions, the server returned 1"),
+        (lambda group: [group[0], dataclasses.replace(group[1], finish_reason="abort")], "'abort'"),
+        (lambda group: [group[0], dataclasses.replace(group[1], logprobs=[-1.0] * 3)], "4 tokens but 3 log-probs"),
     ],
 )
 async def test_an_answer_that_is_not_what_was_asked_for_is_an_error(
-    server: FakeServer, open_client: Callable[..., VLLMEngine], change: Callable[[dict[str, Any]], None], said: str
+    server: FakeServer,
+    open_client: Callable[..., VLLMEngine],
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[list[Generated]], list[Generated]],
+    said: str,
 ) -> None:
-    answer = server._answer({"n": 2, "max_tokens": 4, "logprobs": 0, "prompt": PROMPT, "return_token_ids": True})
-    change(answer)
-    server.faults = [web.json_response(answer)]
+    asked = server.completions({"n": 2, "max_tokens": 4, "logprobs": True})
+    monkeypatch.setattr(server, "completions", lambda body: change(asked))
     with pytest.raises(EngineError, match=said):
         await open_client().generate(PROMPT, num_completions=2, sampling=SamplingParams(max_tokens=4))
+
+
+async def test_log_probs_that_the_server_lost_are_unknown_and_no_error(
+    server: FakeServer, open_client: Callable[..., VLLMEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = server.completions({"n": 2, "max_tokens": 4, "logprobs": True})
+    lost = [asked[0], dataclasses.replace(asked[1], logprobs=None)]
+    monkeypatch.setattr(server, "completions", lambda body: lost)
+    completions = await open_client().generate([1, 2], num_completions=2, sampling=SamplingParams(max_tokens=4))
+    assert [completion.logprobs is None for completion in completions] == [False, True]
+
+
+async def test_a_completion_comes_back_as_the_server_drew_it_however_long_it_is(
+    server: FakeServer, open_client: Callable[..., VLLMEngine]
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    group = [
+        Generated(
+            token_ids=torch.randint(0, 2**31 - 1, (length,), generator=generator).tolist(),
+            logprobs=torch.randn(length, generator=generator).mul(1e3).tolist(),  # float32, as vLLM has them
+            finish_reason="length",
+        )
+        for length in (0, 1, 4096)
+    ]
+    choices = [
+        {
+            "index": i,
+            "token_ids": one.token_ids,
+            "logprobs": {"token_logprobs": one.logprobs},
+            "finish_reason": "length",
+        }
+        for i, one in enumerate(group)
+    ]
+    body = encode_reply(group) if server.generate_route else json.dumps({"choices": choices}).encode()
+    server.faults = [web.Response(body=body, content_type="application/json")]
+    completions = await open_client().generate(PROMPT, num_completions=3, sampling=SamplingParams(max_tokens=4096))
+    assert [completion.token_ids for completion in completions] == [one.token_ids for one in group]
+    assert [completion.logprobs for completion in completions] == [one.logprobs for one in group]
+
+
+# --- weights that change ----------------------------------------------------------------------------------------------
+
+
+class FakeSync:
+    """A weight sync that takes until it is told, and fails if it is told so."""
+
+    def __init__(self) -> None:
+        self.error: Exception | None = None
+
+    def sync(self, model: torch.nn.Module, policy_version: int) -> WeightSyncReport:
+        if self.error is not None:
+            raise self.error
+        return WeightSyncReport(policy_version=policy_version, num_tensors=1, num_bytes=4, seconds=0.0, proof="none")
+
+    def close(self) -> None: ...
+
+
+@pytest.fixture
+def syncing_client(open_client: Callable[..., VLLMEngine]) -> VLLMEngine:
+    client = open_client()
+    client._sync = FakeSync()  # type: ignore[assignment]
+    return client
+
+
+async def generated(client: VLLMEngine) -> Completion:
+    (completion,) = await client.generate(PROMPT, num_completions=1, sampling=SamplingParams(max_tokens=4))
+    return completion
+
+
+async def test_a_completion_has_the_version_at_which_its_request_started(
+    server: FakeServer, syncing_client: VLLMEngine
+) -> None:
+    server.hold = asyncio.Event()
+    in_flight = asyncio.create_task(generated(syncing_client))
+    while not server.requests:
+        await asyncio.sleep(0.01)
+    await syncing_client.update_weights(torch.nn.Linear(1, 1), policy_version=3)
+    later = asyncio.create_task(generated(syncing_client))
+    while len(server.requests) < 2:
+        await asyncio.sleep(0.01)
+    server.hold.set()
+    assert ((await in_flight).policy_version, (await later).policy_version) == (0, 3)
+    assert syncing_client.overlaps_training
+
+
+async def test_a_request_that_is_sent_again_after_a_sync_has_the_new_version(
+    server: FakeServer, syncing_client: VLLMEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.faults = [web.json_response(error_body(503, "overloaded"), status=503)]
+    original = asyncio.sleep
+
+    async def sleep(seconds: float) -> None:
+        if len(server.requests) == 1 and syncing_client.num_retries:  # the pause before the second attempt
+            await syncing_client.update_weights(torch.nn.Linear(1, 1), policy_version=1)
+        await original(0)
+
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    assert (await generated(syncing_client)).policy_version == 1
+    first, second = (request["cache_salt"] for request in server.requests)
+    assert first != second
+
+
+async def test_requests_share_cached_prefixes_only_while_the_weights_are_the_same(
+    server: FakeServer, syncing_client: VLLMEngine, open_client: Callable[..., VLLMEngine]
+) -> None:
+    async def salt(client: VLLMEngine) -> str:
+        await generated(client)
+        return str(server.requests[-1]["cache_salt"])
+
+    salts = [await salt(syncing_client)]
+    assert await salt(syncing_client) == salts[0]
+    await syncing_client.update_weights(torch.nn.Linear(1, 1), policy_version=1)
+    salts.append(await salt(syncing_client))
+    await syncing_client.update_weights(torch.nn.Linear(1, 1), policy_version=1)  # the same number, other weights
+    salts.append(await salt(syncing_client))
+    syncing_client._sync.error = WeightSyncError("refused")  # type: ignore[union-attr]
+    with pytest.raises(WeightSyncError):
+        await syncing_client.update_weights(torch.nn.Linear(1, 1), policy_version=2)
+    salts.append(await salt(syncing_client))  # who knows which weights the server has now
+    salts.append(await salt(open_client()))  # another run, whose version 0 is another policy
+    assert len(set(salts)) == 5 and all(salts)
 
 
 # --- what goes wrong on the way ---------------------------------------------------------------------------------------
@@ -392,7 +536,7 @@ async def test_a_server_without_a_chat_template_is_warned_of_because_prompts_are
 async def test_plain_vllm_without_rl_routes_is_an_error_that_names_ludics_server(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
-    async with serving(FakeServer(tokenizer=tokenizer, rl_routes=False)) as plain:
+    async with serving(FakeServer(tokenizer=tokenizer, rl_routes=False, generate_route=False)) as plain:
         client = VLLMEngine(plain.base_url, model=MODEL)
         await client.connect(tokenizer)  # enough to evaluate
         with pytest.raises(ServerMismatchError, match=r"no RL routes.*python -m ludic\.inference\.vllm_server"):
@@ -442,8 +586,6 @@ async def test_something_that_is_no_vllm_server_is_an_error_in_words(tokenizer: 
 
 
 async def test_weights_cannot_be_sent_before_the_sync_was_set_up(open_client: Callable[..., VLLMEngine]) -> None:
-    import torch
-
     with pytest.raises(EngineError, match="enable_weight_sync"):
         await open_client().update_weights(torch.nn.Linear(1, 1), policy_version=1)
 

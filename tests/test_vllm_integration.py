@@ -4,12 +4,14 @@ The server serves the digit policy (tied embeddings, float32) for the whole sess
 it wants first, so the order of the tests does not matter. What the server does by itself is in test_vllm_server.py.
 """
 
+import asyncio
+import dataclasses
 import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from ludic.inference.errors import ServerMismatchError, WeightSyncError
+from ludic.inference.errors import EngineError, ServerMismatchError, WeightSyncError
 from ludic.inference.server_control import ServerControl
 from ludic.inference.server_process import RunningServer, free_port
 from ludic.inference.vllm_client import VLLMEngine, stop_token_ids
@@ -159,6 +161,106 @@ async def test_a_seed_repeats_a_group_and_its_members_differ(engine: VLLMEngine,
     await in_parts.aclose()
 
 
+@pytest.fixture
+async def plain_client(engine: VLLMEngine) -> AsyncIterator[VLLMEngine]:
+    """A client of the same server that was not told of ludic's route, so that it takes /v1/completions."""
+    client = VLLMEngine(engine.base_url, model=engine.model, stop_token_ids=engine._stop_token_ids, seed_requests=True)
+    yield client
+    await client.aclose()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+async def test_both_routes_give_the_same_tokens_and_the_same_log_probs(
+    engine: VLLMEngine,
+    plain_client: VLLMEngine,
+    digit_policy_dir: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    temperature: float,
+) -> None:
+    sampling = SamplingParams(temperature=temperature, max_tokens=24, seed=4)
+    count = 1 if temperature == 0 else 6  # vLLM draws one greedy completion per request
+    reasons = set()
+    for policy_version, prompts in ((0, [encode_prompt(tokenizer, digit_chat(1))]), (1, PROMPTS)):
+        if policy_version:
+            await engine.update_weights(policy(digit_policy_dir, random_seed=5), policy_version=1)
+        for prompt in prompts:
+            ours = await engine.generate(prompt, num_completions=count, sampling=sampling)
+            theirs = await plain_client.generate(prompt, num_completions=count, sampling=sampling)
+            for mine, other in zip(ours, theirs, strict=True):
+                assert (mine.token_ids, mine.finish_reason) == (other.token_ids, other.finish_reason)
+                torch.testing.assert_close(mine.logprobs, other.logprobs, atol=1e-5, rtol=0)
+                reasons.add(mine.finish_reason)
+            without = await engine.generate(
+                prompt, num_completions=count, sampling=dataclasses.replace(sampling, logprobs=False)
+            )
+            assert [one.logprobs for one in without] == [None] * count
+            assert [one.token_ids for one in without] == [one.token_ids for one in ours]
+    assert reasons == {"stop", "length"}
+
+
+async def test_log_probs_of_many_requests_at_once_are_recorded_apart_and_nothing_of_them_stays(
+    engine: VLLMEngine, server: RunningServer, digit_policy_dir: Path
+) -> None:
+    await engine.update_weights(policy(digit_policy_dir, random_seed=5), policy_version=1)
+    model = plain(digit_policy_dir, random_seed=5)
+
+    def group(prompt: list[int], max_tokens: int, seed: int | None) -> asyncio.Task[list[Completion]]:
+        sampling = SamplingParams(temperature=0.7, max_tokens=max_tokens, seed=seed)
+        return asyncio.create_task(engine.generate(prompt, num_completions=8, sampling=sampling))
+
+    leaving = group(PROMPTS[0], 400, None)
+    groups = [(prompt, group(prompt, 3 + 20 * number, 10 * number)) for number, prompt in enumerate(PROMPTS * 3)]
+    await groups[1][1]
+    leaving.cancel()
+    for prompt, task in groups:
+        for completion in await task:
+            wanted = logprobs_of(model, prompt, completion, 0.7)
+            torch.testing.assert_close(torch.tensor(completion.logprobs), wanted, atol=1e-3, rtol=0)
+    await group(PROMPTS[0], 2, None)
+    body = {"method": "ludic_recorder_sizes"}
+    (sizes,) = requests.post(f"{server.base_url}/collective_rpc", json=body, timeout=10).json()["results"]
+    assert sizes == {"requests": 0, "members": 0, "steps": 0, "table_bytes": 8}
+
+
+async def test_a_caller_that_leaves_frees_its_places_in_the_engine(engine: VLLMEngine, digit_policy_dir: Path) -> None:
+    await engine.update_weights(policy(digit_policy_dir, random_seed=5), policy_version=1)
+
+    def metric(name: str) -> float:
+        text = requests.get(f"{engine.base_url}/metrics", timeout=10).text
+        return float(re.findall(rf"^vllm:{name}\{{.*\}} (\S+)$", text, re.MULTILINE)[0])
+
+    async def wait_until(condition: Callable[[], bool]) -> None:
+        while not await asyncio.to_thread(condition):
+            await asyncio.sleep(0.02)
+
+    before = metric("generation_tokens_total")
+    sampling = SamplingParams(temperature=2.0, max_tokens=480)
+    leaving = asyncio.create_task(engine.generate(PROMPTS[0], num_completions=32, sampling=sampling))
+    await wait_until(lambda: metric("num_requests_running") >= 8)  # some may have ended already
+    leaving.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await leaving
+    await wait_until(lambda: metric("num_requests_running") == 0)
+    assert metric("generation_tokens_total") - before < 32 * 480 / 2, "they were generated to their end"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sampling", "said"),
+    [
+        ([5] * 500, SamplingParams(max_tokens=13), "500 tokens and max_tokens 13 are more than .* context of 512"),
+        ([5, 10**6], SamplingParams(max_tokens=8), "400: Token id 1000000 is out of vocabulary"),
+        ([5], SamplingParams(temperature=3.0, max_tokens=8), "400: temperature must be"),
+        ([5], SamplingParams(temperature=0.0, max_tokens=8), "400: n must be 1 when using greedy sampling"),
+    ],
+)
+async def test_a_request_that_vllm_refuses_comes_back_with_its_reason(
+    engine: VLLMEngine, prompt: list[int], sampling: SamplingParams, said: str
+) -> None:
+    with pytest.raises(EngineError, match=said):
+        await engine.generate(prompt, num_completions=2, sampling=sampling)
+    assert engine.num_retries == 0
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -201,6 +303,41 @@ async def test_a_sync_changes_what_is_sampled_and_reports_what_it_compared(
     assert "digests" in report.proof and "nats" in report.proof
 
 
+async def test_generation_in_flight_goes_on_over_a_sync_and_a_request_that_comes_while_it_is_held_back_waits(
+    engine: VLLMEngine, server: RunningServer, digit_policy_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def complete(max_tokens: int, count: int) -> int:
+        body = {"model": str(digit_policy_dir), "prompt": PROMPTS[0], "max_tokens": max_tokens, "n": count}
+        answer = requests.post(f"{server.base_url}/v1/completions", json=body | {"ignore_eos": True}, timeout=120)
+        return int(answer.json()["usage"]["completion_tokens"])
+
+    in_flight = asyncio.create_task(asyncio.to_thread(complete, 450, 256))  # several waves of --max-num-seqs
+    await asyncio.sleep(0.3)
+    control = ServerControl(server.base_url)
+    await asyncio.to_thread(control.pause)
+    try:
+        assert not in_flight.done(), "the request was meant to be half done"
+        held_back = asyncio.create_task(asyncio.to_thread(complete, 4, 1))
+        await asyncio.sleep(1.0)
+        assert not held_back.done() and is_paused(server)
+    finally:
+        await asyncio.to_thread(control.resume)
+    done_at_resume: list[bool] = []
+    resume = ServerControl.resume
+
+    def watched(self: ServerControl) -> None:
+        done_at_resume.append(in_flight.done())
+        resume(self)
+
+    monkeypatch.setattr(ServerControl, "resume", watched)
+    report = await engine.update_weights(policy(digit_policy_dir, random_seed=5), policy_version=3)
+    assert done_at_resume == [False], "the sync waited for running requests to end"
+    assert report.logprob_gap is not None and report.logprob_gap < 1e-3
+    assert await held_back == 4
+    assert await in_flight == 450 * 256
+    control.close()
+
+
 def is_paused(server: RunningServer) -> bool:
     return bool(requests.get(f"{server.base_url}/is_paused", timeout=10).json()["is_paused"])
 
@@ -240,7 +377,7 @@ async def test_other_weights_than_the_policys_are_caught_by_digests_and_by_log_p
 
     monkeypatch.setattr(SharedMemoryTransport, "send", send_stale)
     if not with_digests:
-        monkeypatch.setattr(WeightSync, "_prove_digests", lambda self, weights: 0)
+        monkeypatch.setattr(WeightSync, "_prove_digests", lambda self, weights, sent: 0)
     with pytest.raises(WeightSyncError, match="differ from those sent" if with_digests else "log-probs of the probe"):
         await engine.update_weights(policy(digit_policy_dir, random_seed=5), policy_version=1)
     assert not is_paused(server)

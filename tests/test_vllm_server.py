@@ -5,6 +5,7 @@ answers /health, or without any.
 """
 
 import argparse
+import importlib
 import json
 import os
 import signal
@@ -25,6 +26,7 @@ from safetensors.torch import save_file
 
 from ludic.inference import server_process, vllm_server
 from ludic.inference.digest import digest_hex, tensor_digest
+from ludic.inference.generate_wire import PATH
 from ludic.inference.vllm_server import RequireApiKey, RunningServer, ServerStartError, start_server
 from tests.vllm_helpers import (
     CPU_SERVER_ENV,
@@ -403,14 +405,15 @@ def test_the_defaults_of_ludic_hold_until_the_user_says_otherwise(tmp_path: Path
     assert (args.logprobs_mode, args.generation_config) == ("processed_logprobs", "vllm")
     assert args.served_model_name == [vllm_server.DEFAULT_MODEL]
     assert args.weight_transfer_config.backend == "ludic_shm"
-    assert args.middleware == ["ludic.inference.vllm_server.RequireApiKey"]
+    assert args.middleware == [vllm_server.GENERATE_ROUTE, vllm_server.REQUIRE_API_KEY]
+    assert (args.disable_log_stats, args.disable_uvicorn_access_log) == (True, True)
 
     config = tmp_path / "config.yaml"
-    config.write_text("model: from-config\nport: 8101\nlogprobs-mode: raw_logprobs\n")
+    config.write_text("model: from-config\nport: 8101\nlogprobs-mode: raw_logprobs\nenable-log-stats: true\n")
     for flags in (["--config", str(config)], [f"--config={config}"]):
         args = vllm_server.parse_arguments([*flags, "--port", "8102"])
         assert (args.model, args.port, args.logprobs_mode) == ("from-config", 8102, "raw_logprobs")
-        assert args.served_model_name == ["from-config"]
+        assert args.served_model_name == ["from-config"] and args.disable_log_stats is False
 
 
 @pytest.mark.vllm
@@ -421,12 +424,43 @@ def test_every_form_of_a_vllm_flag_arrives() -> None:
             *("--gpu_memory_utilization", "0.5", "--max-num-seqs=7", "--no-enable_prefix_caching", "-tp", "2", "-O3"),
             *("--weight_transfer_config", '{"backend": "ipc"}', "--served_model_name", "a", "b"),
             *("--compilation-config.cudagraph_capture_sizes+", "1,2", "--middleware", "mine.Middleware", "org/model"),
+            *("--enable_log_stats", "--no-disable-uvicorn-access-log"),
         ]
     )
     assert (args.gpu_memory_utilization, args.max_num_seqs, args.enable_prefix_caching) == (0.5, 7, False)
     assert (args.tensor_parallel_size, args.weight_transfer_config.backend) == (2, "ipc")
     assert args.served_model_name == ["a", "b", "org/model"] or args.model == "org/model"
-    assert args.middleware == ["ludic.inference.vllm_server.RequireApiKey", "mine.Middleware"]
+    assert args.middleware == [vllm_server.GENERATE_ROUTE, "mine.Middleware", vllm_server.REQUIRE_API_KEY]
+    assert (args.disable_log_stats, args.disable_uvicorn_access_log) == (False, False)
+
+
+@pytest.mark.vllm
+@pytest.mark.filterwarnings("ignore")
+def test_no_request_passes_a_middleware_before_its_key_was_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastapi import FastAPI
+    from fastapi.testclient import TestClient
+
+    args = vllm_server.parse_arguments(["--middleware", "tests.test_vllm_server.AnswersEverything"])
+    monkeypatch.setenv(vllm_server.API_KEYS_VARIABLE, json.dumps(["first-key"]))
+    app = FastAPI()
+    for name in args.middleware:  # as vLLM does
+        module, _, attribute = name.rpartition(".")
+        app.add_middleware(getattr(importlib.import_module(module), attribute))
+    client, key = TestClient(app), {"Authorization": "Bearer first-key"}
+    for path in (PATH, "/elsewhere"):
+        assert client.get(path).status_code == 401
+        assert client.get(path, headers=key).status_code == 204
+
+
+class AnswersEverything:
+    """A middleware of the user's that lets nothing through."""
+
+    def __init__(self, app: Any) -> None: ...
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http":
+            await send({"type": "http.response.start", "status": 204, "headers": []})
+            await send({"type": "http.response.body", "body": b""})
 
 
 @pytest.mark.vllm
@@ -455,7 +489,7 @@ def test_a_bad_address_ends_with_one_line_and_code_2_before_anything_loads(
 @pytest.mark.vllm
 @pytest.mark.filterwarnings("ignore")
 def test_checkpoint_tensors_are_found_in_fused_and_padded_parameters() -> None:
-    from ludic.inference.vllm_worker import checkpoint_views
+    from ludic.inference.vllm_model import checkpoint_views
 
     model = torch.nn.Module()
     model.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}  # type: ignore[assignment]
@@ -567,7 +601,15 @@ def test_with_a_key_health_is_open_and_every_control_request_without_it_is_refus
     server, folder = tied
     stranger = Client(server, folder, None)
     assert stranger.request("GET", "/health").status_code == 200
-    for path in ("/collective_rpc", "/pause", "/update_weights", "/v1/completions", "/reset_prefix_cache", "/tokenize"):
+    for path in (
+        "/collective_rpc",
+        "/pause",
+        "/update_weights",
+        "/v1/completions",
+        "/reset_prefix_cache",
+        "/tokenize",
+        PATH,
+    ):
         assert stranger.post(path, {}).status_code == 401
         assert Client(server, folder, "another").post(path, {}).status_code == 401
     models = Client(server, folder, "the-key").request("GET", "/v1/models").json()

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     import pytest
     from transformers import PretrainedConfig, PreTrainedModel
 
-CPU_SERVER_ARGS = ("--max-model-len", "512", "--enforce-eager", "--dtype", "float32", "--max-num-seqs", "32")
+CPU_SERVER_ARGS = (
+    *("--max-model-len", "512", "--enforce-eager", "--dtype", "float32", "--max-num-seqs", "32"),
+    "--enable-log-stats",  # so that a test can see what runs in the engine
+)
 CPU_SERVER_ENV = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 
 CHAT_TEMPLATE = (

@@ -1,8 +1,8 @@
 """The client of a vLLM server: token ids in, token ids and log-probs out, over one connection pool.
 
-It speaks `/v1/completions` with token-id prompts (no re-tokenisation, no chat template on the server) and asks for all
-completions of a prompt in one request, so that the server computes the prompt once. `connect` compares the server with
-what the run needs before anything is generated: each way in which they can differ is an error of its own.
+It speaks ludic's own route (`generate_route`), and `/v1/completions` with token-id prompts where a server is plain vLLM.
+All completions of a prompt are one request, so that the server computes the prompt once. `connect` compares the server
+with what the run needs before anything is generated: each way in which they can differ is an error of its own.
 
 Left out: streaming, several servers. Recovery from a server that was restarted belongs to the trainer.
 """
@@ -10,15 +10,18 @@ Left out: streaming, several servers. Recovery from a server that was restarted 
 import asyncio
 import collections
 import contextlib
+import dataclasses
 import json
 import logging
 import random
+import uuid
 from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
 import torch
 
+from ludic.inference import generate_wire
 from ludic.inference.engine import WeightSyncReport
 from ludic.inference.errors import (
     EngineError,
@@ -26,6 +29,7 @@ from ludic.inference.errors import (
     ServerUnauthorizedError,
     ServerUnreachableError,
 )
+from ludic.inference.generate_wire import Generated, GenerateRequest
 from ludic.inference.server_control import ServerControl, error_text
 from ludic.inference.weight_sync import WeightSync
 from ludic.prompts import encode_prompt
@@ -44,6 +48,8 @@ GENERATION_TIMEOUT_PER_TOKEN_S = 0.5
 MAX_ATTEMPTS = 6
 MAX_TIMEOUTS = 2
 """Of those, how many may end without an answer: what has waited so long twice will not come."""
+KEEP_ALIVE_S = 4.0
+"""vLLM closes a connection that was idle for 5 s; a request sent at that moment would fail, so the client is first."""
 PAUSED_LOOKS = 5
 TRANSIENT_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 
@@ -57,14 +63,20 @@ _PROBE_TEXT = "Tom has 3 boxes of 12 eggs. He sells 5, so 3 * 12 - 5 = 31 are le
 class VLLMEngine:
     """`InferenceEngine` over a server started by `python -m ludic.inference.vllm_server`.
 
+    Without `connect` it treats the server as plain vLLM.
+
     Args:
         base_url: for example `http://127.0.0.1:8000`.
         model: the name under which the server serves the model.
-        concurrency: completions (not requests) in flight at once.
+        concurrency: completions (not requests) in flight at once. What the server cannot run at once waits in its queue,
+            next to the engine; so rather too many than too few, e.g. twice the rollouts of an update where generation
+            runs ahead of training.
         stop_token_ids: ids that end a completion beside the model's own end-of-sequence token.
         seed_requests: send `sampling.seed`. vLLM then samples row by row, which costs time, and its results still depend
             on what else is in the batch; without, the server draws from its own generator.
     """
+
+    overlaps_training: bool = True
 
     def __init__(
         self,
@@ -72,9 +84,8 @@ class VLLMEngine:
         *,
         model: str,
         api_key: str | None = None,
-        concurrency: int = 256,
+        concurrency: int = 1024,
         stop_token_ids: Sequence[int] = (),
-        with_logprobs: bool = True,
         seed_requests: bool = False,
     ) -> None:
         if concurrency < 1:
@@ -85,13 +96,15 @@ class VLLMEngine:
         """Requests that were sent again after a transient failure."""
         self._concurrency = concurrency
         self._stop_token_ids = list(stop_token_ids)
-        self._with_logprobs = with_logprobs
         self._seed_requests = seed_requests
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._control = ServerControl(base_url, api_key=api_key)
         self._session: aiohttp.ClientSession | None = None
         self._in_flight = _WeightedSemaphore(concurrency)
         self._policy_version = 0
+        self._has_generate_route = False
+        self._run = uuid.uuid4().hex
+        self._num_syncs = 0
         self._sync: WeightSync | None = None
 
     @property
@@ -103,7 +116,7 @@ class VLLMEngine:
     async def connect(
         self, tokenizer: "PreTrainedTokenizerBase", *, max_seq_len: int | None = None, may_be_paused: bool = False
     ) -> None:
-        """Check that this server is the one that the run needs.
+        """Check that this server is the one that the run needs, and find out which route it generates by.
 
         Raises:
             ServerUnreachableError: nothing listens there; names the command that starts a server.
@@ -119,11 +132,21 @@ class VLLMEngine:
                 f"restart it with --max-model-len {max_seq_len} or lower --max-seq-len"
             )
         await self._check_tokenizer(tokenizer)
+        self._has_generate_route = await self._find_generate_route()
         if not may_be_paused and await self._is_paused():
             raise ServerMismatchError(
                 f"the server at {self.base_url} is paused, as a trainer that was killed in a sync leaves it, and its weights "
                 f"may be half replaced: restart it with `{self._start_command()}`"
             )
+
+    async def _find_generate_route(self) -> bool:
+        try:
+            answer = await asyncio.to_thread(self._control.request, "GET", generate_wire.PATH, timeout_s=15.0)
+        except (ServerUnreachableError, ServerUnauthorizedError):
+            raise
+        except EngineError:  # plain vLLM: 404
+            return False
+        return bool(answer == {"protocol": generate_wire.PROTOCOL})
 
     async def _is_paused(self) -> bool:
         """Whether the server stays paused for longer than the sync of a running trainer takes."""
@@ -256,45 +279,39 @@ class VLLMEngine:
         return completions
 
     async def _request(self, prompt: list[int], count: int, sampling: SamplingParams, offset: int) -> list[Completion]:
-        body: dict[str, Any] = {
-            "model": self.model,
-            "prompt": prompt,
-            "n": count,
-            "max_tokens": sampling.max_tokens,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "stop_token_ids": self._stop_token_ids,
-            "return_token_ids": True,
-            "add_special_tokens": False,
-        }
-        if self._seed_requests and sampling.seed is not None:
-            body["seed"] = sampling.seed + offset  # vLLM seeds member i of a request with seed + i
-        if self._with_logprobs:
-            body["logprobs"] = 0
-        version = self._policy_version
-        answer = await self._post_with_retries(body, sampling.max_tokens)
-        if version != self._policy_version:
-            raise EngineError(f"the policy went from version {version} to {self._policy_version} during a generation")
-        choices = answer["choices"]
-        if len(choices) != count:
-            raise EngineError(f"asked for {count} completions, the server returned {len(choices)}")
-        return [self._completion(choice, version) for choice in sorted(choices, key=lambda choice: choice["index"])]
-
-    def _completion(self, choice: dict[str, Any], version: int) -> Completion:
-        token_ids: list[int] = choice["token_ids"]
-        logprobs: list[float] | None = choice["logprobs"]["token_logprobs"] if self._with_logprobs else None
-        if logprobs is not None and len(logprobs) != len(token_ids):
-            raise EngineError(f"the server returned {len(token_ids)} tokens but {len(logprobs)} log-probs")
-        if choice["finish_reason"] not in ("stop", "length"):
-            raise EngineError(f"a completion ended with {choice['finish_reason']!r}, which is neither stop nor length")
-        return Completion(
-            token_ids=token_ids, logprobs=logprobs, finish_reason=choice["finish_reason"], policy_version=version
+        seed = sampling.seed if self._seed_requests else None
+        request = GenerateRequest(
+            model=self.model,
+            prompt_token_ids=prompt,
+            n=count,
+            max_tokens=sampling.max_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            stop_token_ids=self._stop_token_ids,
+            logprobs=sampling.logprobs,
+            seed=None if seed is None else seed + offset,  # vLLM seeds member i of a request with seed + i
+            cache_salt=None,
         )
+        generated, version = await self._post_with_retries(request)
+        if len(generated) != count:
+            raise EngineError(f"asked for {count} completions, the server returned {len(generated)}")
+        return [_completion(one, sampling, version) for one in generated]
 
-    async def _post_with_retries(self, body: dict[str, Any], max_tokens: int) -> dict[str, Any]:
+    @property
+    def _cache_salt(self) -> str:
+        """Names the weights that the server holds now: prefix-cache blocks are shared only under the same name.
+
+        The version alone would not do: the server may hold blocks of an earlier run, whose version had the same number.
+        """
+        return f"{self._run}-{self._num_syncs}"
+
+    async def _post_with_retries(self, request: GenerateRequest) -> tuple[list[Generated], int]:
+        """The server's answer, and the policy version at which the request that it answers was sent."""
         timeout = aiohttp.ClientTimeout(
-            total=GENERATION_TIMEOUT_S + GENERATION_TIMEOUT_PER_TOKEN_S * max_tokens, sock_connect=CONNECT_TIMEOUT_S
+            total=GENERATION_TIMEOUT_S + GENERATION_TIMEOUT_PER_TOKEN_S * request.max_tokens,
+            sock_connect=CONNECT_TIMEOUT_S,
         )
+        path, encode, decode = _GENERATE_ROUTE if self._has_generate_route else _COMPLETIONS_ROUTE
         failure, num_timeouts = "", 0
         for attempt in range(MAX_ATTEMPTS):
             if attempt:
@@ -303,11 +320,13 @@ class VLLMEngine:
                     "request to %s failed (%s); attempt %d of %d", self.base_url, failure, attempt + 1, MAX_ATTEMPTS
                 )
                 await asyncio.sleep(min(0.5 * 2**attempt, 8.0) * random.uniform(0.5, 1.0))
+            # The weights may be replaced while this attempt runs: it is stamped with those that it starts with.
+            version = self._policy_version
+            body = encode(dataclasses.replace(request, cache_salt=self._cache_salt))
             try:
-                async with self._http().post("/v1/completions", json=body, timeout=timeout) as response:
+                async with self._http().post(path, data=body, headers=_JSON, timeout=timeout) as response:
                     if response.status == 200:
-                        answer: dict[str, Any] = await response.json()
-                        return answer
+                        return decode(await response.read()), version
                     failure = f"{response.status}: {error_text(await response.text())}"
                     if response.status in (401, 403):
                         raise ServerUnauthorizedError(
@@ -329,7 +348,7 @@ class VLLMEngine:
 
     def _http(self) -> aiohttp.ClientSession:
         if self._session is None:
-            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=60.0)  # the semaphore is the limit
+            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)  # the semaphore is the limit
             self._session = aiohttp.ClientSession(
                 self.base_url, connector=connector, headers=self._headers, trust_env=False
             )
@@ -340,13 +359,18 @@ class VLLMEngine:
     async def update_weights(self, model: torch.nn.Module, *, policy_version: int) -> WeightSyncReport:
         """Send the weights, prove them, and count from then on with `policy_version`.
 
+        Completions that are being generated go on with the new weights, and keep the version that they started with.
+
         Raises:
             WeightSyncError: the sync did not take, for whatever reason; the old version must be assumed gone.
         """
         if self._sync is None:
             raise EngineError("weight sync was not set up: call enable_weight_sync first")
         policy: PreTrainedModel = model  # type: ignore[assignment]
-        report = await asyncio.to_thread(self._sync.sync, policy, policy_version)
+        try:
+            report = await asyncio.to_thread(self._sync.sync, policy, policy_version)
+        finally:
+            self._num_syncs += 1  # a sync that failed may have replaced weights too
         self._policy_version = policy_version
         return report
 
@@ -357,6 +381,29 @@ class VLLMEngine:
         if self._sync is not None:
             self._sync.close()
             self._sync = None
+
+
+def _completion(generated: Generated, sampling: SamplingParams, version: int) -> Completion:
+    token_ids, logprobs = generated.token_ids, generated.logprobs
+    if sampling.logprobs and logprobs is not None and len(logprobs) != len(token_ids):  # None: the server lost them
+        raise EngineError(f"the server returned {len(token_ids)} tokens but {len(logprobs)} log-probs")
+    if generated.finish_reason not in ("stop", "length"):
+        raise EngineError(f"a completion ended with {generated.finish_reason!r}, which is neither stop nor length")
+    return Completion(
+        token_ids=token_ids,
+        logprobs=logprobs,
+        finish_reason="stop" if generated.finish_reason == "stop" else "length",
+        policy_version=version,
+    )
+
+
+_JSON = {"Content-Type": "application/json"}
+_GENERATE_ROUTE = (generate_wire.PATH, generate_wire.encode_request, generate_wire.decode_reply)
+_COMPLETIONS_ROUTE = (
+    generate_wire.COMPLETIONS_PATH,
+    generate_wire.encode_completions_request,
+    generate_wire.decode_completions_reply,
+)
 
 
 def stop_token_ids(model: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:

@@ -2,8 +2,9 @@
 
 It is a wrapper and not a fork: every flag is vLLM's, parsed by vLLM's parser (with `_` or `-`, from `--config` too) and
 handed to what `vllm serve` runs. Only defaults are added, which the command line overrides: the routes that pause the
-server and take weights, log-probs of the distribution that was sampled, a generation_config that is ignored, and ludic's
-worker extension. vLLM 0.26 to 0.32, and the CPU build too, whose distribution has another name than `vllm`.
+server and take weights, log-probs of the distribution that was sampled, a generation_config that is ignored, ludic's
+worker extension, and its route for rollouts (`generate_route`). The one flag of ludic's own is --enable-log-stats. vLLM
+0.26 to 0.32, and the CPU build too, whose distribution has another name than `vllm`.
 
 The RL routes are a remote control of the server. So it listens on loopback, or wants an API key, and then for every route
 but /health; vLLM by itself guards only some prefixes. Left out: TLS and users, which belong to a proxy in front of it.
@@ -20,9 +21,10 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
-from typing import Any, NoReturn
+from collections.abc import Sequence
+from typing import NoReturn
 
+from ludic.inference.generate_route import ASGIApp, Receive, Scope, Send, request_path
 from ludic.inference.server_process import (
     RunningServer,
     ServerStartError,
@@ -45,15 +47,13 @@ PREFACE = f"""vLLM's own server with settings for reinforcement learning; every 
 
 Defaults of ludic: --model {DEFAULT_MODEL} --host 127.0.0.1 --port 8000
 --logprobs-mode processed_logprobs --generation-config vllm, a --weight-transfer-config for the
-hardware (nccl where there are two GPUs, else ludic_shm), and the RL routes (VLLM_SERVER_DEV_MODE=1).
+hardware (ludic_nccl where there are two GPUs, else ludic_shm), the RL routes (VLLM_SERVER_DEV_MODE=1), and
+no statistics and no access log (--enable-log-stats, --no-disable-uvicorn-access-log turn them on).
 Another host than loopback needs --api-key or VLLM_API_KEY. --help=all lists all flags, --help=KEYWORD searches.
 """
 
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
+REQUIRE_API_KEY = "ludic.inference.vllm_server.RequireApiKey"
+GENERATE_ROUTE = "ludic.inference.generate_route.GenerateRoute"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -102,6 +102,10 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     from vllm.platforms import current_platform
 
     parser = make_arg_parser(FlexibleArgumentParser(prog=PROG, usage=USAGE, description=PREFACE))
+    parser.add_argument(
+        "--enable-log-stats", dest="disable_log_stats", action="store_false",
+        help="ludic's: keep the statistics behind /metrics and the log's throughput lines, which cost time at every step",
+    )  # fmt: skip
     apply_defaults(parser, weight_transfer_backend(cuda=current_platform.is_cuda_alike()))
     # vLLM reads a file given as "--config FILE" and silently ignores "--config=FILE".
     argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
@@ -110,6 +114,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         args.model = args.model_tag
     if not args.served_model_name:
         args.served_model_name = [args.model]
+    # What vLLM adds last is outermost: nothing, and no middleware of the user's, sees a request before its key was checked.
+    args.middleware = [GENERATE_ROUTE, *(name for name in args.middleware if name != REQUIRE_API_KEY), REQUIRE_API_KEY]
     return args
 
 
@@ -123,12 +129,16 @@ def apply_defaults(parser: argparse.ArgumentParser, backend: str) -> None:
         generation_config="vllm",
         weight_transfer_config=json.dumps({"backend": backend}),
         worker_extension_cls="ludic.inference.vllm_worker.LudicWorkerExtension",
-        middleware=["ludic.inference.vllm_server.RequireApiKey"],
+        # LLM.generate leaves statistics out by default as well. They are more than a third of the Python that runs in the
+        # front end for each token (9 of 22 microseconds on a slow CPU), and at many hundred sequences that sets the pace.
+        disable_log_stats=True,
+        # A line for each rollout request, which nobody reads and the server's log grows by.
+        disable_uvicorn_access_log=True,
     )
 
 
 def weight_transfer_backend(*, cuda: bool) -> str:
-    """`nccl` where the machine has a GPU for the trainer beside the server's, else `ludic_shm`.
+    """`ludic_nccl` where the machine has a GPU for the trainer beside the server's, else `ludic_shm`.
 
     The machine's GPUs count, not those visible to this process: a server is usually confined to one of them.
     """
@@ -138,9 +148,9 @@ def weight_transfer_backend(*, cuda: bool) -> str:
 
     try:
         pynvml.nvmlInit()
-        return "nccl" if pynvml.nvmlDeviceGetCount() > 1 else "ludic_shm"
+        return "ludic_nccl" if pynvml.nvmlDeviceGetCount() > 1 else "ludic_shm"
     except pynvml.NVMLError:  # AMD, or a container without NVML: more than one is the usual case
-        return "nccl"
+        return "ludic_nccl"
 
 
 def api_keys(args: argparse.Namespace) -> list[str]:
@@ -220,8 +230,8 @@ class RequireApiKey:
             await send({"type": "http.response.body", "body": body.encode()})
 
     def _may_pass(self, scope: Scope) -> bool:
-        path = str(scope["path"]).removeprefix(str(scope.get("root_path", "")))
-        if not self._keys or (scope["type"] == "http" and scope["method"] == "GET" and path == "/health"):
+        asks_health = scope["type"] == "http" and scope["method"] == "GET" and request_path(scope) == "/health"
+        if not self._keys or asks_health:
             return True
         given = [value for name, value in scope["headers"] if name.lower() == b"authorization"]
         if len(given) != 1:

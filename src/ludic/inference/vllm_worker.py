@@ -1,13 +1,15 @@
-"""What ludic adds inside vLLM's worker processes: a weight transport that needs no NCCL, and digests of what is held.
+"""What ludic adds inside vLLM's worker processes: its weight transports, digests of what is held, recorded log-probs.
 
 vLLM imports this module in every worker because `--worker-extension-cls` names `LudicWorkerExtension`; importing it
-registers the transport. It is therefore the one module here that imports vLLM at the top; nothing else imports it.
+registers the transports: `ludic_nccl` of `vllm_nccl`, and the one here. These and `vllm_model` are the modules that import
+vLLM at the top; nothing else imports them.
 
-The transport, `ludic_shm`, takes a whole policy from a safetensors file on a directory that trainer and server share
+The transport `ludic_shm` takes a whole policy from a safetensors file on a directory that trainer and server share
 (`/dev/shm`, or any disk), for the CPU backend and for machines with one GPU. Every check of the file happens before the
 model is touched, so a file that is refused leaves the old weights serving. It never deletes files: they are the trainer's.
 """
 
+import inspect
 import json
 import os
 import stat
@@ -25,9 +27,18 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.logger import init_logger
-from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.v1.request import Request
 
-from ludic.inference.digest import digest_hex, tensor_digest
+from ludic.inference.digest import digest_hex, tensor_digests
+from ludic.inference.vllm_logprobs import LogprobRecorder, recording_problem, start_recording, warm_up
+from ludic.inference.vllm_model import (
+    check_complete,
+    checkpoint_views,
+    finish_reload,
+    in_place_problem,
+    reload_policy,
+)
+from ludic.inference.vllm_nccl import NCCL_BACKEND, BucketWeightTransferEngine
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -36,6 +47,7 @@ if TYPE_CHECKING:
 logger = init_logger(f"vllm.{__name__}")  # a child of vLLM's logger: workers have no other handler
 
 SHARED_MEMORY_BACKEND = "ludic_shm"
+NOT_HELD = "-" * 16
 
 
 @dataclass
@@ -96,8 +108,8 @@ class SharedMemoryWeightTransferEngine(WeightTransferEngine[SharedMemoryInitInfo
         except SafetensorError as error:
             raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
         _check_file(path, tensors, update_info)
-        _check_complete(self.model, tensors)
-        self._load(tensors)
+        check_complete(self.model, tensors)
+        reload_policy(self.model, self.model_config, iter(tensors.items()))
         self._loaded = True
 
     def finish_weight_update(self) -> None:
@@ -110,8 +122,7 @@ class SharedMemoryWeightTransferEngine(WeightTransferEngine[SharedMemoryInitInfo
             logger.warning("finish_weight_update came without an update_weights: the weights are those from before")
             return
         self._loaded = False
-        finalize_layerwise_reload(self.model, self.model_config)
-        _rebuild_tied_cpu_heads(self.model)
+        finish_reload(self.model, self.model_config)
 
     def shutdown(self) -> None:
         """Forget the directory."""
@@ -121,34 +132,6 @@ class SharedMemoryWeightTransferEngine(WeightTransferEngine[SharedMemoryInitInfo
     def trainer_send_weights(iterator: Iterator[object], trainer_args: object) -> None:
         """Abstract until vLLM 0.27, so it must exist; ludic's sender is in `ludic.inference.weight_transport`."""
         raise NotImplementedError("ludic_shm is sent by ludic.inference.weight_transport")
-
-    def _load(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        current = ""
-
-        def one_by_one() -> Iterator[tuple[str, torch.Tensor]]:
-            nonlocal current
-            for name, tensor in tensors.items():
-                current = name
-                yield name, tensor
-
-        parameters = {name for name, _ in self.model.named_parameters()}
-        initialize_layerwise_reload(self.model)
-        problem = ""
-        try:
-            loaded = self.model.load_weights(one_by_one())
-        except (AssertionError, KeyError, RuntimeError, ValueError) as error:
-            problem = f"the served model refused tensor {current!r} of shape {list(tensors[current].shape)}: {error}"
-        else:
-            # Some models report nothing (None); the others report the parameters that they filled.
-            missing = sorted(parameters - loaded) if loaded else []
-            if missing:
-                problem = f"the update is partial: nothing in it fills {len(missing)} parameters, e.g. {missing[0]!r}"
-        if problem:
-            # Ends the reload, so that the next update starts clean; what was loaded until here stays.
-            finalize_layerwise_reload(self.model, self.model_config)
-            raise ValueError(
-                f"{problem}; the server now holds a mixture: send a whole policy that fits it, or restart it"
-            )
 
 
 class TensorSpec(TypedDict):
@@ -166,8 +149,10 @@ class LudicWorkerExtension:
         model_runner: GPUModelRunner
         device: torch.device
         rank: int
+        _ludic_specs: dict[str, "TensorSpec"]
+        _ludic_recorder: LogprobRecorder
 
-    def ludic_server_info(self) -> dict[str, str | int]:
+    def ludic_server_info(self) -> dict[str, str | int | bool]:
         """What a trainer must know before it sends weights: their dtype, where they live, how they travel."""
         config = self.vllm_config
         transfer = config.weight_transfer_config
@@ -181,7 +166,35 @@ class LudicWorkerExtension:
             "tp_size": config.parallel_config.tensor_parallel_size,
             "pp_size": config.parallel_config.pipeline_parallel_size,
             "rank": self.rank,
+            "cache_salt": "cache_salt" in inspect.signature(Request.__init__).parameters,
         }
+
+    def ludic_expect_weights(self, specs_json: str) -> dict[str, str]:
+        """Agree on the tensors that `ludic_held_digests` is about, in order; `specs_json` as for `ludic_weight_digests`.
+
+        The answer's `in_place_problem` says why they could not be written straight into this worker's model, "" if they can.
+        """
+        specs: dict[str, TensorSpec] = json.loads(specs_json)
+        self._ludic_specs = specs
+        dtypes = {spec["dtype"] for spec in specs.values()}
+        problem = f"it is sent in several dtypes ({', '.join(sorted(dtypes))})" if len(dtypes) > 1 else ""
+        if not problem:
+            problem = in_place_problem(
+                self.model_runner.get_model(),
+                self.vllm_config.parallel_config,
+                list(specs),
+                [spec["shape"] for spec in specs.values()],
+                getattr(torch, next(iter(dtypes), "float32")),
+            )
+        return {"in_place_problem": problem}
+
+    def ludic_held_digests(self) -> dict[str, str]:
+        """`{"digests": ...}` of what the model holds now: 16 characters a tensor, 16 dashes where it cannot be compared."""
+        specs = getattr(self, "_ludic_specs", None)
+        if specs is None:
+            raise ValueError("nothing was agreed on: call ludic_expect_weights first (was the server restarted?)")
+        digests = _held_digests(self.model_runner.get_model(), specs)
+        return {"digests": "".join(digest or NOT_HELD for digest in digests)}
 
     def ludic_weight_digests(self, specs_json: str) -> dict[str, str]:
         """Digests of the weights that the model holds now, by checkpoint (HF) name.
@@ -191,74 +204,49 @@ class LudicWorkerExtension:
         packed for the CPU, quantised, a tensor-parallel shard, another pipeline stage.
         """
         specs: dict[str, TensorSpec] = json.loads(specs_json)
-        held = checkpoint_views(self.model_runner.get_model(), {name: spec["shape"] for name, spec in specs.items()})
-        return {name: _digest_as(held.get(name), spec["dtype"]) for name, spec in specs.items()}
+        return dict(zip(specs, _held_digests(self.model_runner.get_model(), specs), strict=True))
+
+    def ludic_record_logprobs(self) -> str:
+        """From now on record the log-probs of the requests marked for it. The answer says why not, "" if it does."""
+        if hasattr(self, "_ludic_recorder"):  # another front end has asked
+            return ""
+        problem = recording_problem(self.model_runner, self.vllm_config)
+        if not problem:
+            model_config = self.vllm_config.model_config
+            warm_up(self.device, model_config.get_vocab_size(), (model_config.dtype, torch.float32))
+            self._ludic_recorder = LogprobRecorder()
+            start_recording(self.model_runner, self._ludic_recorder)
+        return problem
+
+    def ludic_take_logprobs(
+        self, key: str, prompt_length: int, lengths: list[int], abandoned: list[str]
+    ) -> list[tuple[bytes, bytes] | None]:
+        """`LogprobRecorder.take` of the request `key`; what was recorded for `abandoned` requests is forgotten."""
+        for other in abandoned:
+            self._ludic_recorder.forget(other)
+        return self._ludic_recorder.take(key, prompt_length, lengths)
+
+    def ludic_recorder_sizes(self) -> dict[str, int]:
+        """What the recorder of log-probs holds; empty if it was never started."""
+        recorder = getattr(self, "_ludic_recorder", None)
+        return {} if recorder is None else recorder.sizes()
 
 
-def checkpoint_views(model: torch.nn.Module, shapes: Mapping[str, list[int]]) -> dict[str, torch.Tensor]:
-    """Views into `model`'s parameters for the checkpoint tensors named in `shapes`, leaving out what has no view.
-
-    vLLM fuses some checkpoint tensors along dimension 0 (q, k and v into qkv), as `packed_modules_mapping` says, and pads
-    the vocabulary; a view is the slice that holds the tensor. Sizes must add up exactly, else the layout is not the plain
-    one (tensor-parallel shards, packed or quantised weights) and there is no view.
-    """
-    # remove_duplicate=False: a tied lm_head is then found under its own name too.
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    fused = {part: (whole, parts) for whole, parts in _packed_modules(model).items() for part in parts if part != whole}
-    views: dict[str, torch.Tensor] = {}
-    for name, shape in shapes.items():
-        module, _, leaf = name.rpartition(".")
-        parent, _, last = module.rpartition(".")
-        if name in parameters:
-            view = _leading_rows(parameters[name], shape)
-        elif last in fused:
-            whole, parts = fused[last]
-            siblings = [f"{parent}.{part}.{leaf}" for part in parts]
-            view = _fused_slice(parameters.get(f"{parent}.{whole}.{leaf}"), siblings, name, shapes)
-        else:
-            view = None
-        # Falcon, Bloom and GPT-NeoX checkpoints interleave the heads of q, k and v, and vLLM reorders them.
-        if view is not None and last != "query_key_value":
-            views[name] = view
-    return views
+def _held_digests(model: torch.nn.Module, specs: Mapping[str, TensorSpec]) -> list[str]:
+    """Digests of the model's own memory in the order of `specs`, "" where it holds no comparable tensor."""
+    views = checkpoint_views(model, {name: spec["shape"] for name, spec in specs.items()})
+    held = {name: _held_as(views[name], spec["dtype"]) for name, spec in specs.items() if name in views}
+    digests = dict(zip(held, tensor_digests(list(held.values())), strict=True))
+    return [digest_hex(digests[name]) if name in digests else "" for name in specs]
 
 
-def _packed_modules(model: torch.nn.Module) -> dict[str, list[str]]:
-    mapping = getattr(model, "packed_modules_mapping", None)
-    return mapping if isinstance(mapping, dict) else {}
-
-
-def _leading_rows(parameter: torch.Tensor, shape: list[int]) -> torch.Tensor | None:
-    """The first shape[0] rows: vLLM pads the vocabulary to a multiple of 64 behind the real rows."""
-    padded = parameter.dim() == 2 and parameter.shape[1:] == torch.Size(shape[1:]) and parameter.shape[0] >= shape[0]
-    same = list(parameter.shape) == shape
-    if same:
-        return parameter
-    return parameter[: shape[0]] if padded and parameter.shape[0] - shape[0] < 64 else None
-
-
-def _fused_slice(
-    parameter: torch.Tensor | None, siblings: list[str], name: str, shapes: Mapping[str, list[int]]
-) -> torch.Tensor | None:
-    """The rows of `name` in a parameter that stacks `siblings` along dimension 0."""
-    if parameter is None or any(sibling not in shapes for sibling in siblings):
-        return None
-    rows = [shapes[sibling][0] for sibling in siblings]
-    if list(parameter.shape) != [sum(rows), *shapes[name][1:]]:
-        return None
-    place = siblings.index(name)
-    return parameter.narrow(0, sum(rows[:place]), rows[place])
-
-
-def _digest_as(held: torch.Tensor | None, dtype_name: str) -> str:
-    """Digest in the asked dtype where the held values fit it exactly, else in the held one (which then differs)."""
-    if held is None:
-        return ""
+def _held_as(held: torch.Tensor, dtype_name: str) -> torch.Tensor:
+    """The held tensor in the asked dtype where its values fit that exactly, else as it is (its digest then differs)."""
     dtype = getattr(torch, dtype_name, None)
     if isinstance(dtype, torch.dtype) and dtype != held.dtype:
         cast = held.to(dtype)
-        held = cast if torch.equal(cast.to(held.dtype), held) else held
-    return digest_hex(tensor_digest(held))
+        return cast if torch.equal(cast.to(held.dtype), held) else held
+    return held
 
 
 def _checked_path(path: str, directory: str | None) -> str:
@@ -288,58 +276,15 @@ def _check_file(path: str, tensors: Mapping[str, torch.Tensor], update_info: Sha
             raise ValueError(f"tensor {name!r} was announced but is missing from {path}")
         if name not in update_info.digests:
             raise ValueError(f"tensor {name!r} has no digest in update_info.digests")
-    for name, tensor in tensors.items():
+    for name, digest in zip(tensors, tensor_digests(list(tensors.values())), strict=True):
         if name not in announced:
             raise ValueError(f"tensor {name!r} is in {path} but was not announced in update_info.names")
-        found = digest_hex(tensor_digest(tensor))
+        found = digest_hex(digest)
         if found != update_info.digests[name]:
             raise ValueError(
                 f"tensor {name!r} arrived corrupted: its digest is {found}, the trainer sent {update_info.digests[name]}"
             )
 
 
-def _check_complete(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Refuse an update that lacks some of the model's tensors: vLLM would keep the old ones with no more than a warning.
-
-    Only where the checkpoint's names are the model's own (but for fused ones); where load_weights renames them, names
-    cannot be compared before loading, and `_load` compares what vLLM says it loaded.
-    """
-    packed = _packed_modules(model)
-    expected = {name for name, _ in model.named_parameters()}  # a tied head is left out here, as in checkpoints
-    expected = {part for name in expected for part in _checkpoint_names(name, packed)}
-    aliases = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    missing = sorted(expected - tensors.keys())
-    if missing and tensors.keys() <= expected | aliases:
-        raise ValueError(
-            f"the update is partial: tensor {missing[0]!r} is missing ({len(missing)} of {len(expected)} are)"
-        )
-
-
-def _checkpoint_names(parameter: str, packed: Mapping[str, list[str]]) -> list[str]:
-    """The checkpoint tensors that one of the model's parameters is made of."""
-    module, _, leaf = parameter.rpartition(".")
-    parent, _, last = module.rpartition(".")
-    return [f"{parent}.{part}.{leaf}" for part in packed[last]] if last in packed else [parameter]
-
-
-def _rebuild_tied_cpu_heads(model: torch.nn.Module) -> None:
-    """Repack the weights that two layers share, where the CPU backend packs them.
-
-    On the CPU, vLLM multiplies with a packed copy of a layer's weight, made when the layer is loaded. A reload loads a
-    tied weight through the embedding alone, so that the output head would go on with its copy of the old one.
-    """
-    layers_by_weight: dict[int, list[torch.nn.Module]] = {}
-    for layer in model.modules():
-        weight = layer._parameters.get("weight")
-        if weight is not None and weight.numel() and hasattr(layer, "cpu_linear"):
-            layers_by_weight.setdefault(id(weight), []).append(layer)
-    for layers in layers_by_weight.values():
-        if len(layers) < 2:
-            continue
-        for layer in layers:
-            quant_method = getattr(layer, "quant_method")  # noqa: B009 (nn.Module types attributes as tensors)
-            with torch.no_grad():
-                quant_method.process_weights_after_loading(layer)
-
-
 WeightTransferEngineFactory.register_engine(SHARED_MEMORY_BACKEND, SharedMemoryWeightTransferEngine)
+WeightTransferEngineFactory.register_engine(NCCL_BACKEND, BucketWeightTransferEngine)

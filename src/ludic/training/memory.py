@@ -61,6 +61,9 @@ def fit_budget(learner: Learner) -> Fit:
         capacity=capacity,
     )
     learner.token_budget = fit.token_budget
+    # The compiler specialises kernels to ranges of lengths: let it meet a short row now, not in the second update.
+    learner.accumulate(worst_samples(config, smallest_budget(config)))
+    learner.discard()
     logger.info(
         "micro-batches of %d tokens need %.1f of %.1f GiB", fit.token_budget, _gib(fit.need_bytes), _gib(capacity)
     )

@@ -1,0 +1,431 @@
+"""The benchmark harness: its parts, and every table's command end to end, small and on the CPU. Nothing asserts a time."""
+
+import json
+import re
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import generation, growth, make_policy, sync, update
+from benchmarks.harness import (
+    HashRewardGSM8K,
+    Record,
+    Records,
+    hash_reward,
+    markdown_table,
+    number,
+    open_engine,
+    percentile,
+    slope,
+    without_stop,
+    write_report,
+)
+from benchmarks.peers import common as peers
+from benchmarks.processes import PartError, ServerSpec, Worker, as_flags, process_group, run_part, serving, trl_server
+from environments.gsm8k import load
+from ludic.prompts import encode_prompt, load_tokenizer
+from ludic.types import SamplingParams
+
+ON = {"hardware": "2 x GPU", "versions": {"torch": "2.11"}, "date": "2026-01-02", "command": "python benchmarks/x.py"}
+
+
+def python(code: str, *words: str) -> list[str]:
+    return [sys.executable, "-c", code, *words]
+
+
+def rows_of(markdown: str) -> list[list[str]]:
+    """The cells of every table line, rules left out."""
+    lines = [line for line in markdown.splitlines() if line.startswith("|") and not re.fullmatch(r"[|:-]+", line)]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def wait_until_gone(pid: int) -> bool:
+    deadline = time.monotonic() + 20
+    while alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not alive(pid)
+
+
+# --- the task ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_reward_is_the_peers_reward_and_half_of_all_texts_get_it() -> None:
+    texts = [f"The answer is \\boxed{{{number}}}." for number in range(2000)]
+    rewards = [hash_reward(text) for text in texts]
+    assert set(rewards) == {0.0, 1.0} and 900 < sum(rewards) < 1100
+    assert rewards == peers.conversation_reward([[{"role": "assistant", "content": text}] for text in texts])
+
+
+async def test_the_environment_has_gsm8ks_prompts_and_the_checksums_reward(digit_problems: Path) -> None:
+    environment = HashRewardGSM8K()
+    samples = load("train", dataset=digit_problems)
+    assert [environment.messages(sample) for sample in samples] == peers.gsm8k_prompts(digit_problems, len(samples))
+    for text in ("\\boxed{7}", "7", "eight"):
+        score = await environment.score(samples[0], text)
+        assert score.reward == hash_reward(text) and score.correct == bool(score.reward)
+    await environment.aclose()
+
+
+async def test_without_a_stop_completions_have_the_length_that_was_asked_for(
+    digit_policy_dir: Path, tmp_path: Path
+) -> None:
+    folder, stops = without_stop(digit_policy_dir, tmp_path / "open")
+    tokenizer = load_tokenizer(digit_policy_dir)
+    prompt = encode_prompt(tokenizer, [{"role": "user", "content": "Question 3: which one?"}])
+    sampling = SamplingParams(max_tokens=24, seed=1)
+    async with open_engine(folder, None) as engine:
+        endless = await engine.generate(prompt, num_completions=8, sampling=sampling)
+    async with open_engine(folder, None, stops=stops) as engine:
+        ended = await engine.generate(prompt, num_completions=8, sampling=sampling)
+    assert {len(completion.token_ids) for completion in endless} == {24}
+    assert all(completion.token_ids[-1] in stops for completion in ended if completion.finish_reason == "stop")
+    assert sum(completion.finish_reason == "stop" for completion in ended) > 4
+
+
+def test_a_policy_without_a_padding_token_of_its_own_is_refused(digit_policy_dir: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(digit_policy_dir)
+    tokenizer.pad_token = tokenizer.eos_token
+    for file in digit_policy_dir.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no padding token of its own"):
+        without_stop(tmp_path, tmp_path / "open")
+
+
+@pytest.mark.parametrize(
+    ("shape", "parameters"), [("0.5b", 494_032_768), ("1.5b", 1_543_714_304), ("7b", 7_615_616_512)]
+)
+def test_the_shapes_have_the_parameters_of_qwens_own_models(
+    shape: str, parameters: int, digit_policy_dir: Path
+) -> None:
+    tokenizer: Any = load_tokenizer(digit_policy_dir)
+    model = make_policy.build_model(make_policy.SHAPES[shape], tokenizer, torch.device("meta"), torch.bfloat16)
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+
+
+def test_a_random_policy_is_saved_with_its_tokenizer(
+    digit_problems: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ["--dataset", str(digit_problems), "--out", str(tmp_path), "--shape", "tiny", "--random"]
+    monkeypatch.setattr(sys, "argv", ["make_policy.py", *flags])
+    make_policy.main()
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["hidden_size"] == 128 and config["tie_word_embeddings"]
+    assert load_tokenizer(tmp_path).eos_token_id == config["eos_token_id"]
+
+
+# --- figures and tables -----------------------------------------------------------------------------------------------
+
+
+def test_the_slope_of_a_power_law_is_its_exponent() -> None:
+    assert slope([1, 2, 4, 8], [3 * x**0.5 for x in (1, 2, 4, 8)]) == pytest.approx(0.5)
+    assert slope([4, 4], [1, 2]) != slope([4, 4], [1, 2])  # NaN: one point has no slope
+
+
+def test_a_percentile_is_the_smallest_value_with_that_share_below_or_at_it() -> None:
+    values = [float(value) for value in range(10, 0, -1)]
+    assert percentile(values, 0.9) == 9 and percentile(values, 0.5) == 5 and percentile(values, 1.0) == 10
+
+
+def test_a_cell_is_three_digits_or_a_dash() -> None:
+    cells = [number(value) for value in (0.012345, 1.5, 123456.7, 12, None, float("nan"), "words")]
+    assert cells == ["0.0123", "1.5", "123,457", "12", "-", "-", "words"]
+
+
+def test_a_table_is_aligned_with_text_on_the_left_and_figures_on_the_right() -> None:
+    assert markdown_table(["", "seconds"], [["ludic", 1.25], ["TRL", None]]) == (
+        "|       | seconds |\n|-------|--------:|\n| ludic |    1.25 |\n| TRL   |       - |\n"
+    )
+
+
+def test_a_report_names_command_machine_versions_and_date(tmp_path: Path) -> None:
+    write_report(tmp_path / "x.md", "Speed", ON, ["| table |\n", "Words."])
+    assert (tmp_path / "x.md").read_text() == (
+        "# Speed, 2026-01-02\n\n    python benchmarks/x.py\n\n2 x GPU; torch 2.11.\n\n| table |\n\nWords.\n"
+    )
+
+
+def test_the_last_record_of_a_part_counts(tmp_path: Path) -> None:
+    records = Records(tmp_path / "new" / "x.jsonl")
+    assert records.last() == {}
+    for seconds in (3, 2):
+        records.add("ludic", seconds=seconds)
+    assert Records(records.path).last() == {"ludic": {"part": "ludic", "seconds": 2}}
+
+
+# --- child processes --------------------------------------------------------------------------------------------------
+
+
+def test_a_part_gives_its_json_lines_with_the_time_of_each(tmp_path: Path) -> None:
+    code = (
+        "import sys; print('loading'); print('{\"step\": 1}'); print('noise', file=sys.stderr); print('{\"step\": 2}')"
+    )
+    seen: list[Record] = []
+    records = run_part(python(code), log_path=tmp_path / "log", deadline_s=60, on_record=seen.append)
+    assert [record["step"] for record in records] == [1, 2] and records == seen
+    assert 0 < records[0]["at_s"] <= records[1]["at_s"]
+    assert (tmp_path / "log").read_text() == "noise\n"
+
+
+def test_a_part_that_is_too_slow_keeps_what_it_had_and_leaves_no_process(tmp_path: Path) -> None:
+    code = (
+        "import json, subprocess, time\nchild = subprocess.Popen(['sleep', '600'])\n"
+        "print(json.dumps({'step': 1, 'child': child.pid}), flush=True)\ntime.sleep(600)"
+    )
+    first, last = run_part(python(code), log_path=tmp_path / "log", deadline_s=3)
+    assert first["step"] == 1 and last == {"cut_off": "was not done after 3 s"}
+    assert wait_until_gone(first["child"])
+
+
+def test_a_part_that_fails_at_once_says_why(tmp_path: Path) -> None:
+    with pytest.raises(PartError, match="it ended with code 1: ValueError: no GPU today"):
+        run_part(python("raise ValueError('no GPU today')"), log_path=tmp_path / "log", deadline_s=60)
+
+
+def test_a_worker_answers_line_by_line_and_its_end_is_an_error(tmp_path: Path) -> None:
+    code = (
+        "import json, sys\nprint('{\"ready\": 1}', flush=True)\n"
+        "for line in sys.stdin:\n    if 'stop' in line: raise OSError('enough')\n    print(line.upper(), flush=True)"
+    )
+    with process_group(python(code), log_path=tmp_path / "log", pipes=True) as process:
+        worker = Worker(process, tmp_path / "log")
+        worker.ready(60)
+        assert worker.ask({"a": 1}) == {"A": 1}
+        with pytest.raises(PartError, match="the process ended: OSError: enough"):
+            worker.ask({"stop": 1})
+
+
+SERVER = """
+import http.server, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[-1])), Handler).serve_forever()
+"""
+
+
+def test_a_server_that_does_not_come_up_costs_only_itself(tmp_path: Path) -> None:
+    codes = {"good": SERVER, "bad": "raise SystemExit('error: no memory')"}
+    specs = [ServerSpec(name=name, command=tuple(python(code)), gpu=None) for name, code in codes.items()]
+    with serving(specs, log_dir=tmp_path, deadline_s=60) as urls:
+        assert list(urls) == ["good"] and urls["good"].startswith("http://127.0.0.1:")
+    assert "no memory" in (tmp_path / "server_bad.log").read_text()
+
+
+def test_trls_server_is_vllms_own_with_the_flags_that_trl_gives_it() -> None:
+    spec = trl_server(Path("P"), {"max_model_len": 512, "enforce_eager": True}, gpu=0)
+    assert spec.command[:4] == (sys.executable, "-m", "vllm.entrypoints.cli.main", "serve")
+    given = " ".join(spec.command)
+    assert "P --max-model-len 512 --enforce-eager" in given and '--weight-transfer-config {"backend": "nccl"}' in given
+    assert "--logprobs-mode processed_logprobs --max-logprobs -1" in given and spec.env["VLLM_SERVER_DEV_MODE"] == "1"
+    assert as_flags({"gpu_memory_utilization": 0.4}) == ["--gpu-memory-utilization", "0.4"]
+
+
+# --- the tables -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def common(digit_policy_dir: Path, digit_problems: Path, tmp_path: Path) -> list[str]:
+    """The flags of a run without a server, in this process as far as that goes."""
+    return ["--policy", str(digit_policy_dir), "--dataset", str(digit_problems), "--out", str(tmp_path),
+            "--device", "cpu", "--engine", "local"]  # fmt: skip
+
+
+def table_of(out: Path, name: str) -> list[list[str]]:
+    report = (out / f"{name}.md").read_text()
+    assert re.search(r"^# .*, \d{4}-\d\d-\d\d\n\n    python .*\n\n\d+ CPU cores; torch [\d.]+", report)
+    return rows_of(report)
+
+
+def test_generation_is_compared_and_grown(common: Sequence[str], tmp_path: Path) -> None:
+    small = ["--prompts", "2", "--group-size", "2", "--max-tokens", "24", "--fixed-tokens", "6", "--repeats", "2"]
+    points = ["--concurrencies", "2,4", "--wave-tokens", "4", "--lengths", "4,8", "--length-completions", "4"]
+    assert generation.main([*common, *small, *points]) == 0
+    records = Records(tmp_path / "generation.jsonl").last()
+    rows = records["compare"]["rows"]
+    assert len(rows) == 2 * 2 * 2 and {row["side"] for row in rows} == {"ludic"}
+    assert {row["completion_tokens"] for row in rows if row["case"] == generation.FIXED} == {2 * 2 * 6}
+    assert all(row["completion_tokens"] <= 2 * 2 * 24 for row in rows if row["case"] == generation.ENDED)
+    assert [point["completion_tokens"] for point in records["growth"]["length"]] == [16, 32]
+    assert [point["completion_tokens"] for point in records["growth"]["concurrency"]] == [8, 16]
+    cells = table_of(tmp_path, "generation")
+    assert [row[0] for row in cells] == [
+        "completions", *(f"{case}, {what} log-probs" for case in generation.CASES for what in ("no", "with")),
+        "cost of log-probs", *generation.CASES,
+        "completions in flight", "2", "4", "slope",
+        "completion tokens", "4", "8", "slope",
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_updates_are_measured_by_a_run_of_the_trainer(common: Sequence[str], tmp_path: Path) -> None:
+    small = ["--updates", "3", "--skip", "1", "--rollouts", "8", "--group-size", "4", "--max-tokens", "12"]
+    flags = [*common, *small, "--max-seq-len", "160", "--phases", "ludic,generation,trl", "--ludic-args=--lr 1e-3"]
+    assert update.main(flags) == 0
+    records = Records(tmp_path / "update.jsonl").last()
+    assert [(row["step"], row["logprobs"]) for row in records["generation"]["rows"]] == [
+        (step, logprobs) for step in (1, 2, 3) for logprobs in (False, True)
+    ]
+    rows = records["ludic"]["rows"]
+    assert [row["step"] for row in rows] == [1, 2, 3] and records["ludic"]["problem"] is None
+    for row in rows:
+        assert 0 < row["seconds"] < row["at_s"] and {"train_s", "sync_s"} <= row["parts"].keys()
+        assert 8 <= row["completion_tokens"] <= 8 * 12 and row["metrics"]["learning_rate"] > 0
+        assert row["rss_gib"] > 0 and row["open_fds"] > 3
+    assert not any(path.name.startswith("checkpoints") for path in tmp_path.rglob("*"))
+    cells = table_of(tmp_path, "update")
+    whole = [update.PHASES["generation"], update.BARE_WITH_LOGPROBS, update.PHASES["ludic"]]
+    assert [row[0] for row in cells] == ["", *whole, "", update.PHASES["ludic"]]
+
+
+def test_a_table_of_updates_compares_with_trl_and_leaves_the_first_ones_out(tmp_path: Path) -> None:
+    records = Records(tmp_path / "update.jsonl")
+    records.add("machine", **ON)
+    records.add("generation", rows=[
+        {"step": step, "logprobs": logprobs, "seconds": 0.5 + logprobs, "completion_tokens": 100}
+        for step in range(1, 7) for logprobs in (False, True)
+    ])  # fmt: skip
+    ours = {
+        "completion_tokens": 100,
+        "peak_gib": 3.0,
+        "parts": {"wait_s": 0.4, "generation_s": 9.0, "train_s": 0.3, "sync_s": 0.1},
+    }
+    theirs = {"completion_tokens": 100, "peak_gpu_gib": 30.0, "generation_s": 2.0, "train_s": 1.0, "sync_s": 0.5}
+    for name, seconds, figures in (("ludic", 1.0, ours), ("trl", 4.0, theirs)):
+        rows = [
+            {"step": step, "at_s": 10.0 * step, "seconds": 99.0 if step < 4 else seconds, **figures}
+            for step in range(1, 7)
+        ]
+        records.add(name, rows=rows, problem=None)
+    records.add("trl_async", rows=[], problem="it ended with code 1: no kernel")
+    assert update.main(["--table", "--out", str(tmp_path)]) == 0
+    report = (tmp_path / "update.md").read_text()
+    cells = {row[0]: row[1:] for row in rows_of(report)[:5]}
+    assert cells[update.PHASES["ludic"]] == ["1", "1", "1.00 to 1.00", "4", "2", "100", "3"]
+    assert cells[update.PHASES["trl"]] == ["4", "4", "4.00 to 4.00", "1", "8", "100", "3"]
+    assert cells[update.BARE_WITH_LOGPROBS][0] == "1.5"
+    parts = {row[0]: row[1:] for row in rows_of(report)[5:]}
+    assert parts[update.PHASES["ludic"]] == ["0.4", "0.3", "0.1", "0.2", "3", "10"]
+    assert parts[update.PHASES["trl"]] == ["2", "1", "0.5", "0.5", "30", "10"]
+    assert "TRL AsyncGRPOTrainer: it ended with code 1: no kernel." in report
+
+
+def test_an_asynchronous_trainer_is_timed_by_as_many_rollouts_as_the_others() -> None:
+    assert update.seconds_of({"seconds": 3.0, "seconds_per_rollouts": 1.5}) == 1.5
+    assert update.seconds_of({"seconds": 3.0}) == 3.0
+
+
+def test_syncs_are_timed_by_phase(common: Sequence[str], tmp_path: Path) -> None:
+    assert sync.main([*common, "--shapes", "tiny", "--syncs", "3", "--skip", "1", "--in-flight", "8"]) == 0
+    rows = Records(tmp_path / "sync.jsonl").last()["ludic_tiny"]["rows"]
+    assert [(row["in_flight"], row["step"]) for row in rows] == [(load, step) for load in (0, 8) for step in (1, 2, 3)]
+    for row in rows:
+        counted = [seconds for name, seconds in row["phases"].items() if name not in sync.UNCOUNTED]
+        assert row["seconds"] == pytest.approx(sum(counted)) and row["proof"]
+    cells = table_of(tmp_path, "sync")
+    names = ["tiny, ludic, proven", "tiny, ludic, proven, 8 completions in flight"]
+    assert [row[0] for row in cells] == ["", *names, "", *names]
+    assert re.search(r"[a-z]+ 0\.\d{4}, [a-z]+ \d\.\d{4}", cells[-1][1])
+
+
+def test_growth_is_measured_with_one_trainer(common: Sequence[str], tmp_path: Path) -> None:
+    points = ["--rollouts", "4,8", "--lengths", "4,8", "--concurrencies", "4,8", "--steps", "4", "--early", "2"]
+    assert growth.main([*common, *points, "--small", "8,4,8", "--updates", "1"]) == 0
+    records = Records(tmp_path / "growth.jsonl").last()
+    tokens = {
+        name: [row["completion_tokens"] for row in record["rows"]]
+        for name, record in records.items()
+        if name != "machine"
+    }
+    assert tokens == {
+        "rollouts 4": [32, 32], "rollouts 8": [64, 64], "length 4": [32, 32], "length 8": [64, 64],
+        "concurrency 4": [16, 16], "concurrency 8": [16, 16], "steps 4": [64, 64, 64, 64],
+    }  # fmt: skip
+    steps = [row["step"] for name, record in records.items() if name != "machine" for row in record["rows"]]
+    assert steps == list(range(1, 17))
+    cells = table_of(tmp_path, "growth")
+    assert [row[0] for row in cells] == [
+        "rollouts an update", "4", "8", "slope", "tokens of a completion", "4", "8", "slope",
+        "completions in flight", "4", "8", "slope", "", "update 2", "update 4",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--dataset", "nowhere"], "--dataset nowhere holds no train.jsonl"),
+        (["--engine", "local", "--device", "cuda"], "--engine local is for --device cpu"),
+        (["--phases", "ludik"], "--phases ludik does not exist: choose among generation, ludic"),
+    ],
+)
+def test_a_run_that_cannot_begin_says_why_in_one_line(
+    common: Sequence[str], flags: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert update.main([*common, *flags]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert words in line
+
+
+# --- against a real server --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_offline_vllm_and_ludics_server_give_the_same_number_of_tokens(
+    digit_policy_dir: Path, digit_problems: Path, tmp_path: Path
+) -> None:
+    small = ["--prompts", "3", "--group-size", "4", "--max-tokens", "16", "--fixed-tokens", "8", "--repeats", "1"]
+    where = [
+        "--policy",
+        str(digit_policy_dir),
+        "--dataset",
+        str(digit_problems),
+        "--out",
+        str(tmp_path),
+        "--device",
+        "cpu",
+    ]
+    points = ["--concurrencies", "8,16", "--wave-tokens", "4", "--lengths", "4,8", "--length-completions", "8"]
+    assert generation.main([*where, *small, *points]) == 0
+    rows = Records(tmp_path / "generation.jsonl").last()["compare"]["rows"]
+    fixed = [row for row in rows if row["case"] == generation.FIXED]
+    assert {row["side"] for row in fixed} == {"ludic", "offline"}
+    assert {row["completion_tokens"] for row in fixed} == {3 * 4 * 8}
+    ended = [row["completion_tokens"] for row in rows if row["case"] == generation.ENDED]
+    assert all(tokens < 3 * 4 * 16 for tokens in ended)  # the policy's own stop is seen on both sides
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_syncs_with_a_server_are_proven_with_generation_in_flight(
+    digit_policy_dir: Path, digit_problems: Path, tmp_path: Path
+) -> None:
+    where = [
+        "--policy",
+        str(digit_policy_dir),
+        "--dataset",
+        str(digit_problems),
+        "--out",
+        str(tmp_path),
+        "--device",
+        "cpu",
+    ]
+    assert sync.main([*where, "--shapes", "tiny", "--syncs", "3", "--skip", "1", "--in-flight", "16"]) == 0
+    rows = Records(tmp_path / "sync.jsonl").last()["ludic_tiny"]["rows"]
+    assert len(rows) == 6 and all("digests" in row["proof"] for row in rows)
