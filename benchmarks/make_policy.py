@@ -8,6 +8,7 @@ It trains on packed rows with ludic's own log-probs; the padded kind would be se
 """
 
 import argparse
+import math
 import random
 import re
 import sys
@@ -17,12 +18,12 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from environments.gsm8k import DEFAULT_SYSTEM_PROMPT, GSM8K, GSM8KSample, load
 from ludic.prompts import encode_prompt
 from ludic.training.attention import prepare_packed_attention
-from ludic.training.losses import token_logprobs
+from ludic.training.logprobs import token_logprobs
 from ludic.training.packing import pack
 from ludic.types import TrainingSample
 
@@ -33,6 +34,8 @@ SHAPES: dict[str, dict[str, Any]] = {
              "num_key_value_heads": 2, "vocab_size": 151936},
     "1.5b": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12,
              "num_key_value_heads": 2, "vocab_size": 151936},
+    "7b": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
+           "num_key_value_heads": 4, "vocab_size": 152064, "tie_word_embeddings": False},
 }  # fmt: skip
 """Qwen2.5's own shapes, vocabulary included, and one for CPUs. The tokenizer uses 8,192 (or 4,096) of the entries."""
 
@@ -94,7 +97,9 @@ def train(
     while time.perf_counter() - started < seconds:
         shuffler.shuffle(rows)
         for first in range(0, len(rows), batch_size):
-            batch = pack(rows[first : first + batch_size], token_budget=budget, normalisation="token_mean")
+            batch = pack(
+                rows[first : first + batch_size], token_budget=budget, normalisation="token_mean", share_prompts=False
+            )
             total = torch.zeros((), device=device)
             for row in batch:
                 row = row.to(device)
@@ -115,11 +120,30 @@ def train(
     return steps, loss.item()
 
 
+def build_model(
+    shape: dict[str, Any], tokenizer: PreTrainedTokenizerFast, device: torch.device, dtype: torch.dtype
+) -> Qwen2ForCausalLM:
+    """A Qwen2 with random weights, made on the device: a large one would take minutes on the CPU."""
+    config = Qwen2Config(
+        **{"tie_word_embeddings": True, **shape},
+        max_position_embeddings=32768,
+        rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype="bfloat16",
+    )
+    with torch.device(device):
+        model: Qwen2ForCausalLM = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return model
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", required=True, help="folder with GSM8K's train.jsonl")
     parser.add_argument("--out", required=True, type=Path, help="folder for the policy")
     parser.add_argument("--shape", choices=tuple(SHAPES), default="0.5b")
+    parser.add_argument("--random", action="store_true", help="random weights, at once: enough to measure speed")
     parser.add_argument("--seconds", type=float, default=90.0, help="of supervised training (default: 90)")
     parser.add_argument("--budget", type=int, default=16384, help="tokens of a micro-batch (default: 16384)")
     parser.add_argument("--batch-size", type=int, default=64, help="solutions a step (default: 64)")
@@ -130,26 +154,20 @@ def main() -> None:
     samples = load("train", dataset=args.dataset)
     shape = SHAPES[args.shape]
     tokenizer = build_tokenizer(samples, min(8192, shape["vocab_size"]))
-    config = Qwen2Config(
-        **shape,
-        max_position_embeddings=32768,
-        tie_word_embeddings=True,
-        rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        dtype="bfloat16",
-    )
-    model = Qwen2ForCausalLM(config)
-    torch.nn.Module.to(model, device, torch.float32)
-    environment = GSM8K(system_prompt=DEFAULT_SYSTEM_PROMPT)
-    rows = [training_row(tokenizer, environment, sample) for sample in samples]
-    steps, loss = train(model, rows, seconds=args.seconds, batch_size=args.batch_size, budget=args.budget, lr=args.lr)
-    torch.nn.Module.to(model, torch.bfloat16)
+    model = build_model(shape, tokenizer, device, torch.bfloat16 if args.random else torch.float32)
+    steps, loss = 0, math.nan
+    if not args.random:
+        environment = GSM8K(system_prompt=DEFAULT_SYSTEM_PROMPT)
+        rows = [training_row(tokenizer, environment, sample) for sample in samples]
+        steps, loss = train(
+            model, rows, seconds=args.seconds, batch_size=args.batch_size, budget=args.budget, lr=args.lr
+        )
+        torch.nn.Module.to(model, torch.bfloat16)
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     parameters = sum(p.numel() for p in model.parameters())
-    sys.stdout.write(f"{args.out}: {parameters:,} parameters, {steps} steps in {args.seconds:.0f} s, loss {loss:.2f}\n")
+    trained = "random weights" if args.random else f"{steps} steps in {args.seconds:.0f} s, loss {loss:.2f}"
+    sys.stdout.write(f"{args.out}: {parameters:,} parameters, {trained}\n")
 
 
 if __name__ == "__main__":

