@@ -19,7 +19,7 @@ from ludic.types import TrainingSample
 logger = logging.getLogger(__name__)
 
 MAX_AUTO_BUDGET = 65_536
-"""Tokens. Beyond this a micro-batch gains no speed (benchmarks/RESULTS.md), only memory."""
+"""Tokens. `auto` goes no further: the largest kernels are long full, and the memory may be wanted by others."""
 CPU_BUDGET = 16_384
 _MARGIN = 0.95
 """The share of the device's memory that a trial may need: fragmentation and the longest prompts come on top."""
