@@ -468,7 +468,41 @@ async def test_a_recorder_that_could_not_be_started_is_asked_again(recording: En
         raise DeadError("gone")
 
     recording.collective_rpc = fails  # type: ignore[method-assign]
-    call = await Call(recording, encoded()).run(route)
-    assert (call.status, call.answer["error"]["message"]) == (500, "gone") and not recording.asked
+    assert (await Call(recording, encoded()).run(route)).status == 200
+    assert recording.asked[-1][1].logprobs == 0, "vLLM's own"
     recording.collective_rpc = works  # type: ignore[method-assign]
     assert (await Call(recording, encoded()).run(route)).status == 200
+    assert recording.asked[-1][1].logprobs is None, "recorded"
+
+
+REQUEST = GenerateRequest(
+    model="tiny", prompt_token_ids=[1], n=2, max_tokens=4, temperature=1.0, top_p=1.0, stop_token_ids=[], logprobs=True,
+    seed=None, cache_salt=None,
+)  # fmt: skip
+
+
+class BrokenWorker:
+    """vLLM hands what fails in a worker to the front end as a bare Exception."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    async def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[Any]:
+        self.asked += 1
+        raise Exception(f"{method}: no C compiler")
+
+
+async def test_a_recorder_that_never_starts_leaves_vllms_own_log_probs_and_is_not_asked_for_ever(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    recorder, worker = generate_route._Recorder(), BrokenWorker()
+    args = SimpleNamespace(worker_extension_cls=generate_route.WORKER_EXTENSION)
+    state = SimpleNamespace(engine_client=worker, args=args)
+    assert [await recorder.records(state, REQUEST) for _ in range(9)] == [False] * 9
+    assert worker.asked == generate_route.MAX_STARTS
+    assert "could not be started, so these are vLLM's own: ludic_record_logprobs: no C compiler" in caplog.text
+
+
+async def test_records_that_cannot_be_read_cost_the_log_probs_and_not_the_completions() -> None:
+    group = [SimpleNamespace(token_ids=[4, 5]), SimpleNamespace(token_ids=[6])]
+    assert await generate_route._Recorder().take(BrokenWorker(), "key", REQUEST, group) == [None, None]

@@ -38,6 +38,8 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 EXAMPLES = Path(__file__).parent.parent / "examples" / "gsm8k"
 PROMPTS = [list(range(10, 40)), list(range(200, 150, -1)), [300]]
 SETTINGS = [
+    "--logprob-share",
+    "1",  # the gap is checked in every update
     *("--rollouts-per-update", "16", "--group-size", "8", "--max-seq-len", "160", "--micro-token-budget", "640"),
     *("--max-tokens", "12", "--lr", "3e-3", "--warmup-steps", "0", "--train-steps", "2", "--eval-limit", "8"),
     *("--logger", "print", "--verbose"),

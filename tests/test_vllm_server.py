@@ -55,8 +55,14 @@ def arguments(**given: object) -> argparse.Namespace:
         "logprobs_mode": "processed_logprobs",
         "generation_config": "vllm",
         "override_generation_config": {},
+        "data_parallel_size": 1,
     }
     return argparse.Namespace(**(defaults | given))
+
+
+def test_several_engines_behind_one_server_are_refused_for_only_one_could_be_proven() -> None:
+    assert "--data-parallel-size 2" in vllm_server.unsafe_setting(arguments(data_parallel_size=2), [])
+    assert vllm_server.unsafe_setting(arguments(), []) == ""
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])

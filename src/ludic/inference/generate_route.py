@@ -148,11 +148,16 @@ async def _unless_caller_leaves(receive: Receive, work: Coroutine[Any, Any, list
 # --- vLLM: the one place that knows its Python interface, and how 0.26 and 0.32 differ --------------------------------
 
 
+MAX_STARTS = 3
+"""How often the worker is asked to record log-probs, if it fails to begin."""
+
+
 class _Recorder:
     """The front end's side of the worker's recorder of log-probs."""
 
     def __init__(self) -> None:
         self._starting: asyncio.Future[str] | None = None
+        self._num_starts = 0
         self._abandoned: list[str] = []
         self._num_taken, self._num_unknown = 0, 0
 
@@ -166,9 +171,14 @@ class _Recorder:
             or state.args.worker_extension_cls != WORKER_EXTENSION
         ):
             return False
-        if self._starting is None or _has_failed(self._starting):
+        if self._starting is None or (_has_failed(self._starting) and self._num_starts < MAX_STARTS):
+            self._num_starts += 1
             self._starting = asyncio.ensure_future(self._start(state.engine_client))
-        return not await asyncio.shield(self._starting)  # a caller that leaves must not end it for the others
+        try:
+            return not await asyncio.shield(self._starting)  # a caller that leaves must not end it for the others
+        except Exception as error:  # a worker's failure reaches the front end as a bare Exception, in all versions
+            logger.warning("the recorder of log-probs could not be started, so these are vLLM's own: %s", error)
+            return False
 
     async def _start(self, engine_client: Any) -> str:
         (problem, *_) = await engine_client.collective_rpc("ludic_record_logprobs")
@@ -183,7 +193,11 @@ class _Recorder:
         abandoned, self._abandoned = self._abandoned, []
         lengths = [len(completion.token_ids) for completion in group]
         arguments = (key, len(request.prompt_token_ids), lengths, abandoned)
-        (taken,) = await engine_client.collective_rpc("ludic_take_logprobs", args=arguments)
+        try:
+            (taken,) = await engine_client.collective_rpc("ludic_take_logprobs", args=arguments)
+        except Exception as error:  # as above; the completions themselves are whole
+            logger.warning("the worker's records could not be read: %s", error)
+            taken = [None] * len(group)
         logprobs = []
         for completion, entry in zip(group, taken, strict=True):
             ids, values = entry or (b"", b"")

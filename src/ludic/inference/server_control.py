@@ -14,6 +14,10 @@ from ludic.inference.errors import EngineError, ServerUnauthorizedError, ServerU
 KEEP = {"mode": "keep", "clear_cache": "false"}
 
 
+TRANSFER_TIMEOUT_S = 300.0
+"""For the calls that move or prove a whole set of weights; the sync around them has a deadline of its own."""
+
+
 class ServerControl:
     """Blocking calls to a vLLM server's control routes, each with a deadline and the server's own text in its error.
 
@@ -120,14 +124,14 @@ class ServerControl:
     def _take_part(self, path: str, body: dict[str, Any]) -> None:
         """A call during which the trainer is already in the collective operation that it asks the server to join."""
         try:
-            self.request("POST", path, json_body=body)
+            self.request("POST", path, json_body=body, timeout_s=TRANSFER_TIMEOUT_S)
         except EngineError as error:
             self.refusal = error
             raise
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         body = None if weight_version is None else {"weight_version": weight_version}
-        self.request("POST", "/finish_weight_update", json_body=body)
+        self.request("POST", "/finish_weight_update", json_body=body, timeout_s=TRANSFER_TIMEOUT_S)
 
     def pause(self, *, drain: bool = False) -> None:
         """Hold all generation from the next step on; it goes on at `resume`, and requests that come meanwhile wait.
@@ -178,6 +182,7 @@ class ServerControl:
                 "cache_salt": cache_salt,
                 "add_special_tokens": False,
             },
+            timeout_s=TRANSFER_TIMEOUT_S,  # with rollouts in flight it waits for its turn among them
         )
         entries = answer["choices"][0]["prompt_logprobs"]
         return [entry[str(token_id)]["logprob"] for entry, token_id in zip(entries[1:], token_ids[1:], strict=True)]

@@ -168,6 +168,11 @@ def unsafe_setting(args: argparse.Namespace, keys: Sequence[str]) -> str:
     rust = os.environ.get("VLLM_USE_RUST_FRONTEND", "0") == "1" or os.environ.get("VLLM_RUST_FRONTEND_PATH")
     if args.grpc or rust:
         return "the gRPC server and the Rust front end have no RL routes: leave out --grpc and VLLM_*RUST_FRONTEND*"
+    if args.data_parallel_size > 1:
+        return (
+            f"--data-parallel-size {args.data_parallel_size}: what vLLM's routes answer comes from the first engine alone, so a "
+            "weight sync could not be proven on the others: use --tensor-parallel-size, or leave it at 1"
+        )
     if listens(args) and not keys and not is_loopback(args.host):
         return (
             f"--host {args.host or '(all addresses)'} is not loopback, and the RL routes let whoever reaches them control "
