@@ -1,10 +1,12 @@
 """Weights as flat buckets: what arrives is what was sent, however it was cut; and the server's engine applies it or says why not.
 
-NCCL is replaced by a queue; everything else is real, vLLM's engine API included where vLLM can be imported.
+NCCL is replaced by a queue; everything else is real. The tests marked `vllm` run within vLLM's own engine class.
 """
 
+import importlib
 import queue
 import threading
+import warnings
 from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +21,13 @@ CPU = torch.device("cpu")
 SHAPES = [(4, 900), (3,), (70, 33), (), (0, 4), (2050,)]
 NAMES = [f"t{number}" for number in range(len(SHAPES))]
 BUCKETS = [4096, 8192, 1 << 20]
+
+
+def within_vllm(name: str) -> Any:
+    """A module that imports vLLM, whose own imports warn."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return importlib.import_module(name)
 
 
 class Wire:
@@ -132,7 +141,7 @@ class Engine:
     """vLLM's engine class with a queue in the place of NCCL, and a trainer at the other end."""
 
     def __init__(self, model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch, *, tensor_parallel: int = 1) -> None:
-        vllm_nccl = pytest.importorskip("ludic.inference.vllm_nccl")
+        vllm_nccl = within_vllm("ludic.inference.vllm_nccl")
         self.wire = Wire()
         monkeypatch.setattr(vllm_nccl.BucketWeightTransferEngine, "_connect", lambda *_: self.wire.end(1))
         config = SimpleNamespace(
@@ -168,6 +177,7 @@ def policy(seed: int) -> dict[str, torch.Tensor]:
     return {name: torch.randn(shape, generator=generator) for name, shape in CHECKPOINT.items()}
 
 
+@pytest.mark.vllm
 def test_the_engine_writes_into_the_memory_that_the_model_computes_with(monkeypatch: pytest.MonkeyPatch) -> None:
     served = Served()
     padding = served.embed.weight[61:].clone()
@@ -185,6 +195,7 @@ def test_the_engine_writes_into_the_memory_that_the_model_computes_with(monkeypa
     assert [parameter.data_ptr() for parameter in served.parameters()] == places
 
 
+@pytest.mark.vllm
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
@@ -211,8 +222,9 @@ def test_a_model_that_cannot_be_written_in_place_is_refused_with_the_reason_and_
     assert torch.equal(served.embed.weight, before) and engine.wire.messages.empty()
 
 
+@pytest.mark.vllm
 def test_a_quantised_layer_and_a_split_model_are_not_written_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    model_module = pytest.importorskip("ludic.inference.vllm_model")
+    model_module = within_vllm("ludic.inference.vllm_model")
 
     class Fp8Method(model_module.QuantizeMethodBase):  # type: ignore[misc, name-defined, unused-ignore]
         def create_weights(self, *_: Any) -> None: ...
@@ -227,8 +239,9 @@ def test_a_quantised_layer_and_a_split_model_are_not_written_in_place(monkeypatc
         Engine(Served(), monkeypatch, tensor_parallel=2).update(policy(1), "copy")
 
 
+@pytest.mark.vllm
 def test_two_tensors_in_one_place_are_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    model_module = pytest.importorskip("ludic.inference.vllm_model")
+    model_module = within_vllm("ludic.inference.vllm_model")
     served = Served()
     served.head = torch.nn.Linear(8, 64, bias=False)
     served.head.weight = served.embed.weight
@@ -240,10 +253,11 @@ def test_two_tensors_in_one_place_are_not_written(monkeypatch: pytest.MonkeyPatc
     assert model_module.in_place_problem(served, one, list(CHECKPOINT), list(CHECKPOINT.values()), torch.bfloat16) == ""
 
 
+@pytest.mark.vllm
 def test_vllms_own_loader_gets_whole_tensors_by_name_and_its_refusal_leaves_nothing_on_the_wire(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model_module = pytest.importorskip("ludic.inference.vllm_model")
+    model_module = within_vllm("ludic.inference.vllm_model")
     steps: list[str] = []
     monkeypatch.setattr(model_module, "initialize_layerwise_reload", lambda model: steps.append("begin"))
     monkeypatch.setattr(model_module, "finalize_layerwise_reload", lambda model, config: steps.append("end"))
@@ -259,6 +273,7 @@ def test_vllms_own_loader_gets_whole_tensors_by_name_and_its_refusal_leaves_noth
     assert steps == ["begin", "end"] * 3
 
 
+@pytest.mark.vllm
 def test_an_engine_that_was_not_opened_or_is_told_nonsense_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(Served(), monkeypatch).engine
     with pytest.raises(ValueError, match="'fly'; it must be copy or load"):

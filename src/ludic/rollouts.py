@@ -81,7 +81,8 @@ class GroupStream(Generic[SampleT]):
     def submit(self, step: int, prompts: Sequence[Prompt[SampleT]]) -> None:
         """Start the groups of update `step`; returns at once. An update that was submitted before is left as it is."""
         if step not in self._updates:
-            update: _Update[SampleT] = _Update(started=time.perf_counter())
+            samples = {prompt.group_id: prompt.sample for prompt in prompts}
+            update: _Update[SampleT] = _Update(started=time.perf_counter(), samples=samples)
             update.tasks = [asyncio.create_task(self._group(update, prompt)) for prompt in prompts]
             self._updates[step] = update
 
@@ -135,13 +136,12 @@ class GroupStream(Generic[SampleT]):
             for member, (completion, text, score) in enumerate(zip(completions, texts, scores, strict=True))
         )
         update.last_scored = time.perf_counter()
-        update.samples[prompt.group_id] = prompt.sample
         return RolloutGroup(group_id=prompt.group_id, target=self._environment.target(prompt.sample), rollouts=rollouts)
 
     def _record(self, group: RolloutGroup, step: int) -> None:
         """Log a group as it is handed out: what was generated ahead for a run that then ended was never trained on."""
         if self._writer is not None:
-            question = self._environment.messages(self._updates[step].samples.pop(group.group_id))[-1]["content"]
+            question = self._environment.messages(self._updates[step].samples[group.group_id])[-1]["content"]
             for rollout in group.rollouts:
                 self._writer.write(rollout_record(rollout, step=step, prompt=question, target=group.target))
 
@@ -151,8 +151,9 @@ class _Update(Generic[SampleT]):
     """The groups of one update on their way."""
 
     started: float
+    samples: dict[int, SampleT]
+    """By group id."""
     tasks: list[asyncio.Task[RolloutGroup]] = field(default_factory=list)
-    samples: dict[int, SampleT] = field(default_factory=dict)
     last_generated: float = 0.0
     last_scored: float = 0.0
 

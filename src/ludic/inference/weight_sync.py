@@ -2,14 +2,14 @@
 
 The protocol is vLLM's own weight-transfer API: pause, start, update, finish, resume; `weight_transport` carries the bytes.
 Generation is held and not drained (`mode=keep`): running requests go on with the new weights, requests that come meanwhile
-wait. The prefix cache stays; its blocks are keyed by the `cache_salt` of each request, which is the policy's version.
+wait. The prefix cache stays; its blocks are keyed by the `cache_salt` of each request, which the client renews with each sync.
 
 A sync that did not take is an error. After every sync, digests of the tensors that the server holds are compared with those
 of what was sent, wherever the server still holds a tensor in comparable form. The log-probs of a fixed prompt are compared
 with the trainer's own at the first sync and at the first of another kind, then at every tenth (`probe_every`), and at each
 sync where not all tensors could be compared: they also see what digests cannot (a stale output head, weights packed by a
-kernel), which depends on how weights are applied and not on their values. Everything has a deadline, and the server's own
-words are in the error.
+kernel), once the two policies differ by more than `PROBE_GAP_LIMIT`. Everything has a deadline, and the server's own words
+are in the error.
 
 Left out: sharded trainers and servers whose weights are quantised or split (their digests come back empty, and the
 log-prob proof stands alone).

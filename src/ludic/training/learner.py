@@ -224,13 +224,12 @@ class Learner:
         self._clear()
 
     def _out_of_memory(self) -> "OutOfMemory":
-        total = torch.cuda.get_device_properties(self.device).total_memory / 2**30 if self._pad_to > 1 else math.nan
         smallest = -(-self.config.max_seq_len // self._pad_to) * self._pad_to
         lower = max(smallest, self.token_budget // 2)
         flag = f"lower --micro-token-budget {self.token_budget} (to {lower}, say)"
         if lower >= self.token_budget:
             flag = "switch --gradient-checkpointing on, or lower --max-seq-len"
-        return OutOfMemory(f"the trainer's GPU ({total:.0f} GiB) ran out of memory in an update: {flag}")
+        return OutOfMemory(f"the trainer's device ran out of memory in an update: {flag}")
 
 
 class OutOfMemory(MemoryError):
