@@ -2,24 +2,38 @@
 
 import errno
 import json
+import math
 import os
+import random
+import shutil
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from ludic.training import checkpoint as checkpoint_module
+from ludic.training import optimizer_state
 from ludic.training.checkpoint import (
     CheckpointError,
     TrainerState,
+    find_checkpoint,
     latest_checkpoint,
     list_checkpoints,
     load_optimizer,
     read_state,
+    recover_folder,
     save_checkpoint,
+    verify_checkpoint,
 )
+from ludic.training.config import GRPOConfig
+from ludic.training.resume import _HARMLESS, changed_settings
 from tests.vllm_helpers import make_tiny_model, make_tiny_tokenizer
 
 CPU = torch.device("cpu")
@@ -59,6 +73,7 @@ def save(
     optimizer: torch.optim.Optimizer | None = None,
     keep: int = 2,
     dtype: torch.dtype = torch.float32,
+    state: TrainerState | None = None,
 ) -> Path:
     return save_checkpoint(
         folder,
@@ -66,7 +81,7 @@ def save(
         weights=model.state_dict(),
         tokenizer=make_tiny_tokenizer(),
         optimizer=adamw(model) if optimizer is None else optimizer,
-        state=state_at(step),
+        state=state or state_at(step),
         model_dtype=dtype,
         keep=keep,
     )
@@ -115,8 +130,8 @@ def test_training_that_goes_on_from_a_checkpoint_takes_the_very_same_step(folder
 
     again = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     torch.manual_seed(12345)
-    restored = torch.optim.AdamW(again.parameters(), lr=9.0)
-    load_optimizer(checkpoint, restored, CPU)
+    restored = adamw(again)
+    load_optimizer(checkpoint, restored, CPU, model=again)
     train_one_step(again, restored)
 
     for name, tensor in model.state_dict().items():
@@ -147,8 +162,11 @@ def test_what_is_not_a_finished_checkpoint_is_not_listed(folder: Path, model: Pr
     assert latest_checkpoint(folder / "nowhere") is None
     whole = save(folder, model, 2)
     (folder / ".step_3.partial").mkdir()
-    (folder / ".step_3.partial" / "trainer_state.json").write_text("{}")
-    (folder / "step_4").mkdir()  # without a state: not ours
+    (folder / ".step_3.partial" / "manifest.json").write_text("{}")
+    (folder / "step_4").mkdir()  # without a manifest: unfinished
+    for odd in ("step_007", "step_٣", "step_" + "9" * 200):
+        (folder / odd).mkdir()
+        (folder / odd / "manifest.json").write_text("{}")
     (folder / "step_5.backup").mkdir()
     (folder / "step_6").write_text("a file")
     assert list_checkpoints(folder) == [whole]
@@ -178,7 +196,7 @@ def test_a_kill_between_writing_and_renaming_leaves_the_earlier_checkpoint(
     assert names(folder) == sorted({"step_1", f"step_{step}"})
 
 
-@pytest.mark.parametrize("fails", ["model.save_pretrained", "torch.save", "os.fsync"])
+@pytest.mark.parametrize("fails", ["model.save_pretrained", "save_file", "os.fsync", "os.rename"])
 def test_a_full_disk_is_an_error_that_names_the_last_good_checkpoint(
     folder: Path, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, fails: str
 ) -> None:
@@ -187,9 +205,9 @@ def test_a_full_disk_is_an_error_that_names_the_last_good_checkpoint(
     def no_space(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    owner: dict[str, Any] = {"model.save_pretrained": model, "torch.save": torch, "os.fsync": os}
+    owner: dict[str, Any] = {"model": model, "save_file": optimizer_state, "os": os}
     with monkeypatch.context() as patch, pytest.raises(CheckpointError) as refusal:
-        patch.setattr(owner[fails], fails.partition(".")[2], no_space)
+        patch.setattr(owner[fails.partition(".")[0]], fails.rpartition(".")[2], no_space)
         save(folder, model, 2)
     message = str(refusal.value)
     assert "step_2 could not be written" in message and "No space left on device" in message
@@ -202,6 +220,49 @@ def test_the_first_checkpoint_that_fails_says_that_there_is_none(folder: Path, m
     (folder / "file").write_text("in the way")
     with pytest.raises(CheckpointError, match="there is no earlier one"):
         save(folder / "file" / "checkpoints", model, 1)
+
+
+def test_a_name_that_may_not_be_on_the_disk_is_taken_back(
+    folder: Path, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(_: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    save(folder, model, 1)
+    for step in (1, 2):
+        with monkeypatch.context() as patch, pytest.raises(CheckpointError, match=r"the last good one is .*step_1$"):
+            patch.setattr(checkpoint_module, "sync_folder", failing)
+            save(folder, model, step)
+        assert names(folder) == ["step_1"]
+        verify_checkpoint(folder / "step_1")
+
+
+def test_a_folder_that_is_removed_while_a_checkpoint_gets_its_name_is_said_and_the_next_save_succeeds(
+    folder: Path, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = os.rename
+
+    def rename_and_remove(source: Path, target: Path) -> None:
+        rename(source, target)
+        shutil.rmtree(folder)
+        folder.mkdir()
+
+    with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="step_1 was written and is gone again"):
+        patch.setattr(os, "rename", rename_and_remove)
+        save(folder, model, 1)
+    verify_checkpoint(save(folder, model, 2))
+
+
+def test_a_folder_that_cannot_be_read_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Path, "glob", failing)
+    with pytest.raises(CheckpointError, match=f"{folder} cannot be read: .*Input/output error"):
+        find_checkpoint(folder)
+
+
+# -- damage: every file, every way ---------------------------------------------------------------------------------
 
 
 def remove(path: Path) -> None:
@@ -220,11 +281,162 @@ def fill_with_noise(path: Path) -> None:
     path.write_bytes(b"\x93noise" * 40)
 
 
+def flip_one_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
 def empty_the_object(path: Path) -> None:
     path.write_text("{}")
 
 
-@pytest.mark.parametrize("damage", [remove, empty, cut_short, fill_with_noise, empty_the_object])
+def make_a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def make_a_link(path: Path) -> None:
+    path.rename(path.with_name("elsewhere"))
+    path.symlink_to("elsewhere")
+
+
+def make_a_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+DAMAGES: list[Callable[[Path], None]] = [
+    *(remove, empty, cut_short, fill_with_noise, flip_one_bit, empty_the_object, make_a_folder, make_a_link),
+    make_a_pipe,
+]
+
+
+def test_any_damage_to_any_file_is_found_and_the_file_is_named(folder: Path, model: PreTrainedModel) -> None:
+    whole = save(folder, model, 1)
+    verify_checkpoint(whole)
+    assert {"model.safetensors", "optimizer.safetensors", "generators.json", "config.json"} <= set(names(whole))
+    for name in names(whole):
+        for damage in DAMAGES:
+            copy = folder / "copy"
+            shutil.copytree(whole, copy)
+            damage(copy / name)
+            with pytest.raises(CheckpointError) as refusal:
+                verify_checkpoint(copy)
+            assert str(copy) in str(refusal.value) and "\n" not in str(refusal.value)
+            if name != "manifest.json":
+                assert str(copy / name) in str(refusal.value), damage
+            shutil.rmtree(copy)
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"), [(remove, "is missing"), (cut_short, "is truncated"), (flip_one_bit, "was altered")]
+)
+def test_what_is_wrong_with_a_file_is_said(
+    folder: Path, model: PreTrainedModel, damage: Callable[[Path], None], says: str
+) -> None:
+    checkpoint = save(folder, model, 1)
+    damage(checkpoint / "model.safetensors")
+    with pytest.raises(CheckpointError, match=f"model.safetensors {says}"):
+        verify_checkpoint(checkpoint)
+
+
+def test_a_file_that_would_change_what_is_loaded_counts_as_damage_and_a_note_does_not(
+    folder: Path, model: PreTrainedModel
+) -> None:
+    checkpoint = save(folder, model, 1)
+    (checkpoint / "NOTES.md").write_text("the good one")
+    verify_checkpoint(checkpoint)
+    (checkpoint / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json was added"):
+        verify_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "name", ["../outside.json", "/etc/passwd", "a/../../b", "", "..", "a\\b", "a\0b", "\ud800", "x" * 5000]
+)
+def test_no_name_in_a_manifest_leaves_the_folder(folder: Path, model: PreTrainedModel, name: str) -> None:
+    checkpoint = save(folder, model, 1)
+    (folder / "outside.json").write_text("{}")
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["files"][name] = {"size": 2, "sha256": "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"}
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError) as refusal:
+        verify_checkpoint(checkpoint)
+    assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 2500
+
+
+def test_a_link_to_a_folder_inside_a_checkpoint_is_not_followed(folder: Path, model: PreTrainedModel) -> None:
+    checkpoint = save(folder, model, 1)
+    (folder / "outside").mkdir()
+    (folder / "outside" / "a.txt").write_text("{}")
+    (checkpoint / "inside").symlink_to(folder / "outside")
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["files"]["inside/a.txt"] = {
+        "size": 2,
+        "sha256": "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a",
+    }
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="inside is no folder"):
+        verify_checkpoint(checkpoint)
+
+
+def test_a_resume_takes_the_newest_whole_checkpoint_and_says_what_it_passed_over(
+    folder: Path, model: PreTrainedModel
+) -> None:
+    for step in (1, 2, 3):
+        save(folder, model, step, keep=3)
+    assert find_checkpoint(folder).path == folder / "step_3" and not find_checkpoint(folder).passed_over
+    flip_one_bit(folder / "step_3" / "model.safetensors")
+    cut_short(folder / "step_2" / "optimizer.safetensors")
+    found = find_checkpoint(folder)
+    assert found.path == folder / "step_1"
+    assert "step_3/model.safetensors was altered" in found.passed_over[0]
+    assert "step_2/optimizer.safetensors is truncated" in found.passed_over[1]
+    remove(folder / "step_1" / "trainer_state.json")
+    assert find_checkpoint(folder).path is None and len(find_checkpoint(folder).passed_over) == 3
+    assert find_checkpoint(folder / "nowhere").path is None
+
+
+def test_a_checkpoint_without_a_manifest_is_unfinished(folder: Path, model: PreTrainedModel) -> None:
+    checkpoint = save(folder, model, 1)
+    remove(checkpoint / "manifest.json")
+    assert list_checkpoints(folder) == []
+    with pytest.raises(CheckpointError, match=r"has no manifest\.json; --model .* starts a new run with its weights"):
+        verify_checkpoint(checkpoint)
+
+
+# -- a kill between two renames ------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_that_was_about_to_be_replaced_is_restored(folder: Path, model: PreTrainedModel) -> None:
+    save(folder, model, 1)
+    os.rename(folder / "step_1", folder / ".step_1.replaced")  # here the kill comes
+    shutil.copytree(folder / ".step_1.replaced", folder / ".step_1.partial")
+    shutil.copytree(folder / ".step_1.replaced", folder / ".step_0.removed")
+    assert find_checkpoint(folder).path is None
+    assert recover_folder(folder) == [f"restored {folder / 'step_1'}, which a killed run was about to replace"]
+    assert names(folder) == ["step_1"]
+    verify_checkpoint(folder / "step_1")
+
+
+def test_tidying_up_leaves_alone_what_is_not_ours(folder: Path, model: PreTrainedModel) -> None:
+    save(folder, model, 1)
+    for name in (".step_1.replaced", ".step_2.partial"):
+        (folder / name).mkdir()
+    (folder / ".step_2.backup").mkdir()
+    (folder / ".notes").write_text("mine")
+    assert recover_folder(folder) == []
+    assert names(folder) == [".notes", ".step_2.backup", "step_1"]
+    assert recover_folder(folder / "nowhere") == []
+
+
+# -- the state ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "damage", [remove, empty, cut_short, fill_with_noise, empty_the_object, make_a_folder, make_a_pipe]
+)
 def test_a_damaged_state_is_an_error_in_one_line_with_the_path(
     folder: Path, model: PreTrainedModel, damage: Callable[[Path], None]
 ) -> None:
@@ -235,26 +447,251 @@ def test_a_damaged_state_is_an_error_in_one_line_with_the_path(
     assert str(checkpoint) in str(refusal.value) and "\n" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("damage", [remove, empty, cut_short, fill_with_noise])
+NO_LIST: Any = []
+STRANGE: list[Any] = [-1, 1.5, True, "3", None, 2**60, [], {}]
+EVALUATION: dict[str, Any] = {
+    **{"step": 0, "num_problems": 8, "accuracy": 0.5, "strict_accuracy": 0.5, "parse_err_rate": 0.0},
+    **{"truncation_rate": 0.0, "avg_completion_length": 9.5, "accuracy_ci95": [0.2, 0.8], "model": "tiny"},
+}
+
+
+def test_every_field_of_a_state_is_read_back(folder: Path, model: PreTrainedModel) -> None:
+    state = replace(
+        state_at(4),
+        evaluations=[EVALUATION, {**EVALUATION, "step": 4}],
+        skipped_in_a_row=1,
+        skipped_updates=2,
+        wandb_run_id="a1-b2_c3",
+        task={"dataset": None, "system_prompt": "Solve it.\n\x1b[2J", "limit": 7},
+    )
+    checkpoint = save(folder, model, 4, state=state)
+    assert read_state(checkpoint) == state
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *[("step", value) for value in STRANGE],
+        *[("seconds", value) for value in (-0.5, "1", None, 10**30)],
+        *[("model", value) for value in ("", None, 3)],
+        *[("wandb_run_id", value) for value in ("", "../x", "a b", 3, "x" * 200)],
+        *[("config", value) for value in (NO_LIST, None, "x")],
+        *[("task", value) for value in (NO_LIST, 3)],
+        *[("skipped_updates", value) for value in (-1, "0")],
+        ("evaluations", {}),
+        ("evaluations", [1]),
+        *[("evaluations", [{**EVALUATION, **change}]) for change in (
+            {"step": 99}, {"step": None}, {"accuracy": "high"}, {"accuracy_ci95": 3}, {"accuracy_ci95": [1, "x"]},
+            {"num_problems": -1}, {"avg_completion_length": None})],
+    ],
+)  # fmt: skip
+def test_a_state_with_a_field_of_another_type_or_range_is_refused_by_its_name(
+    folder: Path, field: str, value: object
+) -> None:
+    (folder / "trainer_state.json").write_text(json.dumps({**asdict(state_at(3)), field: value}))
+    with pytest.raises(CheckpointError, match=field.removesuffix("s")):
+        read_state(folder)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"step": ' + "[" * 100_000 + "]" * 100_000 + "}",
+        '{"step": ' * 500 + "1" + "}" * 500,
+        '{"step": ' + "9" * 10_000 + "}",
+        '{"step": NaN}',
+        '{"seconds": 1e999}',
+        '{"step": 1} trailing',
+        "\ufeff{}",
+        "[]",
+        "null",
+        '{"\x1b[2J\\u001b": 1}',
+    ],
+)
+def test_json_beyond_reason_is_refused_in_one_line(folder: Path, text: str) -> None:
+    (folder / "trainer_state.json").write_text(text)
+    with pytest.raises(CheckpointError) as refusal:
+        read_state(folder)
+    assert str(refusal.value).isprintable() and len(str(refusal.value)) < 400
+
+
+def test_bytes_that_are_no_text_are_refused(folder: Path) -> None:
+    (folder / "trainer_state.json").write_bytes(b'{"step": "\xff\xfe"}')
+    with pytest.raises(CheckpointError, match="utf-8"):
+        read_state(folder)
+
+
+def test_unknown_and_missing_fields_are_named(folder: Path) -> None:
+    record = asdict(state_at(3))
+    for wrong, says in (
+        ({**record, "sneaky": 1}, "'sneaky'"),
+        ({k: record[k] for k in record if k != "task"}, "'task'"),
+    ):
+        (folder / "trainer_state.json").write_text(json.dumps(wrong))
+        with pytest.raises(CheckpointError, match=says):
+            read_state(folder)
+
+
+# -- the optimizer and the generators -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damage", [remove, empty, cut_short, fill_with_noise, make_a_folder, make_a_link, make_a_pipe])
+@pytest.mark.parametrize("name", ["optimizer.safetensors", "generators.json"])
 def test_a_damaged_optimizer_file_is_an_error_with_the_path(
-    folder: Path, model: PreTrainedModel, damage: Callable[[Path], None]
+    folder: Path, model: PreTrainedModel, damage: Callable[[Path], None], name: str
 ) -> None:
     checkpoint = save(folder, model, 1)
-    damage(checkpoint / "optimizer.pt")
+    damage(checkpoint / name)
     with pytest.raises(CheckpointError) as refusal:
-        load_optimizer(checkpoint, adamw(model), CPU)
-    assert str(checkpoint / "optimizer.pt") in str(refusal.value)
+        load_optimizer(checkpoint, adamw(model), CPU, model=model)
+    assert str(checkpoint / name) in str(refusal.value) and "\n" not in str(refusal.value)
 
 
-def test_an_optimizer_file_without_the_generators_is_an_error_too(folder: Path, model: PreTrainedModel) -> None:
-    checkpoint = save(folder, model, 1)
-    torch.save({"optimizer": adamw(model).state_dict()}, checkpoint / "optimizer.pt")
-    with pytest.raises(CheckpointError, match="generators"):
-        load_optimizer(checkpoint, adamw(model), CPU)
+def trained(folder: Path, model: PreTrainedModel) -> tuple[Path, dict[str, torch.Tensor], dict[str, str]]:
+    """A checkpoint after a step, and the tensors and metadata of its optimizer file."""
+    optimizer = adamw(model)
+    train_one_step(model, optimizer)
+    checkpoint = save(folder, model, 1, optimizer=optimizer)
+    with safe_open(checkpoint / "optimizer.safetensors", framework="pt") as file:
+        return checkpoint, {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+
+
+NAME = "model.norm.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({f"exp_avg.{NAME}": None}, f"exp_avg.{NAME}"),
+        ({f"exp_avg.{NAME}": torch.zeros(63)}, r"\[63\]"),
+        ({f"exp_avg_sq.{NAME}": torch.zeros(64, dtype=torch.float16)}, "F16"),
+        ({"exp_avg.model.norm.bias": torch.zeros(64)}, "norm.bias"),
+        ({f"step.{NAME}": torch.tensor(-1.0)}, "no count of steps"),
+        ({f"step.{NAME}": torch.tensor(math.nan)}, "no count of steps"),
+        ({f"step.{NAME}": torch.zeros(1)}, r"step.*\[1\]"),
+    ],
+)
+def test_optimizer_tensors_that_do_not_fit_are_named(
+    folder: Path, model: PreTrainedModel, change: dict[str, torch.Tensor | None], says: str
+) -> None:
+    checkpoint, tensors, metadata = trained(folder, model)
+    changed = {name: tensor for name, tensor in {**tensors, **change}.items() if tensor is not None}
+    save_file(changed, checkpoint / "optimizer.safetensors", metadata=metadata)
+    with pytest.raises(CheckpointError, match=says):
+        load_optimizer(checkpoint, adamw(model), CPU, model=model)
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [None, {"format": "2"}, {"format": "1"}, {"format": "1", "parameters": "{}", "stepped": "[]"},
+     {"format": "1", "parameters": "[" * 9999, "stepped": "[]"}, {"format": "1", "parameters": "[1]", "stepped": "[]"},
+     {"format": "1", "parameters": '["a","a"]', "stepped": "[]"}],
+)  # fmt: skip
+def test_optimizer_metadata_beyond_reason_is_refused(
+    folder: Path, model: PreTrainedModel, metadata: dict[str, str] | None
+) -> None:
+    checkpoint, tensors, _ = trained(folder, model)
+    save_file(tensors, checkpoint / "optimizer.safetensors", metadata=metadata)
+    with pytest.raises(CheckpointError, match=r"optimizer\.safetensors is damaged"):
+        load_optimizer(checkpoint, adamw(model), CPU, model=model)
+
+
+def test_parameters_in_another_order_are_not_given_one_anothers_moments(folder: Path, model: PreTrainedModel) -> None:
+    checkpoint, tensors, metadata = trained(folder, model)
+    order = json.loads(metadata["parameters"])
+    metadata["parameters"] = json.dumps(order[::-1])
+    save_file(tensors, checkpoint / "optimizer.safetensors", metadata=metadata)
+    with pytest.raises(CheckpointError, match=f"parameter 0 is {order[-1]}, in the model it is {order[0]}"):
+        load_optimizer(checkpoint, adamw(model), CPU, model=model)
 
 
 def test_the_optimizer_of_another_model_is_refused(folder: Path, model: PreTrainedModel) -> None:
     checkpoint = save(folder, model, 1)
     other = make_tiny_model(folder.parent / "other", tie_word_embeddings=False)
     with pytest.raises(CheckpointError, match="does not fit this model"):
-        load_optimizer(checkpoint, adamw(other), CPU)
+        load_optimizer(checkpoint, adamw(other), CPU, model=other)
+
+
+def test_all_generators_go_on_where_they_were(folder: Path, model: PreTrainedModel) -> None:
+    def draw() -> tuple[float, ...]:
+        numpy_draws = (np.random.standard_normal(), np.random.random())
+        return (torch.rand(1).item(), torch.randn(1).item(), random.random(), random.gauss(), *numpy_draws)
+
+    random.gauss()  # which keeps half of what it drew
+    np.random.standard_normal()
+    checkpoint = save(folder, model, 1)
+    drawn = draw()
+    assert draw() != drawn
+    load_optimizer(checkpoint, adamw(model), CPU, model=model)
+    assert draw() == drawn
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"torch_cpu": "00"}, {"torch_cpu": "xyz"}, {"torch_cpu": 3}, {"python": []}, {"python": {}}, {"more": 1},
+     {"python": {"version": 3, "words": [0] * 624, "gauss": None}},
+     {"python": {"version": 3, "words": [0] * 624 + [9999], "gauss": None}},
+     {"python": {"version": 3, "words": [2**32] * 625, "gauss": None}},
+     {"numpy": {"name": "MT19937", "words": [0] * 624, "position": 10**6, "has_gauss": 0, "gauss": 0.0}},
+     {"numpy": {"name": "PCG64", "words": [0] * 624, "position": 1, "has_gauss": 0, "gauss": 0.0}},
+     {"numpy": {"name": "MT19937", "words": [0] * 624, "position": 1, "has_gauss": 0, "gauss": "x"}}],
+)  # fmt: skip
+def test_generator_states_that_are_none_are_refused(
+    folder: Path, model: PreTrainedModel, change: dict[str, object]
+) -> None:
+    checkpoint = save(folder, model, 1)
+    path = checkpoint / "generators.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(CheckpointError, match=r"generators\.json is damaged"):
+        load_optimizer(checkpoint, adamw(model), CPU, model=model)
+
+
+def test_nothing_of_a_checkpoint_is_pickled(folder: Path, model: PreTrainedModel) -> None:
+    checkpoint, _, _ = trained(folder, model)
+    assert {path.suffix for path in checkpoint.iterdir()} <= {".json", ".safetensors", ".jinja"}
+
+
+# -- settings that alter a resumed run -------------------------------------------------------------------------------
+
+STORED = {
+    "learning_rate": 1e-6,
+    "lr_schedule": "constant",
+    "train_steps": 10,
+    "warmup_steps": 5,
+    "mask_truncated": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "step", "lines"),
+    [
+        ({}, 0, []),
+        ({"learning_rate": 2e-6}, 9, ["--learning-rate was 1e-06, is 2e-06"]),
+        ({"mask_truncated": True}, 0, ["--mask-truncated was off, is on"]),
+        ({"train_steps": 20}, 0, []),
+        ({"train_steps": 20, "lr_schedule": "cosine"}, 9,
+         ["--lr-schedule was constant, is cosine", "--train-steps was 10, is 20"]),
+        ({"warmup_steps": 2}, 5, []),
+        ({"warmup_steps": 2}, 4, ["--warmup-steps was 5, is 2"]),
+        ({"save_every": 3, "compile": False, "micro_token_budget": None, "eval_every": 1}, 0, []),
+        ({"new_flag": None}, 0, ["--new-flag is the default, the checkpoint was made without it"]),
+        ({"system_prompt": "Be brief.\x1b[2J"}, 0,
+         ["--system-prompt is 'Be brief.\\x1b[2J', the checkpoint was made without it"]),
+    ],
+)  # fmt: skip
+def test_a_changed_setting_is_named_if_it_alters_the_run(change: dict[str, Any], step: int, lines: list[str]) -> None:
+    assert changed_settings(STORED, {**STORED, **change}, step=step) == lines
+
+
+def test_a_setting_that_is_gone_is_named_and_of_long_texts_the_difference_is_shown() -> None:
+    assert changed_settings({"old": 1}, {}) == ["--old was 1, this version does not have it"]
+    prompt = "Solve the problem step by step. " * 9
+    (line,) = changed_settings({"system_prompt": prompt + "A"}, {"system_prompt": prompt + "B"})
+    assert "step. A'" in line and "step. B'" in line and len(line) < 120
+
+
+def test_every_setting_is_thought_about_and_a_tuple_is_the_list_that_json_made_of_it() -> None:
+    assert _HARMLESS.keys() - {"concurrency", "out_dir", "logger", "verbose"} <= asdict(GRPOConfig()).keys()
+    assert changed_settings({"a": [1, 2]}, {"a": (1, 2)}) == []
+    assert changed_settings({"a": 1}, {"a": True}) == ["--a was 1, is on"]
+    assert changed_settings({"lr_schedule": [], "train_steps": "x", "warmup_steps": {}}, STORED) != []

@@ -1,33 +1,62 @@
 """Checkpoints that are whole or not there, and that a run continues from exactly.
 
 `step_N/` is an ordinary transformers folder (fp32 masters in safetensors, config, tokenizer: `from_pretrained` loads it
-and the server serves it) with two files of ours beside it: `trainer_state.json` (step, policy version, settings, what was
-measured so far) and `optimizer.pt` (AdamW's state and the random generators). config.json names the dtype that the model
-came in, so that others load it in that; the masters in the file stay fp32 and resume takes them as they are.
+and the server serves it) with four files of ours beside it: `trainer_state.json` (step, policy version, settings, what was
+measured so far), `optimizer.safetensors` and `generators.json` (see `optimizer_state`), and `manifest.json`, the size and
+SHA-256 of all the others (see `manifest`). config.json names the dtype that the model came in, so that others load it in
+that; the masters in the file stay fp32 and resume takes them as they are.
 
-A checkpoint is written into a hidden folder, synced to disk, and renamed: a kill or a full disk at any moment leaves the
-earlier ones as they were.
+A checkpoint is written into a hidden folder, synced to disk, and renamed: a kill, a power cut or a full disk at any moment
+leaves the earlier ones as they were. `recover_folder` tidies up after a kill; one run at a time may use a folder
+(`run_lock`).
 """
 
+import contextlib
 import json
-import logging
+import math
 import os
-import pickle
 import re
 import shutil
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
+
+from ludic.training.manifest import (
+    MANIFEST_FILE,
+    CheckpointError,
+    read_json,
+    sync_folder,
+    verify_checkpoint,
+    write_manifest,
+)
+from ludic.training.optimizer_state import load_optimizer, save_optimizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-logger = logging.getLogger(__name__)
+__all__ = [
+    "CheckpointError",
+    "FoundCheckpoint",
+    "TrainerState",
+    "checkpoint_step",
+    "find_checkpoint",
+    "latest_checkpoint",
+    "list_checkpoints",
+    "load_optimizer",
+    "read_state",
+    "recover_folder",
+    "save_checkpoint",
+    "verify_checkpoint",
+]
 
 _STATE_FILE = "trainer_state.json"
-_OPTIMIZER_FILE = "optimizer.pt"
+_FOLDER_NAME = re.compile(r"step_(0|[1-9][0-9]{0,11})")
+_HIDDEN_NAME = re.compile(r"\.(step_(?:0|[1-9][0-9]{0,11}))\.(partial|replaced|removed)")
+_MAX_COUNT = 2**53  # what every reader of JSON holds exactly
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,10 +73,23 @@ class TrainerState:
     completion_tokens: int = 0
     seconds: float = 0.0
     evaluations: list[dict[str, Any]] = field(default_factory=list)
+    skipped_in_a_row: int = 0
+    """Updates that were skipped since the last one that was applied."""
+    skipped_updates: int = 0
+    """Updates of the whole run that were skipped because a loss or gradient was not finite."""
+    wandb_run_id: str | None = None
+    """The run at Weights & Biases that a resumed one goes on with."""
+    task: dict[str, Any] = field(default_factory=dict)
+    """What the script's own flags said: dataset, system prompt and so on."""
 
 
-class CheckpointError(OSError):
-    """A checkpoint could not be written or read; one line with the path and the reason."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FoundCheckpoint:
+    """The newest checkpoint that is whole, and why newer ones were not taken."""
+
+    path: Path | None
+    passed_over: tuple[str, ...] = ()
+    """One line for each damaged checkpoint that is newer, with what is wrong."""
 
 
 def save_checkpoint(
@@ -63,39 +105,50 @@ def save_checkpoint(
 ) -> Path:
     """Write `folder/step_N` atomically and remove all but the last `keep`; returns the new checkpoint's path.
 
-    `weights` is the model's state dict with its float32 masters; the model itself may compute in less.
+    `weights` is the model's state dict with its float32 masters; the model itself may compute in less. The optimizer's
+    parameters are in the order of the model's.
 
     Raises:
         CheckpointError: the disk is full or the folder cannot be written; earlier checkpoints are untouched.
     """
     final = folder / f"step_{state.step}"
     partial = folder / f".step_{state.step}.partial"
-    replaced = folder / f".step_{state.step}.replaced"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        _make_folder(folder)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         _write(partial, model, weights, tokenizer, optimizer, state, model_dtype)
-        shutil.rmtree(replaced, ignore_errors=True)
-        if final.exists():  # the same step again, after a resume: the new one takes its place
-            os.rename(final, replaced)
-        os.rename(partial, final)
-        _sync_folder(folder)
-    except Exception as error:
+        write_manifest(partial)
+        _put_in_place(partial, final)
+    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if replaced.exists() and not final.exists():
-            os.rename(replaced, final)
-        kept = latest_checkpoint(folder)
         raise CheckpointError(
-            f"checkpoint {final} could not be written ({error}); "
-            + (f"the last good one is {kept}" if kept else "there is no earlier one")
+            f"checkpoint {final} could not be written ({_one_line(error)}); {_last_good(folder)}"
         ) from error
-    shutil.rmtree(replaced, ignore_errors=True)
     checkpoints = list_checkpoints(folder)
+    if final not in checkpoints:
+        raise CheckpointError(
+            f"checkpoint {final} was written and is gone again: somebody removed or replaced the folder"
+        )
     # Those after this one are of another attempt, which a resume from an earlier step left behind: they do not count.
     for old in checkpoints[: checkpoints.index(final) + 1][:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+        _remove(old)
     return final
+
+
+def _last_good(folder: Path) -> str:
+    try:
+        kept = latest_checkpoint(folder)
+    except CheckpointError as error:
+        return str(error)
+    return f"the last good one is {kept}" if kept else "there is no earlier one"
+
+
+def _make_folder(folder: Path) -> None:
+    """Make `folder`, and see to it that a power cut does not take it back."""
+    if not folder.is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        sync_folder(folder.parent)
 
 
 def _write(
@@ -107,6 +160,8 @@ def _write(
     state: TrainerState,
     model_dtype: torch.dtype,
 ) -> None:
+    state_text = json.dumps(_without_nan(asdict(state)), indent=2, allow_nan=False) + "\n"
+    _state_from(json.loads(state_text))  # what would be refused on resume must not be written
     model.save_pretrained(partial, state_dict=weights)  # the fp32 masters, not what the model computes with
     tokenizer.save_pretrained(partial)
     config_path = partial / "config.json"
@@ -115,37 +170,112 @@ def _write(
         if key in config:
             config[key] = str(model_dtype).removeprefix("torch.")
     config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    generators: dict[str, Any] = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        generators["cuda"] = torch.cuda.get_rng_state()
-    torch.save({"optimizer": optimizer.state_dict(), "generators": generators}, partial / _OPTIMIZER_FILE)
-    (partial / _STATE_FILE).write_text(json.dumps(asdict(state), indent=2) + "\n")
-    for path in partial.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-    _sync_folder(partial)
+    save_optimizer(partial, optimizer, [name for name, _ in model.named_parameters()])
+    (partial / _STATE_FILE).write_text(state_text)
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _put_in_place(partial: Path, final: Path) -> None:
+    """Give the finished folder its name; the one that had it, from before a resume, goes once the new one is safe."""
+    replaced = _hidden(final, "replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        if final.exists():
+            os.rename(final, replaced)
+        os.rename(partial, final)
+        sync_folder(final.parent)
+    except OSError:
+        with contextlib.suppress(OSError):  # the first error is the one to tell
+            if not partial.exists():  # it had its name, and might lose it in a power cut
+                os.rename(final, partial)
+            if replaced.exists():
+                os.rename(replaced, final)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Take a checkpoint away; a kill halfway leaves nothing that looks like one."""
+    hidden = _hidden(checkpoint, "removed")
+    shutil.rmtree(hidden, ignore_errors=True)
+    with contextlib.suppress(OSError):  # a disk that fails now will be met by the next checkpoint
+        os.rename(checkpoint, hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _hidden(checkpoint: Path, what: str) -> Path:
+    return checkpoint.with_name(f".{checkpoint.name}.{what}")
+
+
+def recover_folder(folder: Path) -> list[str]:
+    """Tidy up after a run that was killed while it wrote; call it before a run, with the folder's lock held.
+
+    A checkpoint that was about to be replaced gets its name back; what was half written or half removed goes.
+
+    Returns:
+        One line for each checkpoint that was restored.
+
+    Raises:
+        CheckpointError: one cannot be restored.
+    """
+    restored = []
+    try:
+        hidden = sorted(folder.iterdir()) if folder.is_dir() else []
+        for path in hidden:
+            match = _HIDDEN_NAME.fullmatch(path.name)
+            if match and match[2] == "replaced" and not (final := folder / match[1]).exists():
+                os.rename(path, final)
+                sync_folder(folder)
+                restored.append(f"restored {final}, which a killed run was about to replace")
+            elif match:
+                shutil.rmtree(path, ignore_errors=True)
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be tidied up after a killed run: {_one_line(error)}") from error
+    return restored
+
+
+# -- finding -----------------------------------------------------------------------------------------------------------
+
+
+def checkpoint_step(checkpoint: Path) -> int | None:
+    """The update that a checkpoint folder is named after, None where the name is another."""
+    match = _FOLDER_NAME.fullmatch(checkpoint.name)
+    return int(match[1]) if match else None
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The finished checkpoints in `folder`, oldest first."""
-    found = [
-        (int(match[1]), path) for path in folder.glob("step_*") if (match := re.fullmatch(r"step_(\d+)", path.name))
-    ]
-    return [path for _, path in sorted(found) if (path / _STATE_FILE).is_file()]
+    """The finished checkpoints in `folder`, oldest first; whether they are still whole is not looked at.
+
+    Raises:
+        CheckpointError: the folder cannot be read.
+    """
+    try:
+        found = [(step, path) for path in folder.glob("step_*") if (step := checkpoint_step(path)) is not None]
+        return [path for _, path in sorted(found) if (path / MANIFEST_FILE).is_file()]
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be read: {_one_line(error)}") from error
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest finished checkpoint, unverified; `find_checkpoint` is what a resume wants."""
     checkpoints = list_checkpoints(folder)
     return checkpoints[-1] if checkpoints else None
+
+
+def find_checkpoint(folder: Path) -> FoundCheckpoint:
+    """The newest checkpoint that verifies and whose state can be read; reads the whole of those that it tries."""
+    passed_over = []
+    for checkpoint in reversed(list_checkpoints(folder)):
+        try:
+            verify_checkpoint(checkpoint)
+            read_state(checkpoint)
+        except CheckpointError as error:
+            passed_over.append(str(error))
+        else:
+            return FoundCheckpoint(path=checkpoint, passed_over=tuple(passed_over))
+    return FoundCheckpoint(path=None, passed_over=tuple(passed_over))
+
+
+# -- the state, read strictly ------------------------------------------------------------------------------------------
 
 
 def read_state(checkpoint: Path) -> TrainerState:
@@ -155,27 +285,80 @@ def read_state(checkpoint: Path) -> TrainerState:
         CheckpointError: it is not a checkpoint of ours, or it is damaged.
     """
     path = checkpoint / _STATE_FILE
+    record = read_json(path)
     try:
-        return TrainerState(**json.loads(path.read_text()))
-    except FileNotFoundError:
-        raise CheckpointError(f"{checkpoint} is not a checkpoint: it has no {_STATE_FILE}") from None
-    except (ValueError, TypeError) as error:
+        return _state_from(record)
+    except ValueError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
-def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-    """Restore AdamW's state and the random generators.
+def _state_from(record: Mapping[str, Any]) -> TrainerState:
+    """Every field, of its type and in its range.
 
     Raises:
-        CheckpointError: the file is missing or damaged, or belongs to another model.
+        ValueError: names the first that is not.
     """
-    path = checkpoint / _OPTIMIZER_FILE
-    try:
-        stored = torch.load(path, map_location=device, weights_only=True)
-        generators = stored["generators"]
-        optimizer.load_state_dict(stored["optimizer"])
-    except (OSError, EOFError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{path} is damaged or does not fit this model: {error!r}") from error
-    torch.set_rng_state(generators["cpu"].cpu())
-    if "cuda" in generators and device.type == "cuda":
-        torch.cuda.set_rng_state(generators["cuda"].cpu())
+    names = [setting.name for setting in fields(TrainerState)]
+    if unknown := [name for name in record if name not in names]:
+        raise ValueError(f"{unknown[0]!r:.80} is a field that this version does not know")
+    if missing := [name for name in names if name not in record]:
+        raise ValueError(f"the field {missing[0]!r} is missing")
+    for name in ("step", "policy_version", "rollouts", "completion_tokens", "skipped_in_a_row", "skipped_updates"):
+        _check(_is_count(record[name]), name, record[name], "a whole number of at least 0")
+    _check(_is_number(record["seconds"]) and record["seconds"] >= 0, "seconds", record["seconds"], "at least 0")
+    _check(isinstance(record["model"], str) and record["model"] != "", "model", record["model"], "a name")
+    run_id = record["wandb_run_id"]
+    whole_id = isinstance(run_id, str) and re.fullmatch(r"[A-Za-z0-9_-]{1,128}", run_id)  # names a folder at W&B
+    _check(run_id is None or bool(whole_id), "wandb_run_id", run_id, "letters, digits, - and _")
+    for name in ("config", "task"):
+        _check(isinstance(record[name], dict), name, record[name], "an object")
+    _check(isinstance(record["evaluations"], list), "evaluations", record["evaluations"], "a list")
+    for evaluation in record["evaluations"]:
+        _check_evaluation(evaluation, record["step"])
+    return TrainerState(**record)
+
+
+def _check_evaluation(evaluation: Any, step: int) -> None:
+    """What the report at the end of a run is made from."""
+    if not isinstance(evaluation, dict):
+        raise ValueError(f"an evaluation must be an object, not {evaluation!r:.80}")
+    at, problems = evaluation.get("step"), evaluation.get("num_problems")
+    _check(_is_count(at) and (at or 0) <= step, "step of an evaluation", at, f"a whole number up to {step}")
+    _check(_is_count(problems), "num_problems of an evaluation", problems, "a whole number of at least 0")
+    for name in ("accuracy", "strict_accuracy", "parse_err_rate", "truncation_rate", "avg_completion_length"):
+        value = evaluation.get(name)
+        _check(_is_number(value), f"{name} of an evaluation", value, "a number")
+    for name, value in evaluation.items():
+        if name.endswith("_ci95"):
+            two = isinstance(value, list) and len(value) == 2 and all(map(_is_number, value))
+            _check(two, f"{name} of an evaluation", value, "two numbers")
+
+
+def _check(holds: bool, name: str, value: object, expected: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} must be {expected}, not {value!r:.80}")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MAX_COUNT
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return -_MAX_COUNT <= value <= _MAX_COUNT  # false for NaN
+
+
+def _without_nan(value: Any) -> Any:
+    """`value` with null for what JSON has no number for."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(item) for item in value]
+    return value
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -54,6 +54,6 @@ def check_same_data_order(state: TrainerState, settings: Mapping[str, Any]) -> N
         if state.config.get(name, settings[name]) != settings[name]:
             what = "the number of training samples" if name == "num_train_samples" else "--" + name.replace("_", "-")
             raise ValueError(
-                f"the checkpoint was made with {what} {state.config[name]}, this run has {settings[name]}: with another, "
+                f"the checkpoint was made with {what} {state.config[name]!r:.40}, this run has {settings[name]}: with another, "
                 "prompts would be repeated or skipped; resume with the same, or start a run with --model CHECKPOINT"
             )

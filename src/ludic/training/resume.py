@@ -1,0 +1,101 @@
+"""Which settings of a resumed run are others than its checkpoint's, and would make it another run.
+
+A setting alters a run if it changes what is sampled, the loss, an optimizer step, or what its evaluations are compared
+with. The others are listed here with the reason why they do not; a setting that nobody has thought about alters it.
+"""
+
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+from ludic.telemetry.formatting import inert
+
+_HARMLESS = {
+    # The gradient is a sum over the update that does not depend on how it is cut and computed, beyond rounding.
+    "micro_token_budget": "how an update is cut into micro-batches",
+    "share_prompts": "whether a prompt is forwarded once or once a completion",
+    "gradient_checkpointing": "activations are kept or computed again",
+    "compile": "the same operations, fused or not",
+    "logprob_chunk": "how many tokens meet the vocabulary at once",
+    # When something is looked at or written.
+    "eval_every": "evaluation draws from seeds of its own and trains nothing",
+    "save_every": "only when a checkpoint is written",
+    "keep_checkpoints": "only how many stay",
+    "logprob_share": "compared, not trained on: where log-probs correct, all are asked for",
+    # Where it happens.
+    "concurrency": "every request has a seed of its own",
+    "out_dir": "where the files are",
+    "logger": "where the figures go",
+    "verbose": "what is said",
+}
+_SHOWN = 60
+_NAMES = {"num_train_samples": "the number of training samples"}
+
+
+def changed_settings(stored: Mapping[str, Any], given: Mapping[str, Any], *, step: int = 0) -> list[str]:
+    """One line for each setting that differs and alters the run, in the spelling of the command line.
+
+    Args:
+        stored: of the checkpoint, `TrainerState.config` and `task` together.
+        given: of this run.
+        step: updates done; a warm-up that is over no longer matters.
+
+    Example:
+        >>> changed_settings({"learning_rate": 1e-6, "save_every": 50}, {"learning_rate": 2e-6, "save_every": 10})
+        ['--learning-rate was 1e-06, is 2e-06']
+    """
+    lines = []
+    for name in sorted(stored.keys() | given.keys()):
+        if not _alters(name, stored, given, step):
+            continue
+        flag = _NAMES.get(name, "--" + name.replace("_", "-"))
+        if name not in stored:
+            lines.append(f"{flag} is {_shown(given[name])}, the checkpoint was made without it")
+        elif name not in given:
+            lines.append(f"{flag} was {_shown(stored[name])}, this version does not have it")
+        elif _plain(stored[name]) != _plain(given[name]):
+            before, now = _shown_apart(stored[name], given[name])
+            lines.append(f"{flag} was {before}, is {now}")
+    return [inert(line) for line in lines]
+
+
+def _alters(name: str, stored: Mapping[str, Any], given: Mapping[str, Any], step: int) -> bool:
+    constant = all(settings.get("lr_schedule", "constant") == "constant" for settings in (stored, given))
+    if name == "train_steps":  # how long a decay takes; a constant rate just goes on
+        return not constant
+    if name == "warmup_steps":  # where a decay begins, and the rate of the updates before
+        longest = max(_number(settings.get(name)) for settings in (stored, given))
+        return not constant or step < longest
+    return name not in _HARMLESS
+
+
+def _number(value: object) -> float:
+    return value if isinstance(value, (int, float)) else 0
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON gives it back, told apart from one of another type that Python calls equal."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return ("switch", value) if isinstance(value, bool) else value
+
+
+def _shown_apart(before: Any, now: Any) -> tuple[str, str]:
+    """Both values; of long texts what follows the beginning that they share."""
+    if isinstance(before, str) and isinstance(now, str) and max(len(before), len(now)) > _SHOWN:
+        shared = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(before, now, strict=False))))
+        if shared > _SHOWN // 2:
+            cut = shared - _SHOWN // 4
+            return "..." + _shown(before[cut:]), "..." + _shown(now[cut:])
+    return _shown(before), _shown(now)
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "the default"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    text = repr(value) if isinstance(value, str) and not value.isidentifier() else str(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text)} characters)"

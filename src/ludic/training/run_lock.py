@@ -1,0 +1,224 @@
+"""One run at a time in an --out-dir, and who it is that is there.
+
+The lock is the kernel's (`flock` on `run.lock`), so it ends with the process, however that ends; what the file says is for
+people. It is not handed to child processes, neither forked nor started. Evaluations write files of their own and need none.
+
+Left out: runs on two hosts that share a folder through a file system whose `flock` is local to each host. Where there is no
+`flock` at all, the run goes on with a warning.
+"""
+
+import contextlib
+import errno
+import fcntl
+import getpass
+import json
+import logging
+import os
+import shlex
+import socket
+import sys
+import time
+import weakref
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+
+from ludic.telemetry.formatting import inert
+
+logger = logging.getLogger(__name__)
+
+Identity = dict[str, str | int | float | None]
+
+LOCK_FILE = "run.lock"
+_NO_FLOCK = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}
+_MAX_BYTES = 65_536
+_SECRETS = ("key", "token", "secret", "password")
+
+
+class FolderInUseError(ValueError):
+    """Another run has the folder; one line that says which."""
+
+
+class RunLock:
+    """Holds `out_dir` for one run; a context manager.
+
+    Args:
+        out_dir: an existing folder.
+        identity: who holds it, as `identity` makes it.
+
+    Raises:
+        FolderInUseError: another run has it.
+        OSError: the lock file cannot be made; one line with the path.
+
+    Example:
+        >>> with RunLock(out_dir, identity(out_dir)):  # doctest: +SKIP
+        ...     train()
+    """
+
+    def __init__(self, out_dir: Path, identity: Mapping[str, str | int | float | None]) -> None:
+        self.path = out_dir / LOCK_FILE
+        self._record = {**identity, "command": _command()}
+        self._descriptor: int | None = None
+
+    def __enter__(self) -> "RunLock":
+        try:
+            # Not truncated before it is ours: another run's identity may be in it.
+            descriptor = os.open(
+                self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644
+            )
+        except OSError as error:
+            raise OSError(error.errno, f"cannot open {self.path}: {error.strerror}") from error
+        try:
+            self._lock(descriptor)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        self._descriptor = descriptor
+        _held.add(self)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is None:
+            return
+        _held.discard(self)
+        # The file stays: were it removed, a third run could lock a new one while a second waits for this. What it says is
+        # taken back; where the folder is gone or its disk fails, nobody reads it.
+        with contextlib.suppress(OSError):
+            os.ftruncate(descriptor, 0)
+        os.close(descriptor)
+
+    def _lock(self, descriptor: int) -> None:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FolderInUseError(self._refusal(descriptor)) from None
+        except OSError as error:
+            if error.errno not in _NO_FLOCK:
+                raise OSError(error.errno, f"cannot lock {self.path}: {error.strerror}") from error
+            logger.warning(
+                "%s: this file system has no locks (%s); see to it yourself that no other run writes to this folder",
+                self.path,
+                error.strerror,
+            )
+        try:
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps(self._record).encode("ascii") + b"\n", 0)
+        except OSError as error:  # the lock holds without it
+            logger.warning("cannot write to %s who has this folder: %s", self.path, error.strerror)
+
+    def _refusal(self, descriptor: int) -> str:
+        return (
+            f"{self.path.parent} is in use by another run ({describe(_read_record(descriptor))}): wait for it, stop it, "
+            "or choose another --out-dir"
+        )
+
+    def forget(self) -> None:
+        """Close the descriptor without unlocking: for a forked child, whose parent goes on holding the lock."""
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+_held: "weakref.WeakSet[RunLock]" = weakref.WeakSet()
+
+
+def _forget_all() -> None:
+    for lock in list(_held):
+        lock.forget()
+    _held.clear()
+
+
+# A forked child has a copy of the descriptor, which would keep the lock after the run's own end. Started programs have none.
+os.register_at_fork(after_in_child=_forget_all)
+
+
+def _read_record(descriptor: int) -> Mapping[str, object]:
+    """What the holder wrote; empty if it did not, or not yet."""
+    for _ in range(5):  # between taking the lock and having written lies a moment
+        with contextlib.suppress(ValueError, RecursionError, OSError):
+            record = json.loads(os.pread(descriptor, _MAX_BYTES, 0))
+            return record if isinstance(record, dict) else {}
+        time.sleep(0.02)
+    return {}
+
+
+def describe(record: Mapping[str, object]) -> str:
+    """A holder in words: `ann on node-3, process 812, since 2026-01-31 09:14:02 UTC: train_gsm8k.py --seed 1`."""
+
+    def said(name: str) -> str:
+        return inert(str(record.get(name) or "unknown"), 200)
+
+    if not record:
+        return "it has not said which"
+    where = f"{said('user')} on {said('host')}, process {said('pid')}, since {said('since')}"
+    return f"{where}: {said('command')}" if record.get("command") else where
+
+
+def identity(out_dir: Path) -> Identity:
+    """This process, for people and for `is_alive`: host, pid, pid_started, user, out_dir, since (UTC)."""
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "pid_started": _started(os.getpid()),
+        "user": _user(),
+        "out_dir": str(out_dir.absolute()),
+        "since": datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
+    }
+
+
+def is_alive(identity: Mapping[str, object]) -> bool | None:
+    """Whether that process still runs; None where that cannot be told from here (another host or container)."""
+    pid, started = identity.get("pid"), identity.get("pid_started")
+    if identity.get("host") != socket.gethostname() or not isinstance(pid, int) or isinstance(pid, bool):
+        return None
+    if not 0 < pid < 2**31:
+        return None
+    here, found = _started(os.getpid()), _started(pid)
+    if here is not None and (not isinstance(started, str) or started.rpartition(":")[0] != here.rpartition(":")[0]):
+        return None  # another boot, or other process numbers: hosts may share a name
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's process
+        pass
+    if here is None:  # a system without /proc: that a process has this number is all that can be seen
+        return True
+    return None if found is None else found == started
+
+
+def _started(pid: int) -> str | None:
+    """When a process started, as `boot:namespace:ticks`, which no clock change moves; None where it is not known.
+
+    Of a process that has ended and was not waited for, an empty text.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        namespace = os.stat("/proc/self/ns/pid").st_ino
+        # The name in parentheses may hold anything; the fields that follow it do not.
+        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return None
+    return "" if fields[0] in "ZX" else f"{boot}:{namespace}:{fields[19]}"
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError, ImportError):  # a container's user without a name
+        return f"user {os.getuid()}"
+
+
+def _command() -> str:
+    """The command line, without the values of flags that sound secret."""
+    words, hide = [], False
+    for word in sys.argv:
+        flag, equals, _ = word.partition("=")
+        secret = flag.startswith("-") and any(part in flag.lower() for part in _SECRETS)
+        words.append("..." if hide else f"{flag}=..." if secret and equals else word)
+        hide = secret and not equals
+    return inert(shlex.join([os.path.basename(words[0]), *words[1:]]) if words else "", 400)
