@@ -7,14 +7,17 @@ completions, in order, so that a test can say how the wire breaks.
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 from aiohttp import web
 from transformers import PreTrainedTokenizerFast
 
-from ludic.inference.generate_wire import PATH, PROTOCOL, Generated, decode_request, encode_reply
+from ludic.inference.generate_wire import PATH, PROTOCOL, Generated, GenerateRequest, decode_request, encode_reply
+from ludic.inference.server_guard import BOOT_HEADER, TRAINER_HEADER, ServerGuard
 
 MODEL = "tiny"
 
@@ -34,7 +37,12 @@ class FakeServer:
     api_key: str | None = None
     rl_routes: bool = True
     generate_route: bool = True
-    """Without both of these it is plain vLLM."""
+    """Without both of these, and with `boot` None, it is plain vLLM."""
+    boot: str | None = "b007" * 8
+    """In the header of each answer. Another one is a server that was started again: nobody holds it. None: no header, no
+    routes for trainers and nothing refused."""
+    clock_ahead_s: float = 0.0
+    """How far the clock of the trainers' lease has been put forward."""
     server_info: dict[str, Any] = field(
         default_factory=lambda: {
             "dtype": "float32",
@@ -52,12 +60,16 @@ class FakeServer:
     """The bodies of all completion requests, on either route."""
     paths: list[str] = field(default_factory=list)
     """Where each of them went."""
+    trainers: list[str | None] = field(default_factory=list)
+    """The trainer that each of them named."""
     in_flight: int = 0
     most_in_flight: int = 0
     """Completions, not requests."""
+    _guard: ServerGuard | None = None
 
     def app(self) -> web.Application:
-        app = web.Application(middlewares=[self._check_key])
+        app = web.Application(middlewares=[self._check_key, self._pass_guard])
+        app.on_response_prepare.append(self._add_boot)
         app.router.add_get("/v1/models", self._models)
         app.router.add_post("/tokenize", self._tokenize)
         app.router.add_post("/v1/completions", self._completions)
@@ -67,7 +79,47 @@ class FakeServer:
         if self.rl_routes:
             app.router.add_get("/is_paused", self._is_paused)
             app.router.add_post("/collective_rpc", self._collective_rpc)
+            app.router.add_post("/pause", self._pause)
+            app.router.add_post("/resume", self._resume)
         return app
+
+    async def _add_boot(self, request: web.Request, response: web.StreamResponse) -> None:
+        if self.boot is not None:
+            response.headers[BOOT_HEADER] = self.boot
+
+    @web.middleware
+    async def _pass_guard(self, request: web.Request, handler: Any) -> web.StreamResponse:
+        """Through the guard of the real server, which answers in the handler's place where it refuses."""
+        if self.boot is None:
+            answer: web.StreamResponse = await handler(request)
+            return answer
+        if self._guard is None or self._guard.boot != self.boot:
+            self._guard = ServerGuard(self._behind_guard, clock=lambda: time.monotonic() + self.clock_ahead_s)
+            self._guard.boot = self.boot
+        sent: list[Any] = []
+
+        async def receive() -> dict[str, Any]:
+            return {"type": "http.request", "body": await request.read()}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        headers = [(name.lower().encode(), value.encode()) for name, value in request.headers.items()]
+        scope: dict[str, Any] = {"type": "http", "method": request.method, "path": request.path, "headers": headers}
+        scope |= {"call": lambda: handler(request), "app": SimpleNamespace(exception_handlers={})}
+        await self._guard(scope, receive, send)
+        if "answer" in scope and sent[0]["status"] == scope["answer"].status:
+            if isinstance(scope["answer"], web.HTTPException):
+                raise scope["answer"]
+            return scope["answer"]  # type: ignore[no-any-return]
+        return web.Response(status=sent[0]["status"], body=sent[1]["body"], content_type="application/json")
+
+    async def _behind_guard(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            scope["answer"] = await scope["call"]()
+        except web.HTTPException as error:
+            scope["answer"] = error
+        await send({"type": "http.response.start", "status": scope["answer"].status, "headers": []})
 
     @web.middleware
     async def _check_key(self, request: web.Request, handler: Any) -> web.StreamResponse:
@@ -98,6 +150,14 @@ class FakeServer:
     async def _is_paused(self, request: web.Request) -> web.Response:
         return web.json_response({"is_paused": self.paused})
 
+    async def _pause(self, request: web.Request) -> web.Response:
+        self.paused = True
+        return web.json_response({"status": "paused"})
+
+    async def _resume(self, request: web.Request) -> web.Response:
+        self.paused = False
+        return web.json_response({"status": "resumed"})
+
     async def _collective_rpc(self, request: web.Request) -> web.Response:
         body = await request.json()
         if body["method"] != "ludic_server_info" or not self.server_info:
@@ -112,6 +172,7 @@ class FakeServer:
         body = await request.json()
         self.requests.append(body)
         self.paths.append(request.path)
+        self.trainers.append(request.headers.get(TRAINER_HEADER))
         self.in_flight += body["n"]
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
         try:
@@ -151,7 +212,7 @@ class FakeServer:
 
     def reply(self, body: dict[str, Any]) -> bytes:
         """What ludic's route answers."""
-        return encode_reply(self.completions(body))
+        return encode_reply(self.completions(body), GenerateRequest(**body))
 
     def answer(self, body: dict[str, Any]) -> dict[str, Any]:
         """What /v1/completions answers."""
@@ -166,7 +227,8 @@ class FakeServer:
             }
             for member, one in enumerate(self.completions(body))
         ]
-        return {"id": "cmpl-1", "object": "text_completion", "model": self.model, "choices": choices[::-1]}
+        name = f"cmpl-{body['request_id']}"
+        return {"id": name, "object": "text_completion", "model": self.model, "choices": choices[::-1]}
 
 
 @contextlib.asynccontextmanager

@@ -30,6 +30,7 @@ REQUEST = GenerateRequest(
     logprobs=True,
     seed=5,
     cache_salt="run-0",
+    request_id="attempt-1",
 )
 BODY = dataclasses.asdict(REQUEST)
 
@@ -41,21 +42,22 @@ def test_a_request_and_a_reply_come_out_as_they_went_in() -> None:
     assert generate_wire.decode_request(generate_wire.encode_request(REQUEST)) == REQUEST
     group = [
         Generated(token_ids=[40, 2**31 - 1, 1], logprobs=[-0.25, 0.0, -1e30], finish_reason="stop"),
-        Generated(token_ids=[], logprobs=None, finish_reason="length"),
+        Generated(token_ids=[9] * 8, logprobs=None, finish_reason="length"),
     ]
-    reply = generate_wire.decode_reply(generate_wire.encode_reply(group))
+    reply = generate_wire.decode_reply(generate_wire.encode_reply(group, REQUEST), REQUEST)
     assert reply[1] == group[1] and reply[0].token_ids == group[0].token_ids
     assert reply[0].logprobs == [-0.25, 0.0, pytest.approx(-1e30, rel=1e-6)]
 
 
 def test_arrays_travel_in_little_endian_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    request = dataclasses.replace(REQUEST, n=1)
     one = Generated(token_ids=[40, 1], logprobs=[-0.25, -0.5], finish_reason="stop")
-    (fields,) = json.loads(generate_wire.encode_reply([one]))["completions"]
+    (fields,) = json.loads(generate_wire.encode_reply([one], request))["completions"]
     assert fields == {"token_ids": "KAAAAAEAAAA=", "logprobs": "AACAvgAAAL8=", "finish_reason": "stop"}
     monkeypatch.setattr(sys, "byteorder", "big" if sys.byteorder == "little" else "little")
-    (swapped,) = json.loads(generate_wire.encode_reply([one]))["completions"]
-    assert swapped["token_ids"] == "AAAAKAAAAAE="
-    assert generate_wire.decode_reply(json.dumps({"completions": [swapped]}).encode()) == [one]
+    swapped = generate_wire.encode_reply([one], request)
+    assert json.loads(swapped)["completions"][0]["token_ids"] == "AAAAKAAAAAE="
+    assert generate_wire.decode_reply(swapped, request) == [one]
 
 
 @pytest.mark.parametrize(
@@ -236,7 +238,7 @@ async def test_the_engine_is_asked_for_exactly_the_request_and_its_tokens_come_b
     call = await Call(engine, encoded()).run()
     assert call.status == 200
     expected = Generated(token_ids=[40, 1], logprobs=[-0.25, -0.5], finish_reason="stop")
-    assert generate_wire.decode_reply(json.dumps(call.answer).encode()) == [expected, expected]
+    assert generate_wire.decode_reply(json.dumps(call.answer).encode(), REQUEST) == [expected, expected]
     ((prompt, params),) = engine.asked
     assert prompt == {"ids": [3, 40, 41], "salt": "run-0"}
     assert vars(params) == {
@@ -393,7 +395,7 @@ async def test_log_probs_come_from_the_workers_recorder_where_it_has_one(recordi
     route = GenerateRoute(behind)
     for _ in range(2):
         call = await Call(recording, encoded()).run(route)
-        reply = generate_wire.decode_reply(json.dumps(call.answer).encode())
+        reply = generate_wire.decode_reply(json.dumps(call.answer).encode(), REQUEST)
         assert [one.logprobs for one in reply] == [[-0.75, -1.5]] * 2
         assert [one.token_ids for one in reply] == [[40, 1]] * 2
     assert [params.logprobs for _, params in recording.asked] == [None, None], "vLLM need not send any"
@@ -430,7 +432,7 @@ async def test_log_probs_of_other_tokens_than_the_completions_are_not_believed(
 ) -> None:
     recording.taken[1] = entry
     call = await Call(recording, encoded()).run()
-    reply = generate_wire.decode_reply(json.dumps(call.answer).encode())
+    reply = generate_wire.decode_reply(json.dumps(call.answer).encode(), REQUEST)
     assert [one.logprobs for one in reply] == [[-0.75, -1.5], None]
     assert "log-probs of 1 completions of 2 are not known" in caplog.text
 
@@ -475,9 +477,9 @@ async def test_a_recorder_that_could_not_be_started_is_asked_again(recording: En
     assert recording.asked[-1][1].logprobs is None, "recorded"
 
 
-REQUEST = GenerateRequest(
+SHORT_REQUEST = GenerateRequest(
     model="tiny", prompt_token_ids=[1], n=2, max_tokens=4, temperature=1.0, top_p=1.0, stop_token_ids=[], logprobs=True,
-    seed=None, cache_salt=None,
+    seed=None, cache_salt=None, request_id="attempt-2",
 )  # fmt: skip
 
 
@@ -498,11 +500,11 @@ async def test_a_recorder_that_never_starts_leaves_vllms_own_log_probs_and_is_no
     recorder, worker = generate_route._Recorder(), BrokenWorker()
     args = SimpleNamespace(worker_extension_cls=generate_route.WORKER_EXTENSION)
     state = SimpleNamespace(engine_client=worker, args=args)
-    assert [await recorder.records(state, REQUEST) for _ in range(9)] == [False] * 9
+    assert [await recorder.records(state, SHORT_REQUEST) for _ in range(9)] == [False] * 9
     assert worker.asked == generate_route.MAX_STARTS
     assert "could not be started, so these are vLLM's own: ludic_record_logprobs: no C compiler" in caplog.text
 
 
 async def test_records_that_cannot_be_read_cost_the_log_probs_and_not_the_completions() -> None:
     group = [SimpleNamespace(token_ids=[4, 5]), SimpleNamespace(token_ids=[6])]
-    assert await generate_route._Recorder().take(BrokenWorker(), "key", REQUEST, group) == [None, None]
+    assert await generate_route._Recorder().take(BrokenWorker(), "key", SHORT_REQUEST, group) == [None, None]

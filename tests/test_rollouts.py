@@ -1,8 +1,10 @@
 """Rollouts: groups in the order of their prompts, complete records, and a failure that is never a shorter group."""
 
 import asyncio
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 import pytest
@@ -50,6 +52,12 @@ class EchoEngine:
 
     async def update_weights(self, model: torch.nn.Module, *, policy_version: int) -> WeightSyncReport:
         raise AssertionError("rollouts do not change weights")
+
+    def reserve_model(self) -> AbstractAsyncContextManager[None]:
+        return contextlib.nullcontext()
+
+    def counts(self) -> dict[str, float]:
+        return {}
 
     async def aclose(self) -> None:
         raise AssertionError("rollouts do not close the engine")
@@ -267,6 +275,7 @@ def test_the_metrics_of_an_update_are_those_counted_by_hand() -> None:
         "prompt_tokens": 24,
         "staleness": 0.5,
         "staleness_max": 2,
+        "grader_timeouts": 0.0,
         "grader_failures": 1.0,
     }
 

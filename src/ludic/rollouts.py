@@ -212,4 +212,5 @@ def rollout_metrics(groups: Sequence[RolloutGroup], *, policy_version: int) -> d
         "staleness": sum(policy_version - rollout.completion.policy_version for rollout in rollouts) / count,
         "staleness_max": max(policy_version - rollout.completion.policy_version for rollout in rollouts),
         "grader_failures": sum(rollout.score.parts.get("grader_failed", 0.0) for rollout in rollouts),
+        "grader_timeouts": sum(rollout.score.parts.get("grader_timeout", 0.0) for rollout in rollouts),
     }

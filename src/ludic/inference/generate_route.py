@@ -18,7 +18,7 @@ import asyncio
 import json
 import logging
 import uuid
-from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
+from collections.abc import Awaitable, Callable, Coroutine, MutableMapping, Sequence
 from typing import Any
 
 from ludic.inference.generate_wire import (
@@ -44,7 +44,10 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-_ERROR_TYPES = {400: "BadRequestError", 404: "NotFoundError", 413: "RequestEntityTooLarge", 415: "UnsupportedMediaType"}
+_ERROR_TYPES = {
+    400: "BadRequestError", 403: "ForbiddenError", 404: "NotFoundError", 408: "RequestTimeoutError",
+    409: "ConflictError", 413: "RequestEntityTooLarge", 415: "UnsupportedMediaType",
+}  # fmt: skip
 
 
 class GenerateRoute:
@@ -58,22 +61,28 @@ class GenerateRoute:
         if scope["type"] != "http" or request_path(scope) != PATH:
             await self._app(scope, receive, send)
         elif scope["method"] == "GET":
-            await _respond(send, 200, json.dumps({"protocol": PROTOCOL}).encode())
+            await respond(send, 200, json.dumps({"protocol": PROTOCOL}).encode())
         elif scope["method"] != "POST":
-            await _respond(send, 405, error_body(405, f"{PATH} takes GET and POST, not {scope['method']}"))
+            await respond(send, 405, error_body(405, f"{PATH} takes GET and POST, not {scope['method']}"))
         else:
             try:
                 reply = await _serve(scope, receive, self._recorder)
             except RequestRefusedError as error:
-                await _respond(send, error.status, error_body(error.status, str(error)))
+                await respond(send, error.status, error_body(error.status, str(error)))
             else:
                 if reply is not None:
-                    await _respond(send, 200, reply)
+                    await respond(send, 200, reply)
 
 
 def request_path(scope: Scope) -> str:
-    """The path below the prefix under which a proxy has mounted the server."""
-    return str(scope["path"]).removeprefix(str(scope.get("root_path", "")))
+    """The path below the prefix under which a proxy has mounted the server, as vLLM's router sees it.
+
+    The server has decoded percent signs. The prefix is cut off where it ends at a slash, and once; the router knows no
+    other spelling of a path, and neither must who decides what may reach it.
+    """
+    path, prefix = str(scope["path"]), str(scope.get("root_path") or "")
+    below = path[len(prefix) :] if path.startswith(prefix) else path
+    return below if below[:1] in ("", "/") else path
 
 
 def error_body(status: int, message: str) -> bytes:
@@ -82,8 +91,9 @@ def error_body(status: int, message: str) -> bytes:
     return json.dumps({"error": {"message": message, "type": kind, "param": None, "code": status}}).encode()
 
 
-async def _respond(send: Send, status: int, body: bytes) -> None:
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+async def respond(send: Send, status: int, body: bytes, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
+    """Answer with JSON."""
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), *headers]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
 
@@ -112,7 +122,7 @@ async def _serve(scope: Scope, receive: Receive, recorder: "_Recorder") -> bytes
             f"model's context of {context} tokens: shorten one of them, or start the server with a longer --max-model-len"
         )
     completions = await _unless_caller_leaves(receive, _generate(state, request, recorder))
-    return None if completions is None else encode_reply(completions)
+    return None if completions is None else encode_reply(completions, request)
 
 
 async def _read_body(receive: Receive) -> bytes | None:

@@ -4,10 +4,16 @@ Ludic's own is what `generate_route` serves. An array travels as base64 of littl
 the engine's log-probs are float32, and several times cheaper to write and to read than a JSON list.
 
     request   {"model": "m", "prompt_token_ids": [3, 40], "n": 2, "max_tokens": 8, "temperature": 1.0, "top_p": 1.0,
-               "stop_token_ids": [1], "logprobs": true, "seed": null, "cache_salt": "a-0"}
-    reply     {"completions": [{"token_ids": "KAAAAAEAAAA=", "logprobs": "AACAvgAAAL8=", "finish_reason": "stop"}, ...]}
+               "stop_token_ids": [1], "logprobs": true, "seed": null, "cache_salt": "a-0", "request_id": "5f0c"}
+    reply     {"request_id": "5f0c", "n": 2, "prompt_tokens": 2, "completions": [
+               {"token_ids": "KAAAAAEAAAA=", "logprobs": "AACAvgAAAL8=", "finish_reason": "stop"}, ...]}
 
-Left out: streaming, text, stop strings, penalties. This module imports neither vLLM nor torch.
+Nothing in HTTP says which request a reply answers but its place on a connection, and a reply that was sent twice, or to a
+request that was given up, has another's place. So each attempt has an id of its own, and a reply repeats it: what does not
+fit the request in every respect is no reply to it.
+
+Left out: streaming, text, stop strings, penalties; a checksum, since TCP has one, and a proxy that rewrites a reply's
+tokens would rewrite that too. This module imports neither vLLM nor torch.
 """
 
 import array
@@ -15,13 +21,14 @@ import base64
 import dataclasses
 import json
 import math
+import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 PATH = "/ludic/v1/generate"
-PROTOCOL = 1
+PROTOCOL = 2
 """What `GET` of the path answers: a client of another protocol takes `/v1/completions`."""
 COMPLETIONS_PATH = "/v1/completions"
 RECORDED_PREFIX = "ludic-lp-"
@@ -29,6 +36,12 @@ RECORDED_PREFIX = "ludic-lp-"
 MAX_TOKEN_ID = 2**31 - 1
 MAX_SEED = 2**63 - 2**20
 """vLLM adds a member's number to the seed, and the sum must stay a signed 64-bit number."""
+MAX_COMPLETIONS = 2**14
+"""Of one request: vLLM makes an object of each before the first token."""
+MAX_LOGPROB = 1e-3
+"""A log-probability is at most 0, but for the rounding of float32 where logits are in the thousands."""
+
+_REQUEST_ID = re.compile("[0-9A-Za-z_-]{1,64}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +62,8 @@ class GenerateRequest:
     """Member i of the request draws with `seed + i`."""
     cache_salt: str | None
     """Requests share prefix-cache blocks only with requests of the same salt."""
+    request_id: str
+    """Names one attempt, and no other: 1 to 64 letters, digits, dashes and underscores."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +83,10 @@ class RequestRefusedError(ValueError):
     def __init__(self, message: str, *, status: int = 400) -> None:
         super().__init__(message)
         self.status = status
+
+
+class BadReplyError(ValueError):
+    """What came is not the reply to this request: cut off, damaged, another's, or not what was asked for."""
 
 
 def encode_request(request: GenerateRequest) -> bytes:
@@ -92,19 +111,16 @@ def decode_request(body: bytes) -> GenerateRequest:
     _check_token_ids("stop_token_ids", fields)
     if not fields["prompt_token_ids"]:
         raise RequestRefusedError("prompt_token_ids must hold at least one token")
-    for name, top in (("n", MAX_TOKEN_ID), ("max_tokens", MAX_TOKEN_ID), ("seed", MAX_SEED)):
+    for name, top in (("n", MAX_COMPLETIONS), ("max_tokens", MAX_TOKEN_ID), ("seed", MAX_SEED)):
         value, low = fields[name], 0 if name == "seed" else 1
         if not (name == "seed" and value is None) and not (type(value) is int and low <= value <= top):
             raise RequestRefusedError(f"{name} must be a whole number from {low} to {top}, not {value!r:.80}")
     for name in ("temperature", "top_p"):
-        value = fields[name]
-        if type(value) not in (int, float) or not math.isfinite(value):
-            raise RequestRefusedError(f"{name} must be a finite number, not {value!r:.80}")
+        if not _is_finite(fields[name]):
+            raise RequestRefusedError(f"{name} must be a finite number, not {fields[name]!r:.80}")
     if type(fields["logprobs"]) is not bool:
         raise RequestRefusedError(f"logprobs must be true or false, not {fields['logprobs']!r:.80}")
-    salt = fields["cache_salt"]
-    if type(fields["model"]) is not str or not (salt is None or (type(salt) is str and 0 < len(salt) <= 1024)):
-        raise RequestRefusedError("model must be a string, and cache_salt null or a string of 1 to 1024 characters")
+    _check_names(fields)
     return GenerateRequest(**fields)
 
 
@@ -115,33 +131,70 @@ def _check_token_ids(name: str, fields: dict[str, Any]) -> None:
         raise RequestRefusedError(f"{name} must be a list of token ids from 0 to {MAX_TOKEN_ID}")
 
 
-def encode_reply(completions: Iterable[Generated]) -> bytes:
-    fields = [
-        {
-            "token_ids": _pack("i", completion.token_ids),
-            "logprobs": None if completion.logprobs is None else _pack("f", completion.logprobs),
-            "finish_reason": completion.finish_reason,
-        }
-        for completion in completions
-    ]
-    return json.dumps({"completions": fields}, separators=(",", ":")).encode()
-
-
-def decode_reply(body: bytes) -> list[Generated]:
-    """The completions of a reply, in the order of their members."""
-    return [
-        Generated(
-            token_ids=_unpack("i", fields["token_ids"]),
-            logprobs=None if fields["logprobs"] is None else _unpack("f", fields["logprobs"]),
-            finish_reason=fields["finish_reason"],
+def _check_names(fields: dict[str, Any]) -> None:
+    request_id, salt = fields["request_id"], fields["cache_salt"]
+    if type(request_id) is not str or not _REQUEST_ID.fullmatch(request_id):
+        raise RequestRefusedError("request_id must be 1 to 64 letters, digits, dashes and underscores")
+    # isprintable: half a surrogate pair is a string in JSON, and nothing that can be hashed or logged.
+    fits = salt is None or (type(salt) is str and 0 < len(salt) <= 1024 and salt.isprintable())
+    if type(fields["model"]) is not str or not fits:
+        raise RequestRefusedError(
+            "model must be a string, and cache_salt null or a string of 1 to 1024 printable characters"
         )
-        for fields in json.loads(body)["completions"]
-    ]
+
+
+def encode_reply(completions: Iterable[Generated], request: GenerateRequest) -> bytes:
+    """The reply to `request`; the completions are in the order of their members."""
+    reply = {
+        "request_id": request.request_id,
+        "n": request.n,
+        "prompt_tokens": len(request.prompt_token_ids),
+        "completions": [
+            {
+                "token_ids": _pack("i", completion.token_ids),
+                "logprobs": None if completion.logprobs is None else _pack("f", completion.logprobs),
+                "finish_reason": completion.finish_reason,
+            }
+            for completion in completions
+        ],
+    }
+    return json.dumps(reply, separators=(",", ":")).encode()
+
+
+def decode_reply(body: bytes, request: GenerateRequest, *, vocab_size: int | None = None) -> list[Generated]:
+    """The completions of the reply to `request`, in the order of their members.
+
+    Args:
+        vocab_size: rows of the model's embedding; no token id may reach it. None: any id that int32 holds may come.
+
+    Raises:
+        BadReplyError: it is not the reply to this request, or not a whole one.
+    """
+    reply = _object(body, max_reply_bytes(request))
+    _check_fields("the reply", reply, _REPLY_FIELDS)
+    _check_echo("request_id", reply["request_id"], request.request_id)
+    _check_echo("n", reply["n"], request.n)
+    _check_echo("prompt_tokens", reply["prompt_tokens"], len(request.prompt_token_ids))
+    group = []
+    for fields in _members(reply["completions"], request):
+        _check_fields("a completion", fields, _COMPLETION_FIELDS)
+        packed = fields["logprobs"]
+        token_ids: list[int] = _unpack("i", fields["token_ids"], request.max_tokens)
+        logprobs: list[float] | None = None if packed is None else _unpack("f", packed, request.max_tokens)
+        group.append(_checked(token_ids, logprobs, fields["finish_reason"], request, vocab_size))
+    return group
+
+
+def max_reply_bytes(request: GenerateRequest) -> int:
+    """More than a reply to `request` can have: two arrays of 4 bytes a token in base64, and some names."""
+    array_bytes = 4 * math.ceil(4 * request.max_tokens / 3)
+    return 1024 + request.n * (2 * array_bytes + 256)
 
 
 def encode_completions_request(request: GenerateRequest) -> bytes:
     """The same request for `/v1/completions`, where optional fields are left out."""
     body: dict[str, Any] = {
+        "request_id": request.request_id,
         "model": request.model,
         "prompt": request.prompt_token_ids,
         "n": request.n,
@@ -160,16 +213,113 @@ def encode_completions_request(request: GenerateRequest) -> bytes:
     return json.dumps(body, separators=(",", ":")).encode()
 
 
-def decode_completions_reply(body: bytes) -> list[Generated]:
-    choices = sorted(json.loads(body)["choices"], key=lambda choice: int(choice["index"]))
-    return [
-        Generated(
-            token_ids=choice["token_ids"],
-            logprobs=None if choice["logprobs"] is None else choice["logprobs"]["token_logprobs"],
-            finish_reason=choice["finish_reason"],
+def decode_completions_reply(
+    body: bytes, request: GenerateRequest, *, vocab_size: int | None = None
+) -> list[Generated]:
+    """The same as `decode_reply` for `/v1/completions`: vLLM repeats the request's id, and each choice the whole prompt."""
+    reply = _object(body, max_completions_reply_bytes(request))
+    _check_echo("id", reply.get("id"), f"cmpl-{request.request_id}")
+    choices = _members(reply.get("choices"), request)
+    if any(type(choice.get("index")) is not int for choice in choices):
+        raise BadReplyError("a choice has no index")
+    choices.sort(key=lambda choice: int(choice["index"]))
+    if [choice["index"] for choice in choices] != list(range(request.n)):
+        raise BadReplyError(f"the indices of {request.n} choices are not 0 to {request.n - 1}, each once")
+    group = []
+    for choice in choices:
+        if choice.get("prompt_token_ids") != request.prompt_token_ids:
+            raise BadReplyError("the reply is to another prompt")
+        token_ids = choice.get("token_ids")
+        if type(token_ids) is not list or not all(type(token) is int for token in token_ids):
+            raise BadReplyError("token_ids is not a list of whole numbers")
+        logprobs = _token_logprobs(choice.get("logprobs"))
+        group.append(_checked(token_ids, logprobs, choice.get("finish_reason"), request, vocab_size))
+    return group
+
+
+def max_completions_reply_bytes(request: GenerateRequest) -> int:
+    """Of `/v1/completions`: each token is there as an id, as a log-prob with all digits, and three times as text; each choice
+    repeats the prompt."""
+    return 4096 + request.n * (1024 * request.max_tokens + 16 * len(request.prompt_token_ids) + 1024)
+
+
+def _token_logprobs(logprobs: object) -> list[float] | None:
+    if logprobs is None:
+        return None
+    values = logprobs.get("token_logprobs") if isinstance(logprobs, dict) else None
+    if type(values) is not list or not all(map(_is_finite, values)):
+        raise BadReplyError("token_logprobs is not a list of finite numbers")
+    return [float(value) for value in values]
+
+
+# --- what both replies are checked for --------------------------------------------------------------------------------
+
+_REPLY_FIELDS = frozenset({"request_id", "n", "prompt_tokens", "completions"})
+_COMPLETION_FIELDS = frozenset({"token_ids", "logprobs", "finish_reason"})
+
+
+def _object(body: bytes, limit: int) -> dict[str, Any]:
+    if len(body) > limit:
+        raise BadReplyError(f"a reply of {len(body)} bytes, where {limit} would be the most")
+    try:
+        reply = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise BadReplyError(f"the reply is not JSON: {error}") from error
+    if not isinstance(reply, dict):
+        raise BadReplyError(f"the reply is not an object but a {type(reply).__name__}")
+    return reply
+
+
+def _check_fields(what: str, fields: dict[str, Any], names: Collection[str]) -> None:
+    if fields.keys() != names:
+        raise BadReplyError(f"{what} must have the fields {', '.join(sorted(names))}, not {sorted(fields)!r:.200}")
+
+
+def _check_echo(name: str, given: object, sent: str | int) -> None:
+    if type(given) is not type(sent) or given != sent:
+        raise BadReplyError(f"the reply is to another request: its {name} is {given!r:.80}, not {sent!r}")
+
+
+def _members(members: object, request: GenerateRequest) -> list[dict[str, Any]]:
+    if type(members) is not list or not all(isinstance(member, dict) for member in members):
+        raise BadReplyError("the completions are not a list of objects")
+    if len(members) != request.n:
+        raise BadReplyError(f"asked for {request.n} completions, the server returned {len(members)}")
+    return members
+
+
+def _checked(
+    token_ids: list[int],
+    logprobs: list[float] | None,
+    finish_reason: object,
+    request: GenerateRequest,
+    vocab_size: int | None,
+) -> Generated:
+    if type(finish_reason) is not str or finish_reason not in ("stop", "length"):
+        raise BadReplyError(f"a completion ended with {finish_reason!r:.80}, which is neither stop nor length")
+    count, most = len(token_ids), request.max_tokens
+    # vLLM says length at max_tokens and nowhere else: requests that the context would cut short are refused.
+    if not 1 <= count <= most or (finish_reason == "length" and count != most):
+        raise BadReplyError(f"a completion of {count} tokens ended with {finish_reason}, where max_tokens is {most}")
+    top = MAX_TOKEN_ID if vocab_size is None else vocab_size - 1
+    if min(token_ids) < 0 or max(token_ids) > top:
+        raise BadReplyError(
+            f"token ids from {min(token_ids)} to {max(token_ids)}, where 0 to {top} would be the model's"
         )
-        for choice in choices
-    ]
+    if logprobs is not None:  # None: not asked for, or not known for sure
+        if not request.logprobs:
+            raise BadReplyError("the reply has log-probs, and none were asked for")
+        if len(logprobs) != count:
+            raise BadReplyError(f"the server returned {count} tokens but {len(logprobs)} log-probs")
+        if not all(map(math.isfinite, logprobs)) or max(logprobs) > MAX_LOGPROB:
+            raise BadReplyError("a log-prob is no finite number, or above 0")
+    return Generated(token_ids=token_ids, logprobs=logprobs, finish_reason=finish_reason)
+
+
+def _is_finite(value: object) -> bool:
+    if type(value) is int:  # isfinite refuses those that no float holds
+        return abs(value) < 2**1023
+    return type(value) is float and math.isfinite(value)
 
 
 def _pack(kind: str, values: Iterable[float]) -> str:
@@ -179,9 +329,45 @@ def _pack(kind: str, values: Iterable[float]) -> str:
     return base64.b64encode(numbers.tobytes()).decode("ascii")
 
 
-def _unpack(kind: str, text: str) -> list[Any]:
-    numbers = array.array(kind)
-    numbers.frombytes(base64.b64decode(text))
+def _unpack(kind: str, text: object, most: int) -> list[Any]:
+    """[at most `most`] numbers of 4 bytes."""
+    if type(text) is not str or len(text) > 4 * math.ceil(4 * most / 3):
+        raise BadReplyError(f"an array is not base64 of at most {most} numbers")
+    try:
+        raw = base64.b64decode(text, validate=True)
+    except ValueError as error:
+        raise BadReplyError(f"an array is not base64: {error}") from error
+    if len(raw) % 4:
+        raise BadReplyError(f"an array of {len(raw)} bytes, which is no multiple of 4")
+    numbers = array.array(kind, raw)
     if sys.byteorder == "big":
         numbers.byteswap()
     return numbers.tolist()
+
+
+# --- the two as one thing ---------------------------------------------------------------------------------------------
+
+
+class _Decode(Protocol):
+    def __call__(self, body: bytes, request: GenerateRequest, *, vocab_size: int | None = None) -> list[Generated]: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Route:
+    """Where a request goes, and how it and its reply are written there."""
+
+    path: str
+    encode: Callable[[GenerateRequest], bytes]
+    decode: _Decode
+    """Raises BadReplyError."""
+    max_reply_bytes: Callable[[GenerateRequest], int]
+    """No reply is longer, so that nobody need read on."""
+
+
+OWN_ROUTE = Route(path=PATH, encode=encode_request, decode=decode_reply, max_reply_bytes=max_reply_bytes)
+COMPLETIONS_ROUTE = Route(
+    path=COMPLETIONS_PATH,
+    encode=encode_completions_request,
+    decode=decode_completions_reply,
+    max_reply_bytes=max_completions_reply_bytes,
+)
