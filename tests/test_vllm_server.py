@@ -5,6 +5,7 @@ answers /health, or without any.
 """
 
 import argparse
+import hmac
 import importlib
 import json
 import os
@@ -56,6 +57,7 @@ def arguments(**given: object) -> argparse.Namespace:
         "generation_config": "vllm",
         "override_generation_config": {},
         "data_parallel_size": 1,
+        "api_server_count": None,
     }
     return argparse.Namespace(**(defaults | given))
 
@@ -63,6 +65,11 @@ def arguments(**given: object) -> argparse.Namespace:
 def test_several_engines_behind_one_server_are_refused_for_only_one_could_be_proven() -> None:
     assert "--data-parallel-size 2" in vllm_server.unsafe_setting(arguments(data_parallel_size=2), [])
     assert vllm_server.unsafe_setting(arguments(), []) == ""
+
+
+def test_several_front_ends_are_refused_for_each_would_have_a_lease_of_its_own() -> None:
+    assert "--api-server-count 2" in vllm_server.unsafe_setting(arguments(api_server_count=2), [])
+    assert vllm_server.unsafe_setting(arguments(api_server_count=1), []) == ""
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
@@ -73,7 +80,7 @@ def test_a_loopback_host_needs_no_key(host: str) -> None:
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "", None, "192.168.1.7", "no-such-host.invalid"])
 def test_any_other_host_is_refused_without_a_key_and_served_with_one(host: str | None) -> None:
     problem = vllm_server.unsafe_setting(arguments(host=host), [])
-    assert "not loopback" in problem and "--api-key" in problem and "\n" not in problem
+    assert "not loopback" in problem and "--api-key-file" in problem and "\n" not in problem
     assert vllm_server.unsafe_setting(arguments(host=host), ["secret"]) == ""
 
 
@@ -85,13 +92,89 @@ def test_a_front_end_without_rl_routes_is_refused() -> None:
     assert "--grpc" in vllm_server.unsafe_setting(arguments(grpc=True), [])
 
 
-def test_keys_come_from_the_flag_before_the_environment_and_empty_ones_do_not_count(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.fixture
+def no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in vllm_server.KEY_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.usefixtures("no_keys")
+def test_keys_come_from_the_file_before_the_environment_and_empty_ones_do_not_count(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("VLLM_API_KEY", "from-environment")
-    assert vllm_server.api_keys(arguments(api_key=["a", "b"])) == ["a", "b"]
-    assert vllm_server.api_keys(arguments()) == ["from-environment"]
-    assert vllm_server.api_keys(arguments(api_key=[""])) == []
+    assert vllm_server.take_api_keys(None) == []
+    monkeypatch.setenv("VLLM_API_KEY", "of-vllm")
+    monkeypatch.setenv("LUDIC_API_KEY", " ")
+    assert vllm_server.take_api_keys(None) == ["of-vllm"]
+    monkeypatch.setenv("VLLM_API_KEY", "of-vllm")
+    monkeypatch.setenv("LUDIC_API_KEY", "of-ludic")
+    assert vllm_server.take_api_keys(None) == ["of-ludic", "of-vllm"]
+    monkeypatch.setenv("VLLM_API_KEY", "of-vllm")
+    keys = tmp_path / "keys"
+    keys.write_text("first-key\r\n\n  second-key \nfirst-key")
+    keys.chmod(0o600)
+    assert vllm_server.take_api_keys(str(keys)) == ["first-key", "second-key"]
+
+
+@pytest.mark.usefixtures("no_keys")
+def test_the_keys_variables_are_gone_once_they_were_read_so_that_no_other_process_inherits_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "key").write_text("of-the-file")
+    for key_file in (None, str(tmp_path / "key")):
+        for name in vllm_server.KEY_VARIABLES:
+            monkeypatch.setenv(name, "secret")
+        vllm_server.take_api_keys(key_file)
+        assert not any(name in os.environ for name in vllm_server.KEY_VARIABLES)
+
+
+@pytest.mark.usefixtures("no_keys")
+def test_a_key_file_that_everybody_can_read_is_warned_of_and_taken(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    key = tmp_path / "key"
+    key.write_text("the-key")
+    for mode, is_warned in ((0o600, False), (0o640, False), (0o444, True), (0o604, True)):
+        caplog.clear()
+        key.chmod(mode)
+        assert vllm_server.take_api_keys(str(key)) == ["the-key"]
+        assert (f"can read {key}: chmod 600 it" in caplog.text) is is_warned
+        assert "the-key" not in caplog.text.replace(str(key), "")
+
+
+@pytest.mark.usefixtures("no_keys")
+@pytest.mark.parametrize(
+    "content", [b"", b" \n\n", b"two words", "schlüssel".encode(), b"\xff\xfe", b"a\x00b", b"a\tb"]
+)
+def test_a_key_that_no_header_can_hold_is_refused_and_not_repeated(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "file").write_bytes(content)
+    with pytest.raises(ValueError) as refusal:
+        vllm_server.take_api_keys(str(tmp_path / "file"))
+    message = str(refusal.value)
+    assert "--api-key-file" in message and "\n" not in message
+    assert "two words" not in message and "schl" not in message
+    with pytest.raises(FileNotFoundError, match="no-such-file"):
+        vllm_server.take_api_keys(str(tmp_path / "no-such-file"))
+
+
+@pytest.mark.parametrize(
+    "flags", [["--api-key", "s3cret"], ["--api_key=s3cret"], ["--port", "8001", "--api-key", "s3cret", "b"]]
+)
+def test_a_key_on_the_command_line_is_refused_before_anything_is_imported_and_is_not_repeated(
+    flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "1")  # so that what main() sets does not outlive the test
+    monkeypatch.setattr(vllm_server, "check_vllm_version", lambda: pytest.fail("vLLM was imported"))
+    with pytest.raises(SystemExit) as stop:
+        vllm_server.main(flags)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and "s3cret" not in line
+    assert all(way in line for way in ("--api-key-file", "LUDIC_API_KEY", "VLLM_API_KEY"))
+
+
+def test_a_key_in_a_file_of_settings_is_refused_too() -> None:
+    problem = vllm_server.unsafe_setting(arguments(api_key=["s3cret"]), [])
+    assert "--api-key-file" in problem and "s3cret" not in problem
 
 
 @pytest.mark.parametrize(
@@ -158,13 +241,19 @@ async def status_of(method: str, path: str, *headers: tuple[bytes, bytes], kind:
     return int(sent[0].get("status", sent[0].get("code", 0)))
 
 
+def set_keys(monkeypatch: pytest.MonkeyPatch, *keys: str) -> None:
+    """As main() hands them to the middleware."""
+    hashes = [vllm_server._fingerprint(key.encode()).hex() for key in keys]
+    monkeypatch.setenv(vllm_server.KEY_HASHES_VARIABLE, json.dumps(hashes))
+
+
 def bearer(key: str) -> tuple[bytes, bytes]:
     return b"authorization", f"Bearer {key}".encode()
 
 
 @pytest.fixture
 def keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(vllm_server.API_KEYS_VARIABLE, json.dumps(["first-key", "second-key"]))
+    set_keys(monkeypatch, "first-key", "second-key")
 
 
 @pytest.mark.usefixtures("keys")
@@ -198,8 +287,67 @@ async def test_a_websocket_without_the_key_is_closed() -> None:
 
 
 async def test_without_keys_every_request_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(vllm_server.API_KEYS_VARIABLE, raising=False)
+    set_keys(monkeypatch)
     assert await status_of("POST", "/pause") == 200
+
+
+def test_a_server_that_was_told_nothing_of_keys_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(vllm_server.KEY_HASHES_VARIABLE, raising=False)
+    with pytest.raises(KeyError):
+        RequireApiKey(lambda *_: pytest.fail("it was asked"))
+
+
+@pytest.mark.usefixtures("keys")
+@pytest.mark.parametrize(
+    "headers",
+    [
+        [bearer("first-key"), bearer("first-key")],
+        [bearer("first-key"), bearer("wrong")],
+        [(b"authorization", b"Bearer wrong"), (b"Authorization", b"Bearer first-key")],
+        [(b"authorization", b"Basic first-key")],
+        [(b"authorization", b"Bearer")],
+        [(b"authorization", b"first-key")],
+        [(b"authorization", b"")],
+        [(b"authorization", b"Bearer first-key\xff")],
+        [(b"authorization", b"Bearer \xff\xfe\x00")],
+        [(b"authorization", "Bearer fïrst-key".encode())],
+        [(b"authorization", "Bearer fïrst-key".encode("latin-1"))],
+        [(b"authorization", b"Bearer first-key, Bearer second-key")],
+        [(b"authorization", b"Bearer " + b"x" * 100_000)],
+        [(b"x-api-key", b"first-key")],
+        [(b"cookie", b"authorization=Bearer first-key")],
+    ],
+    ids=lambda headers: repr(headers)[:60],
+)
+async def test_no_other_header_than_one_with_a_key_opens(headers: list[tuple[bytes, bytes]]) -> None:
+    assert await status_of("POST", "/pause", *headers) == 401
+    assert await status_of("GET", "/v1/realtime", *headers, kind="websocket") == 1008
+    assert await status_of("POST", "/pause", (b"AUTHORIZATION", b"bearer  first-key ")) == 200
+
+
+@pytest.mark.usefixtures("keys")
+async def test_all_keys_are_compared_in_constant_time_whichever_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[tuple[int, int]] = []
+
+    def compare(given: bytes, expected: bytes) -> bool:
+        compared.append((len(given), len(expected)))
+        return given == expected
+
+    monkeypatch.setattr(hmac, "compare_digest", compare)
+    for key in ("first-key", "second-key", "x", "x" * 5000, ""):
+        compared.clear()
+        await status_of("POST", "/pause", bearer(key))
+        assert compared == [(32, 32), (32, 32)]
+
+
+@pytest.mark.usefixtures("keys")
+@pytest.mark.parametrize(
+    "path", ["/health/", "//health", "/health/../pause", "/HEALTH", "health", "/prefix/health", ""]
+)
+async def test_no_other_path_passes_for_health(path: str) -> None:
+    assert await status_of("GET", path) == 401
+    assert await status_of("GET", path, root="/pre") == 401
+    assert await status_of("HEAD", "/health") == 401
 
 
 # --- the child process, with a stand-in for vLLM ----------------------------------------------------------------------
@@ -411,7 +559,8 @@ def test_the_defaults_of_ludic_hold_until_the_user_says_otherwise(tmp_path: Path
     assert (args.logprobs_mode, args.generation_config) == ("processed_logprobs", "vllm")
     assert args.served_model_name == [vllm_server.DEFAULT_MODEL]
     assert args.weight_transfer_config.backend == "ludic_shm"
-    assert args.middleware == [vllm_server.GENERATE_ROUTE, vllm_server.REQUIRE_API_KEY]
+    assert args.middleware == [vllm_server.GENERATE_ROUTE, vllm_server.SERVER_GUARD, vllm_server.REQUIRE_API_KEY]
+    assert args.trust_remote_code is False and args.allowed_origins == [] and args.api_key is None
     assert (args.disable_log_stats, args.disable_uvicorn_access_log) == (True, True)
 
     config = tmp_path / "config.yaml"
@@ -436,7 +585,8 @@ def test_every_form_of_a_vllm_flag_arrives() -> None:
     assert (args.gpu_memory_utilization, args.max_num_seqs, args.enable_prefix_caching) == (0.5, 7, False)
     assert (args.tensor_parallel_size, args.weight_transfer_config.backend) == (2, "ipc")
     assert args.served_model_name == ["a", "b", "org/model"] or args.model == "org/model"
-    assert args.middleware == [vllm_server.GENERATE_ROUTE, "mine.Middleware", vllm_server.REQUIRE_API_KEY]
+    ours = (vllm_server.GENERATE_ROUTE, vllm_server.SERVER_GUARD, vllm_server.REQUIRE_API_KEY)
+    assert args.middleware == [ours[0], "mine.Middleware", *ours[1:]]
     assert (args.disable_log_stats, args.disable_uvicorn_access_log) == (False, False)
 
 
@@ -447,7 +597,7 @@ def test_no_request_passes_a_middleware_before_its_key_was_checked(monkeypatch: 
     from fastapi.testclient import TestClient
 
     args = vllm_server.parse_arguments(["--middleware", "tests.test_vllm_server.AnswersEverything"])
-    monkeypatch.setenv(vllm_server.API_KEYS_VARIABLE, json.dumps(["first-key"]))
+    set_keys(monkeypatch, "first-key")
     app = FastAPI()
     for name in args.middleware:  # as vLLM does
         module, _, attribute = name.rpartition(".")
@@ -472,13 +622,20 @@ class AnswersEverything:
 @pytest.mark.vllm
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    ("flags", "reason"), [(["--host", "0.0.0.0"], "not loopback"), (["--port", "{taken}"], "cannot listen on")]
+    ("flags", "reason"),
+    [
+        (["--host", "0.0.0.0"], "not loopback"),
+        (["--port", "{taken}"], "cannot listen on"),
+        (["--api-server-count", "2"], "--api-server-count 2"),
+        (["--api-key-file", "/no/such/file"], "/no/such/file"),
+    ],
 )
-def test_a_bad_address_ends_with_one_line_and_code_2_before_anything_loads(
+def test_a_bad_setting_ends_with_one_line_and_code_2_before_anything_loads(
     flags: list[str], reason: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "1")  # so that what main() sets does not outlive the test
-    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    for name in vllm_server.KEY_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         sock.listen()
@@ -620,8 +777,27 @@ def test_with_a_key_health_is_open_and_every_control_request_without_it_is_refus
         assert Client(server, folder, "another").post(path, {}).status_code == 401
     models = Client(server, folder, "the-key").request("GET", "/v1/models").json()
     assert models["data"][0]["id"] == str(folder) and models["data"][0]["max_model_len"] == 512
-    command = Path(f"/proc/{server.pid}/cmdline").read_text()
-    assert "the-key" not in command
+
+
+@pytest.mark.vllm
+@pytest.mark.timeout(420)
+def test_the_key_is_in_no_log_no_command_line_and_no_process_but_the_one_that_checks_it(
+    tied: tuple[RunningServer, Path],
+) -> None:
+    server, _ = tied
+    assert "non-default args" in server.log_path.read_text(), "vLLM logs its settings"
+    assert "the-key" not in server.log_path.read_text()
+    group = [
+        entry.parent
+        for entry in Path("/proc").glob("[0-9]*/stat")
+        if int(entry.read_text().rpartition(")")[2].split()[2]) == server.pid
+    ]
+    assert len(group) >= 3
+    for process in group:
+        assert "the-key" not in (process / "cmdline").read_text()
+        # What the parent handed to the server itself stays readable there, to its own user.
+        if process.name != str(server.pid):
+            assert "the-key" not in (process / "environ").read_text()
 
 
 @pytest.mark.vllm

@@ -1,15 +1,14 @@
-"""Runs ludic's vLLM server as a child process: start it, wait until it is healthy, and leave nothing behind.
+"""Runs ludic's vLLM server as a child process: start it, wait until it is healthy, start it again, and leave nothing behind.
 
-The parent's half is `start_server`; the server's half is `end_with_parent`, which `vllm_server` calls first thing, so that
-a server goes even when its parent is killed without a chance to clean up. Nothing here imports vLLM or torch. Left out on
-purpose: restarts and several servers. A server that dies is an error for a person to read, and its log says why.
+The parent's half is `ServerProcess`, and `start_server`, the same for the length of a `with` block; the server's half is
+`end_with_parent`, which `vllm_server` calls first thing, so that a server goes even when its parent is killed without a
+chance to clean up. Nothing here imports vLLM or torch. Left out on purpose: deciding when a server is to be started again,
+which is `recovery`'s, and several servers.
 """
 
 import contextlib
 import os
 import re
-import select
-import signal
 import socket
 import subprocess
 import sys
@@ -18,17 +17,21 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
+from ludic.inference import leftovers
 from ludic.inference.errors import EngineError
+from ludic.inference.leftovers import end_group_politely, kill_group
 
 PARENT_PID_VARIABLE = "LUDIC_SERVER_PARENT_PID"
 SHUTDOWN_GRACE_S = 10.0
+KILL_WAIT_S = 10.0
+PORT_WAIT_S = 30.0
 ORPHAN_GRACE_S = 5
 POLL_S = 0.25
 PROGRESS_S = 1.0
 ERROR_LINES = 10
+LOG_TAIL_BYTES = 1 << 20
 
 # What torchrun tells its children about their process group; vLLM would take it for its own.
 _TORCHRUN_VARIABLES = (
@@ -46,14 +49,183 @@ class ServerStartError(EngineError):
     """The server did not come up. The message ends with its own last error lines and the path of its log."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunningServer:
-    """A server that answered /health. `process.poll()` says later whether it still lives."""
+class ServerProcess:
+    """`python -m ludic.inference.vllm_server` as a child process, which can be started again with the same flags and port.
 
-    base_url: str
-    pid: int
-    log_path: Path
-    process: "subprocess.Popen[bytes]"
+    `start`, `stop` and `restart` block; call them in a thread where there is an event loop. `stop` and `close` may be called
+    from any thread, also while another one is in `start`, which then raises.
+
+    Args:
+        model: a model folder, or a name on the hub.
+        port: None takes a free one, and keeps it.
+        gpu: which of the GPUs that this process may use; None leaves the choice to vLLM.
+        api_key: handed over in the environment, so it shows in no process list.
+        extra_args: further flags of the server, as on its command line.
+        log_path: everything that the server prints; overwritten by the first start, appended to by restarts.
+        timeout_s: how long it may take to become healthy, in seconds.
+        on_progress: called about once a second while it loads, with the seconds so far and its last log line. What it
+            raises ends the start.
+        env: variables to set for the server beside this process's own.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        host: str = "127.0.0.1",
+        port: int | None = None,
+        gpu: int | None = None,
+        api_key: str | None = None,
+        extra_args: Sequence[str] = (),
+        log_path: str | Path = "vllm_server.log",
+        timeout_s: float = 900.0,
+        on_progress: Callable[[float, str], None] | None = None,
+        python: str = sys.executable,
+        env: Mapping[str, str] | None = None,
+    ) -> None:
+        self.host = host
+        self.port = free_port(host) if port is None else port
+        self.base_url = f"http://{_reachable(host)}:{self.port}"
+        self.log_path = Path(log_path).absolute()
+        self.num_restarts = 0
+        self._command = [python, "-m", "ludic.inference.vllm_server", "--model", model, "--host", host]
+        self._command += ["--port", str(self.port), *extra_args]
+        self._env = _child_environment({**os.environ, **(env or {})}, host=host, gpu=gpu, api_key=api_key)
+        self._timeout_s = timeout_s
+        self._on_progress = on_progress
+        self._process: subprocess.Popen[bytes] | None = None
+        self._log_start = 0
+        self._lock = threading.Lock()
+        self._interrupted = False
+        self._closed = False
+
+    @property
+    def process(self) -> "subprocess.Popen[bytes]":
+        """The child process of the last start."""
+        if self._process is None:
+            raise RuntimeError("the server was not started yet: call start()")
+        return self._process
+
+    @property
+    def pid(self) -> int:
+        """Its process id, which is also that of its process group."""
+        return self.process.pid
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the process exists. It may still be stopped, or hang: only an answer says that it works."""
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def returncode(self) -> int | None:
+        """What it ended with (-9: by SIGKILL), None while it runs or before the first start."""
+        return None if self._process is None else self._process.poll()
+
+    def last_words(self, limit: int = ERROR_LINES) -> str:
+        """The lines that say what went wrong since the last start, by `last_error_lines`."""
+        try:
+            with self.log_path.open("rb") as log:
+                end = log.seek(0, os.SEEK_END)
+                log.seek(max(self._log_start, end - LOG_TAIL_BYTES))
+                return last_error_lines(log.read().decode(errors="replace"), limit)
+        except OSError as error:
+            return f"(its log cannot be read: {error.strerror})"
+
+    def start(self) -> None:
+        """Start it and wait until it answers.
+
+        Raises:
+            ServerStartError: the port is taken, the server ended, was not healthy in time, or `stop` was called meanwhile.
+        """
+        require_free_port(self.host, self.port)
+        self._start("wb", b"")
+
+    def restart(self, reason: str) -> None:
+        """End what is left of it, also when it hangs or is stopped, and start it again with the same flags and port.
+
+        The log goes on, after a line with the date and the `reason`.
+
+        Raises:
+            ServerStartError: as `start`; also when the old process, or its port, did not go.
+        """
+        self.stop()
+        if self.is_running:
+            raise ServerStartError(
+                f"the server's process {self.pid} does not end, not even by SIGKILL: it hangs in the kernel, most likely in "
+                "the GPU's driver. Look at dmesg and nvidia-smi; the machine may have to be restarted"
+            )
+        _await_free_port(self.host, self.port)
+        self.num_restarts += 1
+        now = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+        line = f"\n--- {now}: start {self.num_restarts + 1} of this server, {' '.join(reason.split())} ---\n"
+        self._start("ab", line.encode(errors="replace"))
+
+    def stop(self) -> None:
+        """End the server, politely at first, and then whatever is left of its process group. Safe to call twice."""
+        with self._lock:
+            self._interrupted = True
+            process = self._process
+        if process is None:
+            return
+        if process.poll() is None:
+            end_group_politely(process.pid)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=SHUTDOWN_GRACE_S)
+        kill_group(process.pid)
+        with contextlib.suppress(subprocess.TimeoutExpired):  # what hangs in the kernel cannot be waited for
+            process.wait(timeout=KILL_WAIT_S)
+
+    def close(self) -> None:
+        """`stop`, for good: a start in another thread ends, and there is no further one."""
+        with self._lock:
+            self._closed = True
+        self.stop()
+
+    def _start(self, mode: str, first_line: bytes) -> None:
+        with self.log_path.open(mode) as log, self._lock:
+            if self._closed:
+                raise ServerStartError("the server is not started: this run is ending")
+            log.write(first_line)
+            log.flush()
+            self._log_start = log.tell()
+            self._interrupted = False
+            # Its own session: Ctrl-C in the terminal reaches the parent alone, and the whole tree is one process group.
+            self._process = subprocess.Popen(
+                self._command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=self._env,
+                start_new_session=True,
+            )
+        try:
+            self._wait_until_healthy(self._process)
+        except BaseException:
+            self.stop()
+            raise
+
+    def _wait_until_healthy(self, process: "subprocess.Popen[bytes]") -> None:
+        started = time.monotonic()
+        next_progress_s = PROGRESS_S
+        while not _healthy(self.base_url):
+            seconds = time.monotonic() - started
+            if self._interrupted:
+                raise ServerStartError("the start of the server was interrupted")
+            if process.poll() is not None:
+                raise ServerStartError(self._failure(f"the vLLM server ended with code {process.returncode}"))
+            if seconds > self._timeout_s:
+                raise ServerStartError(self._failure(f"the vLLM server was not healthy after {self._timeout_s:.0f} s"))
+            if self._on_progress is not None and seconds >= next_progress_s:
+                self._on_progress(seconds, _last_line(self.log_path))
+                next_progress_s = seconds + PROGRESS_S
+            time.sleep(POLL_S)
+
+    def _failure(self, what: str) -> str:
+        return f"{what}; it said:\n{self.last_words()}\n(its whole log: {self.log_path})"
+
+
+RunningServer = ServerProcess
+"""What `start_server` yields."""
 
 
 @contextlib.contextmanager
@@ -70,44 +242,30 @@ def start_server(
     on_progress: Callable[[float, str], None] | None = None,
     python: str = sys.executable,
     env: Mapping[str, str] | None = None,
-) -> Iterator[RunningServer]:
-    """Run `python -m ludic.inference.vllm_server` for the length of a `with` block.
-
-    Args:
-        model: a model folder, or a name on the hub.
-        port: None takes a free one.
-        gpu: which of the GPUs that this process may use; None leaves the choice to vLLM.
-        api_key: handed over in the environment, so it shows in no process list.
-        extra_args: further flags of the server, as on its command line.
-        log_path: everything that the server prints; overwritten.
-        timeout_s: how long it may take to become healthy, in seconds.
-        on_progress: called about once a second while it loads, with the seconds so far and its last log line.
-        env: variables to set for the server beside this process's own.
+) -> Iterator[ServerProcess]:
+    """A `ServerProcess` that is up, for the length of a `with` block; its arguments.
 
     Raises:
         ServerStartError: the port is taken, the server ended, or it was not healthy in time.
     """
-    port = free_port(host) if port is None else port
-    require_free_port(host, port)
-    log_path = Path(log_path).absolute()
-    command = [python, "-m", "ludic.inference.vllm_server", "--model", model, "--host", host, "--port", str(port)]
-    child_env = _child_environment({**os.environ, **(env or {})}, host=host, gpu=gpu, api_key=api_key)
-    with log_path.open("wb") as log:
-        # Its own session: Ctrl-C in the terminal reaches the parent alone, and the whole tree is one process group.
-        process = subprocess.Popen(
-            [*command, *extra_args],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=child_env,
-            start_new_session=True,
-        )
+    server = ServerProcess(
+        model,
+        host=host,
+        port=port,
+        gpu=gpu,
+        api_key=api_key,
+        extra_args=extra_args,
+        log_path=log_path,
+        timeout_s=timeout_s,
+        on_progress=on_progress,
+        python=python,
+        env=env,
+    )
     try:
-        base_url = f"http://{_reachable(host)}:{port}"
-        _wait_until_healthy(process, base_url, log_path, timeout_s, on_progress)
-        yield RunningServer(base_url=base_url, pid=process.pid, log_path=log_path, process=process)
+        server.start()
+        yield server
     finally:
-        _stop(process)
+        server.close()
 
 
 def free_port(host: str) -> int:
@@ -129,6 +287,17 @@ def require_free_port(host: str, port: int) -> None:
         raise ServerStartError(
             f"cannot listen on {host}:{port} ({error.strerror}): stop what runs there, or choose another --port"
         ) from error
+
+
+def _await_free_port(host: str, port: int) -> None:
+    deadline = time.monotonic() + PORT_WAIT_S
+    while True:
+        try:
+            return require_free_port(host, port)
+        except ServerStartError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(POLL_S)
 
 
 def last_error_lines(log: str, limit: int = ERROR_LINES) -> str:
@@ -158,68 +327,27 @@ _ERROR = re.compile(r"\berror: |Segmentation fault|^Killed\b|out of memory", re.
 
 
 def end_with_parent() -> None:
-    """In a server that `start_server` made: when the parent is gone, end this process group, children and all.
+    """In a server that `ServerProcess` made: when the parent is gone, end this process group, children and all.
 
-    First as SIGTERM does, so that vLLM frees its shared memory, then by force. Elsewhere it does nothing.
+    First as SIGTERM does, so that vLLM frees its shared memory, then by force. A process of its own sees to it, outside the
+    group, so that a server that hangs or is stopped goes too. Elsewhere it does nothing.
     """
     parent_pid = os.environ.pop(PARENT_PID_VARIABLE, None)
     if parent_pid is None:
         return
-
-    def watch() -> None:
-        _wait_for_exit(int(parent_pid))
-        # From outside the group, so that it also ends what this process leaves behind when it exits in time.
-        sweep = f"sleep {ORPHAN_GRACE_S}; kill -KILL -{os.getpgrp()}"
-        subprocess.Popen(["/bin/sh", "-c", sweep], start_new_session=True, stderr=subprocess.DEVNULL)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=watch, daemon=True, name="ludic-parent-watch").start()
-
-
-def _wait_for_exit(pid: int) -> None:
-    """Block until process `pid`, which need not be a child of this one, has ended."""
-    try:
-        # Linux: readable at the end of the process, even while nobody has reaped it.
-        descriptor = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return
-    except (AttributeError, OSError):  # another system, or a sandbox without this call
-        while _exists(pid):
-            time.sleep(POLL_S)
-        return
-    select.select([descriptor], [], [])
-    os.close(descriptor)
+    words = [parent_pid, str(os.getpgrp()), str(ORPHAN_GRACE_S)]
+    reaper = subprocess.Popen(
+        [sys.executable, "-I", "-S", leftovers.__file__, *words],
+        cwd="/",
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    _reapers.append(reaper)
 
 
-def _exists(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _wait_until_healthy(
-    process: "subprocess.Popen[bytes]",
-    base_url: str,
-    log_path: Path,
-    timeout_s: float,
-    on_progress: Callable[[float, str], None] | None,
-) -> None:
-    started = time.monotonic()
-    next_progress_s = PROGRESS_S
-    while not _healthy(base_url):
-        seconds = time.monotonic() - started
-        if process.poll() is not None:
-            raise ServerStartError(_failure(f"the vLLM server ended with code {process.returncode}", log_path))
-        if seconds > timeout_s:
-            raise ServerStartError(_failure(f"the vLLM server was not healthy after {timeout_s:.0f} s", log_path))
-        if on_progress is not None and seconds >= next_progress_s:
-            on_progress(seconds, _last_line(log_path))
-            next_progress_s = seconds + PROGRESS_S
-        time.sleep(POLL_S)
+_reapers: "list[subprocess.Popen[bytes]]" = []  # kept: a Popen that is dropped while its process runs is warned of
 
 
 def _healthy(base_url: str) -> bool:
@@ -232,27 +360,12 @@ def _healthy(base_url: str) -> bool:
         return False
 
 
-def _failure(what: str, log_path: Path) -> str:
-    return f"{what}; it said:\n{last_error_lines(log_path.read_text(errors='replace'))}\n(its whole log: {log_path})"
-
-
 def _last_line(log_path: Path) -> str:
     with log_path.open("rb") as log:
         log.seek(0, os.SEEK_END)
         log.seek(max(0, log.tell() - 4096))
         lines = log.read().decode(errors="replace").splitlines()
     return next((line for line in reversed(lines) if line.strip()), "")
-
-
-def _stop(process: "subprocess.Popen[bytes]") -> None:
-    """End the server, politely at first, and then whatever is left of its process group."""
-    if process.poll() is None:
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=SHUTDOWN_GRACE_S)
-    with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS says EPERM of a group of zombies
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 def _child_environment(

@@ -3,11 +3,14 @@
 It is a wrapper and not a fork: every flag is vLLM's, parsed by vLLM's parser (with `_` or `-`, from `--config` too) and
 handed to what `vllm serve` runs. Only defaults are added, which the command line overrides: the routes that pause the
 server and take weights, log-probs of the distribution that was sampled, a generation_config that is ignored, ludic's
-worker extension, and its route for rollouts (`generate_route`). The one flag of ludic's own is --enable-log-stats. vLLM
-0.26 to 0.32, and the CPU build too, whose distribution has another name than `vllm`.
+worker extension, its route for rollouts (`generate_route`), and the guard that gives the server to one trainer at a time
+(`server_guard`). Two flags are ludic's own: --enable-log-stats and --api-key-file. vLLM 0.26 to 0.32, and the CPU build too,
+whose distribution has another name than `vllm`.
 
 The RL routes are a remote control of the server. So it listens on loopback, or wants an API key, and then for every route
-but /health; vLLM by itself guards only some prefixes. Left out: TLS and users, which belong to a proxy in front of it.
+but /health; vLLM by itself guards only some prefixes. A key comes from a file or the environment and never from the command
+line, where `ps` shows it to everybody and vLLM 0.26 logs it; this process keeps no more than its hash. Left out: TLS and
+users, which belong to a proxy in front of it; and other users of the same machine, who reach loopback, and need a key there.
 
 vLLM is imported when the server starts, so that `start_server` can be imported where vLLM is not installed.
 """
@@ -20,11 +23,14 @@ import json
 import logging
 import os
 import socket
+import stat
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
-from ludic.inference.generate_route import ASGIApp, Receive, Scope, Send, request_path
+from ludic.inference.generate_route import ASGIApp, Receive, Scope, Send, request_path, respond
+from ludic.inference.server_guard import BOOT_VARIABLE, new_boot
 from ludic.inference.server_process import (
     RunningServer,
     ServerStartError,
@@ -38,7 +44,9 @@ __all__ = ["DEFAULT_MODEL", "RequireApiKey", "RunningServer", "ServerStartError"
 logger = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
-API_KEYS_VARIABLE = "LUDIC_SERVER_API_KEYS"
+KEY_VARIABLES = ("LUDIC_API_KEY", "VLLM_API_KEY")
+KEY_HASHES_VARIABLE = "LUDIC_SERVER_KEY_HASHES"
+KEY_SOURCES = "--api-key-file FILE, LUDIC_API_KEY or VLLM_API_KEY"
 MIN_VLLM, MAX_VLLM = (0, 26), (0, 32)
 PROG = "python -m ludic.inference.vllm_server"
 INSTALL = "install it with `uv sync --extra examples` (GPU) or scripts/make_vllm_cpu_env.sh (CPU)"
@@ -49,10 +57,13 @@ Defaults of ludic: --model {DEFAULT_MODEL} --host 127.0.0.1 --port 8000
 --logprobs-mode processed_logprobs --generation-config vllm, a --weight-transfer-config for the
 hardware (ludic_nccl where there are two GPUs, else ludic_shm), the RL routes (VLLM_SERVER_DEV_MODE=1), and
 no statistics and no access log (--enable-log-stats, --no-disable-uvicorn-access-log turn them on).
-Another host than loopback needs --api-key or VLLM_API_KEY. --help=all lists all flags, --help=KEYWORD searches.
+Another host than loopback needs an API key: --api-key-file FILE, LUDIC_API_KEY or VLLM_API_KEY.
+--help=all lists all flags, --help=KEYWORD searches.
 """
 
+KEY_ON_COMMAND_LINE = f"--api-key: `ps` shows it to every user, and vLLM may log it: give the key by {KEY_SOURCES}"
 REQUIRE_API_KEY = "ludic.inference.vllm_server.RequireApiKey"
+SERVER_GUARD = "ludic.inference.server_guard.ServerGuard"
 GENERATE_ROUTE = "ludic.inference.generate_route.GenerateRoute"
 
 
@@ -60,9 +71,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse vLLM's flags, check what ludic must check, and serve until a signal. Exits with 2 on a bad setting."""
     end_with_parent()
     os.environ["VLLM_SERVER_DEV_MODE"] = "1"
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if any(flag.replace("_", "-").partition("=")[0] == "--api-key" for flag in argv):
+        _fail(KEY_ON_COMMAND_LINE)  # before vLLM is imported, which takes seconds, in which `ps` shows it
     check_vllm_version()
-    args = parse_arguments(list(sys.argv[1:] if argv is None else argv))
-    keys = api_keys(args)
+    args = parse_arguments(argv)
+    try:
+        keys = take_api_keys(args.api_key_file)
+    except (OSError, ValueError) as error:
+        _fail(str(error))
     problem = unsafe_setting(args, keys)
     if problem:
         _fail(problem)
@@ -73,8 +90,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             require_free_port(args.host or "", args.port)
         except ServerStartError as error:
             _fail(str(error))
-    # The middleware is constructed without arguments, perhaps in another process: the environment reaches it.
-    os.environ[API_KEYS_VARIABLE] = json.dumps(keys)
+    # The middlewares are constructed without arguments, in a module of their own beside __main__: the environment reaches
+    # them. It reaches vLLM's worker processes as well, so it holds hashes.
+    os.environ[KEY_HASHES_VARIABLE] = json.dumps([_fingerprint(key.encode()).hex() for key in keys])
+    os.environ[BOOT_VARIABLE] = new_boot()
     _serve(args)
 
 
@@ -106,6 +125,11 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         "--enable-log-stats", dest="disable_log_stats", action="store_false",
         help="ludic's: keep the statistics behind /metrics and the log's throughput lines, which cost time at every step",
     )  # fmt: skip
+    parser.add_argument(
+        "--api-key-file",
+        metavar="FILE",
+        help="ludic's: a file with the API key, or several, one a line; any of them is accepted",
+    )
     apply_defaults(parser, weight_transfer_backend(cuda=current_platform.is_cuda_alike()))
     # vLLM reads a file given as "--config FILE" and silently ignores "--config=FILE".
     argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
@@ -115,7 +139,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     if not args.served_model_name:
         args.served_model_name = [args.model]
     # What vLLM adds last is outermost: nothing, and no middleware of the user's, sees a request before its key was checked.
-    args.middleware = [GENERATE_ROUTE, *(name for name in args.middleware if name != REQUIRE_API_KEY), REQUIRE_API_KEY]
+    ours = (GENERATE_ROUTE, SERVER_GUARD, REQUIRE_API_KEY)
+    args.middleware = [ours[0], *(name for name in args.middleware if name not in ours), *ours[1:]]
     return args
 
 
@@ -134,6 +159,8 @@ def apply_defaults(parser: argparse.ArgumentParser, backend: str) -> None:
         disable_log_stats=True,
         # A line for each rollout request, which nobody reads and the server's log grows by.
         disable_uvicorn_access_log=True,
+        # vLLM lets every web page that is open in a browser of this machine ask; nobody trains from one.
+        allowed_origins=[],
     )
 
 
@@ -153,9 +180,30 @@ def weight_transfer_backend(*, cuda: bool) -> str:
         return "ludic_nccl"
 
 
-def api_keys(args: argparse.Namespace) -> list[str]:
-    """The keys that the server accepts: those of --api-key, else VLLM_API_KEY, as in vLLM."""
-    return [key for key in (args.api_key or [os.environ.get("VLLM_API_KEY")]) if key]
+def take_api_keys(key_file: str | None) -> list[str]:
+    """The keys that the server accepts: those in `key_file`, else those of LUDIC_API_KEY and VLLM_API_KEY; none is [].
+
+    The variables are removed, so that no process that this one starts inherits them. A file that every user of the machine
+    can read is warned of, and not refused: that is how containers are given their secrets.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: the file holds no key, or a key holds what no HTTP header can.
+    """
+    given = [os.environ.pop(name, "") for name in KEY_VARIABLES]
+    if key_file is not None:
+        given = Path(key_file).read_text(encoding="utf-8", errors="replace").splitlines()
+        if stat.S_IMODE(Path(key_file).stat().st_mode) & stat.S_IROTH:
+            logger.warning("ATTENTION: every user of this machine can read %s: chmod 600 it", key_file)
+    keys = list(dict.fromkeys(key.strip() for key in given if key.strip()))
+    if key_file is not None and not keys:
+        raise ValueError(f"--api-key-file {key_file} holds no key: write one into it, or leave the flag out")
+    for key in keys:
+        if not (key.isascii() and key.isprintable()) or " " in key:
+            raise ValueError(
+                f"an API key has a space, a control character or a letter beyond ASCII (from {KEY_SOURCES})"
+            )
+    return keys
 
 
 def listens(args: argparse.Namespace) -> bool:
@@ -168,6 +216,13 @@ def unsafe_setting(args: argparse.Namespace, keys: Sequence[str]) -> str:
     rust = os.environ.get("VLLM_USE_RUST_FRONTEND", "0") == "1" or os.environ.get("VLLM_RUST_FRONTEND_PATH")
     if args.grpc or rust:
         return "the gRPC server and the Rust front end have no RL routes: leave out --grpc and VLLM_*RUST_FRONTEND*"
+    if args.api_key is not None:  # from --config
+        return KEY_ON_COMMAND_LINE
+    if (args.api_server_count or 1) > 1:
+        return (
+            f"--api-server-count {args.api_server_count}: each front-end process would keep a lease of its own, so that two "
+            "trainers could have the server: leave it at 1"
+        )
     if args.data_parallel_size > 1:
         return (
             f"--data-parallel-size {args.data_parallel_size}: what vLLM's routes answer comes from the first engine alone, so a "
@@ -176,7 +231,7 @@ def unsafe_setting(args: argparse.Namespace, keys: Sequence[str]) -> str:
     if listens(args) and not keys and not is_loopback(args.host):
         return (
             f"--host {args.host or '(all addresses)'} is not loopback, and the RL routes let whoever reaches them control "
-            "the server and replace its weights: give --api-key KEY (or VLLM_API_KEY), or --host 127.0.0.1"
+            f"the server and replace its weights: give an API key ({KEY_SOURCES}), or --host 127.0.0.1"
         )
     return ""
 
@@ -219,8 +274,8 @@ class RequireApiKey:
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
-        keys: list[str] = json.loads(os.environ.get(API_KEYS_VARIABLE, "[]"))
-        self._keys = [_fingerprint(key.encode()) for key in keys]
+        hashes: list[str] = json.loads(os.environ[KEY_HASHES_VARIABLE])  # never open for want of it
+        self._keys = [bytes.fromhex(one) for one in hashes]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, or answer 401 (close a websocket with 1008, policy violation)."""
@@ -229,10 +284,9 @@ class RequireApiKey:
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008, "reason": "API key missing or wrong"})
         else:
-            body = json.dumps({"error": "Unauthorized: this server needs `Authorization: Bearer <its --api-key>`"})
-            headers = [(b"content-type", b"application/json"), (b"www-authenticate", b"Bearer")]
-            await send({"type": "http.response.start", "status": 401, "headers": headers})
-            await send({"type": "http.response.body", "body": body.encode()})
+            body = json.dumps({"error": "Unauthorized: this server needs `Authorization: Bearer <its API key>`"})
+            # The body is not read, so the connection ends here.
+            await respond(send, 401, body.encode(), [(b"www-authenticate", b"Bearer"), (b"connection", b"close")])
 
     def _may_pass(self, scope: Scope) -> bool:
         asks_health = scope["type"] == "http" and scope["method"] == "GET" and request_path(scope) == "/health"
