@@ -42,10 +42,22 @@ class Wire:
 
 
 class End:
-    disabled = False
+    """In the place of an `NcclLink`."""
+
+    left = False
 
     def __init__(self, wire: Wire, rank: int) -> None:
         self._wire, self._rank = wire, rank
+
+    def join(self, *_: object, **options: object) -> None: ...
+
+    def check(self) -> None: ...
+
+    def leave(self) -> None:
+        self.left = True
+
+    def peer_is_gone(self) -> bool:
+        return False
 
     def broadcast(self, tensor: torch.Tensor, src: int, stream: "torch.cuda.Stream | None" = None) -> None:
         assert src == 0 and tensor.is_contiguous() and tensor.dtype == torch.uint8
@@ -159,6 +171,7 @@ class Engine:
             "shapes": [list(shape) for shape in layout.shapes],
             "dtype": "bfloat16",
             "bucket_bytes": 4096,
+            "deadline_s": 30.0,
         }
         self.engine.init_transfer_engine(self.engine.parse_init_info(agreed))
         self.sender = BucketSender(layout, self.wire.end(0), CPU)
@@ -167,7 +180,7 @@ class Engine:
         """One round; the queue is longer than a round, so the trainer may send before the server receives."""
         sent = self.sender.send(list(tensors.values()))
         self.engine.start_weight_update()
-        self.engine.receive_weights(self.engine.parse_update_info({"apply": apply}))
+        self.engine.receive_weights(self.engine.parse_update_info({"apply": apply, "deadline_s": 30.0}))
         self.engine.finish_weight_update()
         return sent
 
@@ -277,7 +290,7 @@ def test_vllms_own_loader_gets_whole_tensors_by_name_and_its_refusal_leaves_noth
 def test_an_engine_that_was_not_opened_or_is_told_nonsense_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(Served(), monkeypatch).engine
     with pytest.raises(ValueError, match="'fly'; it must be copy or load"):
-        engine.receive_weights(engine.parse_update_info({"apply": "fly"}))
+        engine.receive_weights(engine.parse_update_info({"apply": "fly", "deadline_s": 1.0}))
     engine.shutdown()
     with pytest.raises(ValueError, match="ludic_nccl is not open"):
-        engine.receive_weights(engine.parse_update_info({"apply": "copy"}))
+        engine.receive_weights(engine.parse_update_info({"apply": "copy", "deadline_s": 1.0}))

@@ -17,19 +17,26 @@ from transformers import PreTrainedModel
 
 from ludic.inference import weight_sync
 from ludic.inference.bucket_broadcast import BucketReceiver, WireLayout
-from ludic.inference.digest import digest_hex, tensor_digest
-from ludic.inference.errors import EngineError, ServerUnauthorizedError, ServerUnreachableError, WeightSyncError
-from ludic.inference.nccl_transport import BucketTransport
-from ludic.inference.server_control import ServerControl, error_text
+from ludic.inference.digest import canonical, digest_hex, tensor_digest
+from ludic.inference.errors import (
+    EngineError,
+    ServerInUseError,
+    ServerLostError,
+    ServerUnauthorizedError,
+    ServerUnreachableError,
+    WeightSyncError,
+)
+from ludic.inference.server_control import HeldDigests, ServerControl, error_text
 from ludic.inference.vllm_client import VLLMEngine
 from ludic.inference.weight_sync import TRANSPORTS, WeightSync
-from ludic.inference.weight_transport import WireWeights
+from ludic.inference.weight_transport import UNTOUCHED, WireWeights
 from ludic.training.attention import prepare_packed_attention
 from tests.test_bucket_broadcast import Wire
 from tests.vllm_helpers import make_tiny_model, prompt_logprobs, randomize_weights
 
 PROBE = [3, 70, 71, 72, 80, 90, 4]
 NORM = "model.layers.0.input_layernorm.weight"
+MATRIX = "model.layers.0.mlp.up_proj.weight"
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +74,7 @@ class FakeControl(ServerControl):
         self.salted = True
         self.salts: list[str] = []
         self.wanted: dict[str, dict[str, Any]] = {}
+        self.paused: list[bool] = [False]
 
     def _note(self, call: str) -> None:
         self.calls.append(call)
@@ -90,29 +98,36 @@ class FakeControl(ServerControl):
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         self._note("finish")
 
+    def is_paused(self) -> bool:
+        return self.paused[-1]
+
+    def end_open_update(self) -> None:
+        self._note("end")
+
     def server_info(self) -> dict[str, Any]:
         return {"cache_salt": self.salted}
 
     def expect_weights(self, wanted: dict[str, dict[str, Any]]) -> list[str]:
         self._note("expect")
-        self.wanted = wanted
+        self.wanted.update(wanted)
         return [""]
 
-    def pause(self, *, drain: bool = False) -> None:
+    def pause(self, *, drain: bool = False, timeout_s: float | None = None) -> None:
         self._note("drain" if drain else "pause")
+        self.paused.append(True)
 
-    def resume(self) -> None:
+    def resume(self, *, timeout_s: float | None = None) -> None:
         self._note("resume")
+        self.paused.append(False)
 
-    def held_digests(self) -> list[list[str]]:
+    def held_digests(self) -> list[HeldDigests]:
         self._note("digests")
         parameters = dict(self.model.named_parameters())
-        return [
-            [
-                digest_hex(tensor_digest(parameters[name].to(getattr(torch, spec["dtype"]))))
-                for name, spec in self.wanted.items()
-            ]
+        held = [
+            digest_hex(tensor_digest(parameters[name].to(getattr(torch, spec["dtype"]))))
+            for name, spec in self.wanted.items()
         ]
+        return [HeldDigests(in_memory=held, packed=[""] * len(held))]
 
     def prompt_logprobs(self, model: str, token_ids: list[int], *, cache_salt: str) -> list[float]:
         self._note("probe")
@@ -217,13 +232,12 @@ def test_digests_that_the_server_cannot_give_are_counted_and_not_called_equal(
 ) -> None:
     honest = control.held_digests
 
-    def packed() -> list[list[str]]:
-        return [
-            [digest if "norm" in name else "" for name, digest in zip(control.wanted, worker, strict=True)]
-            for worker in honest()
-        ]
+    def split() -> list[HeldDigests]:
+        (worker,) = honest()
+        held = [digest if "norm" in name else "" for name, digest in zip(control.wanted, worker.in_memory, strict=True)]
+        return [HeldDigests(in_memory=held, packed=worker.packed)]
 
-    monkeypatch.setattr(control, "held_digests", packed)
+    monkeypatch.setattr(control, "held_digests", split)
     sync = sync_with(control, probe_every=100)
     for version in range(3):
         report = sync.sync(policy, version)
@@ -310,7 +324,7 @@ def in_place(
     def make(problem: str = "") -> InPlaceControl:
         randomize_weights(models[1], seed=2)
         control = InPlaceControl(models[1], problem)
-        monkeypatch.setattr(BucketTransport, "_connect", lambda *_: control.wire.end(0))
+        monkeypatch.setattr("ludic.inference.nccl_transport.NcclLink", lambda: control.wire.end(0))
         return control
 
     monkeypatch.setattr("ludic.inference.nccl_transport.BUCKET_BYTES", 16 * 4096)
@@ -340,7 +354,7 @@ def test_the_server_is_not_waited_for_to_pause_while_weights_are_written_in_plac
     sync.sync(policy, 0)
     assert control.calls[:4] == ["expect", "init", "pause", "start"], "a reload needs a server that stands still"
     digested = threading.Event()
-    control.on = {
+    control.on |= {
         "pause": lambda: None if digested.wait(20) else refuse("the update waits for the pause")(),
         "digests": digested.set,
     }
@@ -391,9 +405,10 @@ def test_one_changed_element_after_a_copy_is_caught_and_the_next_sync_starts_ane
     control.on["finish"] = flip
     with pytest.raises(WeightSyncError, match=rf"1 of \d+ tensors on the server differ .* the first is {NORM}"):
         sync.sync(policy, 1)
-    assert control.calls[-1] == "resume"
+    assert control.is_paused() and control.calls[-1] == "pause"
     control.on.clear()
     sync.sync(policy, 2)
+    assert not control.is_paused()
     assert control.applied == ["load", "copy", "load"] and control.calls.count("init") == 2
 
 
@@ -411,7 +426,7 @@ def test_one_flipped_element_on_the_server_is_caught_and_the_tensor_named(
     sync = sync_with(control)
     with pytest.raises(WeightSyncError, match=rf"1 of \d+ tensors on the server differ .* the first is {NORM}"):
         sync.sync(policy, 1)
-    assert control.calls[-1] == "resume"
+    assert control.is_paused()
 
 
 def test_one_worker_of_several_that_differs_is_caught(
@@ -419,10 +434,11 @@ def test_one_worker_of_several_that_differs_is_caught(
 ) -> None:
     honest = control.held_digests
 
-    def second_worker_is_stale() -> list[list[str]]:
+    def second_worker_is_stale() -> list[HeldDigests]:
         (worker,) = honest()
-        stale = ["0123456789abcdef" if name == NORM else d for name, d in zip(control.wanted, worker, strict=True)]
-        return [worker, stale]
+        held = zip(control.wanted, worker.in_memory, strict=True)
+        stale = ["0123456789abcdef" if name == NORM else digest for name, digest in held]
+        return [worker, HeldDigests(in_memory=stale, packed=worker.packed)]
 
     monkeypatch.setattr(control, "held_digests", second_worker_is_stale)
     with pytest.raises(WeightSyncError, match=f"{NORM} .*0123456789abcdef"):
@@ -466,30 +482,156 @@ def test_a_refusal_ends_a_transfer_that_waits_for_the_server_in_vain(
     released = threading.Event()
 
     def refused_beside_a_broadcast() -> None:
-        control.refusal = EngineError("/update_weights answered 500: shape mismatch")
+        sync._talk.control.refusal = EngineError("/update_weights answered 500: shape mismatch")
         released.wait(30)
 
     control.on["update"] = refused_beside_a_broadcast
+    sync = sync_with(control, deadline_s=20)
     with pytest.raises(WeightSyncError, match="refused by the server: /update_weights answered 500: shape mismatch"):
-        sync_with(control, deadline_s=20).sync(policy, 3)
+        sync.sync(policy, 3)
     released.set()
 
 
-@pytest.mark.parametrize("route", ["start", "update", "finish", "digests"])
-def test_the_servers_words_surface_and_it_is_resumed(control: FakeControl, policy: PreTrainedModel, route: str) -> None:
+@pytest.mark.parametrize("route", ["pause", "start", "update", "finish", "digests", "probe"])
+def test_the_servers_words_surface_and_it_goes_on_only_if_nothing_of_its_weights_was_replaced(
+    control: FakeControl, policy: PreTrainedModel, route: str
+) -> None:
     control.on[route] = refuse(f"/{route} answered 500: tensor 'lm_head.weight' has no place here")
     with pytest.raises(WeightSyncError) as failure:
         sync_with(control).sync(policy, 2)
     message = str(failure.value)
     assert message.startswith("weight sync 2 over ludic_shm failed: ") and "no place here" in message
-    assert control.calls[-1] == "resume"
+    untouched = route in ("pause", "start")
+    assert control.is_paused() is not untouched and control.calls[-1] == ("resume" if untouched else "pause")
+    assert message.endswith("or a restart") is not untouched
     assert not any(file.exists() for file in control.files)
+
+
+def test_a_file_that_the_server_refused_before_it_touched_the_model_leaves_it_serving(
+    control: FakeControl, policy: PreTrainedModel
+) -> None:
+    control.on["update"] = refuse(f"tensor 'w' arrived corrupted; {UNTOUCHED}")
+    with pytest.raises(WeightSyncError, match="arrived corrupted"):
+        sync_with(control).sync(policy, 2)
+    assert not control.is_paused()
+
+
+def test_a_server_that_was_found_paused_is_resumed_by_a_sync_that_succeeds_and_by_no_other(
+    control: FakeControl, policy: PreTrainedModel
+) -> None:
+    control.paused.append(True)
+    sync = sync_with(control)
+    for route in ("expect", "start"):
+        control.on.clear()
+        control.on[route] = refuse("not now")
+        with pytest.raises(WeightSyncError, match="not now"):
+            sync.sync(policy, 1)
+        assert control.is_paused() and "resume" not in control.calls
+    control.on.clear()
+    sync.sync(policy, 1)
+    assert not control.is_paused()
+
+
+def test_a_server_that_belongs_to_another_trainer_is_not_asked_again(
+    control: FakeControl, policy: PreTrainedModel
+) -> None:
+    def held() -> None:
+        raise ServerInUseError("it belongs to pid 7")
+
+    control.on["start"] = held
+    with pytest.raises(ServerInUseError, match="pid 7"):
+        sync_with(control).sync(policy, 1)
+
+
+def test_a_sync_is_given_up_at_once_when_another_thread_learns_that_the_server_is_gone(
+    control: FakeControl, policy: PreTrainedModel
+) -> None:
+    sync, released = sync_with(control, deadline_s=60), threading.Event()
+
+    def lost() -> None:
+        sync.abort("the server's process ended with code -9")
+        released.wait(30)
+
+    control.on["update"] = lost
+    with pytest.raises(
+        WeightSyncError, match="sync 3 over ludic_shm was given up: the server's process ended with code"
+    ):
+        sync.sync(policy, 3)
+    assert not released.is_set() and not any(file.parent.exists() for file in control.files)
+    released.set()
+    control.on.clear()
+    assert sync.sync(policy, 4).policy_version == 4, "an abort is of one sync, not of those that follow"
+
+
+async def test_a_thread_that_a_sync_left_behind_never_speaks_to_the_server_again(
+    routes: tuple[ServerControl, list[tuple[str, str, Any]]],
+) -> None:
+    control, seen = routes
+    talk = control.branch()
+    await call(talk.resume)
+    talk.give_up()
+    with pytest.raises(ServerLostError, match="given up"):
+        await call(talk.resume)
+    await call(control.branch().resume)
+    assert len(seen) == 2
+
+
+def test_what_packed_layers_multiply_with_is_compared_and_the_signs_of_zeros_are_not(
+    control: FakeControl, policy: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parameters = dict(policy.named_parameters())
+    with torch.no_grad():
+        parameters[MATRIX][0, :2] = torch.tensor([-0.0, 0.0])
+    flips = [0.0]
+
+    def packed() -> list[HeldDigests]:
+        rows: dict[str, list[str]] = {"in_memory": [], "packed": []}
+        for name in control.wanted:
+            tensor = dict(control.model.named_parameters())[name].detach().clone()
+            if name == MATRIX:
+                tensor[0, 0] = flips[0]
+            readable = {"in_memory": "norm" in name or "bias" in name, "packed": "norm" not in name}
+            values = {"in_memory": tensor, "packed": canonical(tensor, flush=False)}
+            for kind, row in rows.items():
+                row.append(digest_hex(tensor_digest(values[kind])) if readable[kind] else "")
+        return [HeldDigests(in_memory=rows["in_memory"], packed=rows["packed"])]
+
+    monkeypatch.setattr(control, "held_digests", packed)
+    sync = sync_with(control, probe_every=100)
+    report = sync.sync(policy, 1)
+    assert (
+        f"all {report.num_tensors} tensors held" in report.proof and "as the layers multiply with them" in report.proof
+    )
+    flips[0] = 1e-30
+    with pytest.raises(WeightSyncError, match=f"1 of .* the first is {MATRIX}"):
+        sync.sync(policy, 2)
+    randomize_weights(policy, seed=1)
+
+
+def test_a_policy_that_is_not_finite_is_named_where_a_tensor_differs(
+    control: FakeControl, policy: PreTrainedModel
+) -> None:
+    def spoil() -> None:
+        with torch.no_grad():
+            dict(control.model.named_parameters())[NORM][0] = 3.0
+
+    with torch.no_grad():
+        dict(policy.named_parameters())[NORM][1] = float("nan")
+    control.on["finish"] = spoil
+    try:
+        with pytest.raises(
+            WeightSyncError, match=f"the first is {NORM} .* the trainer's own holds numbers that are not"
+        ):
+            sync_with(control).sync(policy, 1)
+    finally:
+        with torch.no_grad():
+            dict(policy.named_parameters())[NORM][1] = 1.0
 
 
 def test_a_server_that_cannot_be_resumed_does_not_hide_why_the_sync_failed(
     control: FakeControl, policy: PreTrainedModel
 ) -> None:
-    control.on = {"update": refuse("the file is corrupt"), "resume": refuse("I am gone")}
+    control.on |= {"update": refuse("the file is corrupt"), "resume": refuse("I am gone")}
     with pytest.raises(WeightSyncError, match="the file is corrupt"):
         sync_with(control).sync(policy, 2)
 
@@ -546,7 +688,12 @@ async def test_the_client_keeps_its_old_version_when_a_sync_fails(
 RPC: dict[str, dict[str, Any]] = {
     "ludic_server_info": {"rank": 0},
     "ludic_expect_weights": {"in_place_problem": "it is quantised"},
-    "ludic_held_digests": {"digests": "0123456789abcdef" + "-" * 16},
+    "ludic_held_digests": {
+        "digests": "0123456789abcdef" + "-" * 16,
+        "packed": "-" * 16 + "fedcba9876543210",
+        "flushes": True,
+        "inexact": "",
+    },
 }
 
 
@@ -566,6 +713,8 @@ async def routes() -> AsyncIterator[tuple[ServerControl, list[tuple[str, str, An
                 return web.json_response({"error": "Unauthorized"}, status=401)
             case "/v1/completions":
                 return web.json_response({"choices": [{"prompt_logprobs": [None, entry, {"71": {"logprob": -0.5}}]}]})
+            case "/is_paused":
+                return web.json_response({"is_paused": False})
             case "/collective_rpc":
                 assert body is not None
                 return web.json_response({"results": [RPC[body["method"]], RPC[body["method"]]]})
@@ -609,7 +758,9 @@ async def test_every_control_call_is_the_route_that_vllm_has(
     assert await call(control.server_info) == {"rank": 0}
     wanted = {"w": {"dtype": "float32", "shape": [1]}}
     assert await call(control.expect_weights, wanted) == ["it is quantised"] * 2
-    assert await call(control.held_digests) == [["0123456789abcdef", ""]] * 2
+    held = HeldDigests(in_memory=["0123456789abcdef", ""], packed=["", "fedcba9876543210"], flushes=True)
+    assert await call(control.held_digests) == [held] * 2
+    assert await call(control.is_paused) is False
     assert await call(control.prompt_logprobs, "m", [3, 70, 71], cache_salt="new") == [-1.5, -0.5]
     assert seen == [
         ("POST", "/init_weight_transfer_engine", {"init_info": {"directory": "/d"}}),
@@ -623,6 +774,7 @@ async def test_every_control_call_is_the_route_that_vllm_has(
         ("POST", "/collective_rpc", {"method": "ludic_server_info", "args": []}),
         ("POST", "/collective_rpc", {"method": "ludic_expect_weights", "args": [json.dumps(wanted)]}),
         ("POST", "/collective_rpc", {"method": "ludic_held_digests", "args": []}),
+        ("GET", "/is_paused", None),
         (
             "POST",
             "/v1/completions",

@@ -27,8 +27,11 @@ class Beside(Generic[T]):
         except BaseException as error:  # raised where the result is asked for
             self._error = error
 
-    def result(self) -> T:
-        self._thread.join()
+    def result(self, timeout_s: float | None = None) -> T:
+        """What the call returned. Raises TimeoutError where it is still running after `timeout_s` seconds."""
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            raise TimeoutError
         if self._error is not None:
             raise self._error
         return self._results[0]

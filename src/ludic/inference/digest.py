@@ -62,6 +62,13 @@ def tensor_digests(tensors: Sequence[torch.Tensor]) -> list[int]:
     return digest.values([(tensor.dtype, tuple(tensor.shape)) for tensor in contiguous])
 
 
+def canonical(tensor: torch.Tensor, *, flush: bool) -> torch.Tensor:
+    """`tensor` with 0.0 in the place of each -0.0, and of each subnormal number too if `flush`: what remains of a weight
+    that was read through a multiplication (see `vllm_packed`)."""
+    is_zero = tensor.abs() < torch.finfo(tensor.dtype).tiny if flush else tensor == 0
+    return tensor.masked_fill(is_zero, 0.0)
+
+
 class FlatDigest:
     """Sums the digests of `num_tensors` tensors from buffers that hold pieces of them, in any order and any cut.
 

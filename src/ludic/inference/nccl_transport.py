@@ -17,9 +17,10 @@ from urllib.parse import urlsplit
 import torch
 
 from ludic.inference.beside import Beside
-from ludic.inference.bucket_broadcast import BUCKET_BYTES, BucketSender, Communicator
+from ludic.inference.bucket_broadcast import BUCKET_BYTES, BucketSender
 from ludic.inference.errors import WeightSyncError
-from ludic.inference.server_control import ServerControl
+from ludic.inference.nccl_link import NcclLink, NoNCCLError
+from ludic.inference.server_control import TRANSFER_TIMEOUT_S, ServerControl
 from ludic.inference.weight_transport import WireWeights
 
 
@@ -28,12 +29,15 @@ class BucketTransport:
 
     name = "ludic_nccl"
 
-    def __init__(self, control: ServerControl) -> None:
+    def __init__(self, control: ServerControl, *, deadline_s: float = TRANSFER_TIMEOUT_S) -> None:
         self._control = control
+        self._deadline_s = deadline_s
+        self._link = NcclLink()
         self._sender: BucketSender | None = None
         self._problem = ""
         self._confirmed = False
         self._path = ""
+        self.touched = False
 
     def open(self, weights: WireWeights, *, in_place_problem: str) -> None:
         self._problem, self._confirmed = in_place_problem, False
@@ -49,23 +53,17 @@ class BucketTransport:
             "shapes": [list(shape) for shape in layout.shapes],
             "dtype": str(layout.dtype).removeprefix("torch."),
             "bucket_bytes": BUCKET_BYTES,
+            "deadline_s": self._deadline_s,
         }
         with Beside(lambda: self._control.init_weight_transfer_engine(init_info)):
-            communicator = self._connect(address, port, world_size)
-        self._sender = BucketSender(layout, communicator, weights.model.device)
+            self._connect(address, port, world_size)
+        self._sender = BucketSender(layout, self._link, weights.model.device)
 
-    def _connect(self, address: str, port: int, world_size: int) -> Communicator:
-        from vllm.distributed.weight_transfer.nccl_common import stateless_init_process_group
-
-        communicator = stateless_init_process_group(
-            address, port, 0, world_size, device=torch.accelerator.current_device_index()
-        )
-        if communicator.disabled:
-            raise WeightSyncError(
-                "vLLM found no NCCL in the trainer's environment, so weights cannot go from GPU to GPU"
-            )
-        joined: Communicator = communicator
-        return joined
+    def _connect(self, address: str, port: int, world_size: int) -> None:
+        try:
+            self._link.join(address, port, rank=0, world_size=world_size, timeout_s=self._deadline_s)
+        except NoNCCLError as error:
+            raise WeightSyncError(f"{error}, the trainer's, so weights cannot go from GPU to GPU") from error
 
     @property
     def one_step(self) -> bool:
@@ -73,13 +71,16 @@ class BucketTransport:
 
     def send(self, weights: WireWeights, *, weight_version: str) -> list[int] | None:
         assert self._sender is not None
+        self.touched = False
         self._control.start_weight_update()
         in_place = self.one_step
-        update_info = {"apply": "copy" if in_place else "load"}
+        update_info = {"apply": "copy" if in_place else "load", "deadline_s": self._deadline_s}
         why = self._problem or "the first time, to see where it puts each tensor"
         self._path = "written in place" if in_place else f"reloaded by vLLM ({why})"
+        self.touched = True
         with Beside(lambda: self._control.update_weights(update_info)):
             sent = self._sender.send(weights.masters())
+            self._link.check()
         self._control.finish_weight_update()
         return sent
 
@@ -89,28 +90,42 @@ class BucketTransport:
     def confirm(self) -> None:
         self._confirmed = True
 
+    def abort(self) -> None:
+        self._link.leave()
+
     def close(self) -> None:
         self._sender = None
+        self._link.leave()
+        self._link = NcclLink()
 
 
 class NCCLTransport:
-    """vLLM's packed NCCL broadcast from the trainer's GPU (rank 0) to every worker of the server."""
+    """vLLM's packed NCCL broadcast from the trainer's GPU (rank 0) to every worker of the server.
+
+    The server's half is vLLM's own and has no deadline: where the trainer breaks a transfer off, the server must be restarted.
+    """
 
     name = "nccl"
     one_step = False
 
-    def __init__(self, control: ServerControl) -> None:
+    def __init__(self, control: ServerControl, *, deadline_s: float = TRANSFER_TIMEOUT_S) -> None:
         self._control = control
         self._send: Callable[[WireWeights], None] | None = None
-        self._engine: Any = None
+        self._group: Any = None
+        """vLLM's trainer-side engine, or before 0.28 its communicator."""
+        self._aborted = False
+        self.touched = False
 
     def open(self, weights: WireWeights, *, in_place_problem: str) -> None:
         world = self._control.request("GET", "/get_world_size")["world_size"]
         address, port = _rendezvous(self._control.base_url)
-        self._send = _open_nccl(self._control, weights, address, port, int(world) + 1, self)
+        self._group, self._send = _open_nccl(self._control, weights, address, port, int(world) + 1)
+        if self._aborted:
+            self.close()
 
     def send(self, weights: WireWeights, *, weight_version: str) -> list[int] | None:
         assert self._send is not None
+        self.touched = True
         self._send(weights)
         return None
 
@@ -120,10 +135,15 @@ class NCCLTransport:
     def confirm(self) -> None:
         """Nothing changes: vLLM's backend always reloads."""
 
+    def abort(self) -> None:
+        self._aborted = True
+        self.close()
+
     def close(self) -> None:
-        if self._engine is not None and hasattr(self._engine, "shutdown"):  # vLLM 0.28 and later
-            self._engine.shutdown()
-        self._engine = self._send = None
+        group, self._group, self._send = self._group, None, None
+        if group is not None:
+            leave = group.shutdown if hasattr(group, "shutdown") else group.destroy  # vLLM 0.28 and later, or before
+            leave()
 
 
 def _open_nccl(
@@ -132,9 +152,8 @@ def _open_nccl(
     master_address: str,
     master_port: int,
     world_size: int,
-    owner: NCCLTransport,
-) -> Callable[[WireWeights], None]:
-    """Join the server's workers in one NCCL group, by the trainer-side API that the installed vLLM has."""
+) -> tuple[Any, Callable[[WireWeights], None]]:
+    """Join the server's workers in one NCCL group, by the trainer-side API that the installed vLLM has; how to send."""
     from vllm.distributed.weight_transfer import nccl_engine
 
     if hasattr(nccl_engine, "NCCLTrainerInitInfo"):  # vLLM 0.28 and later: the engine drives the whole round
@@ -154,8 +173,7 @@ def _open_nccl(
             client=control,
             source=Source(),
         )
-        owner._engine = engine
-        return lambda _weights: engine.send_weights()
+        return engine, lambda _weights: engine.send_weights()
 
     static = nccl_engine.NCCLWeightTransferEngine  # vLLM 0.26 and 0.27: static functions, the caller drives the round
     init_info = {
@@ -182,7 +200,7 @@ def _open_nccl(
             torch.cuda.current_stream().synchronize()
         control.finish_weight_update()
 
-    return send
+    return group, send
 
 
 def _rendezvous(base_url: str) -> tuple[str, int]:

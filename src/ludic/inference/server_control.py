@@ -3,19 +3,51 @@
 Generation goes through `vllm_client`; this is what must be said one thing at a time, mostly from the sync's own thread.
 """
 
+import copy
 import json
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import requests
 from requests.adapters import HTTPAdapter
 
-from ludic.inference.errors import EngineError, ServerUnauthorizedError, ServerUnreachableError
+from ludic.inference.beside import Beside
+from ludic.inference.errors import (
+    EngineError,
+    RouteMissingError,
+    ServerInUseError,
+    ServerLostError,
+    ServerUnauthorizedError,
+    ServerUnreachableError,
+)
+from ludic.inference.server_guard import TRAINER_HEADER
+from ludic.telemetry.formatting import inert
 
 KEEP = {"mode": "keep", "clear_cache": "false"}
-
-
 TRANSFER_TIMEOUT_S = 300.0
 """For the calls that move or prove a whole set of weights; the sync around them has a deadline of its own."""
+GRACE_S = 1.0
+"""What a whole reply may take longer than the longest silence within it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldDigests:
+    """What one worker holds of the tensors that were agreed on, in their order; "" where it cannot say.
+
+    Example:
+        >>> HeldDigests(in_memory=("0123456789abcdef", ""), packed=("", "fedcba9876543210"))
+        HeldDigests(in_memory=('0123456789abcdef', ''), packed=('', 'fedcba9876543210'), flushes=False, inexact='')
+    """
+
+    in_memory: Sequence[str]
+    packed: Sequence[str]
+    """Of what packed layers multiply with, in the form that `digest.canonical` gives a tensor; a tied weight has both."""
+    flushes: bool = False
+    """`flush` of that form"""
+    inexact: str = ""
+    """A packed layer that cannot be read back exactly, "" for none."""
 
 
 class ServerControl:
@@ -23,18 +55,27 @@ class ServerControl:
 
     It has the four methods of vLLM's `VLLMWeightSyncClient` protocol, so vLLM's trainer-side engine drives it directly.
 
+    Args:
+        trainer: the id under which this process holds the server (see `server_guard`); None for who only asks.
+
     Raises:
         ServerUnreachableError: nothing answers.
+        ServerLostError: no answer in time.
+        ServerInUseError: another trainer holds the server.
+        RouteMissingError: 404 or 405.
         ServerUnauthorizedError: 401 or 403.
         EngineError: any other refusal, with the server's text.
     """
 
-    def __init__(self, base_url: str, *, api_key: str | None = None, timeout_s: float = 120.0) -> None:
+    def __init__(
+        self, base_url: str, *, api_key: str | None = None, timeout_s: float = 120.0, trainer: str | None = None
+    ) -> None:
         self.base_url = base_url.rstrip("/")
         self.timeout_s = timeout_s
         self.refusal: EngineError | None = None
         """Why the server last refused to take part in a transfer, for the thread that watches one which waits in NCCL for
         a server that has already said no."""
+        self._given_up = threading.Event()
         # One session, whose connections stay open between calls; each thread that calls at the same time gets its own.
         self._session = requests.Session()
         self._session.trust_env = False  # a proxy variable must not stand between the trainer and its own server
@@ -42,6 +83,23 @@ class ServerControl:
         self._session.mount("https://", HTTPAdapter(pool_maxsize=4))
         if api_key:
             self._session.headers["Authorization"] = f"Bearer {api_key}"
+        if trainer:
+            self._session.headers[TRAINER_HEADER] = trainer
+
+    def branch(self) -> "ServerControl":
+        """Another one with the same connections, whose caller can be cut off by itself: one conversation."""
+        other = copy.copy(self)
+        other.refusal, other._given_up = None, threading.Event()
+        return other
+
+    def give_up(self) -> None:
+        """Refuse all further calls: a thread that was left behind must never speak to the server again."""
+        self._given_up.set()
+
+    def check_wanted(self) -> None:
+        """Raise ServerLostError after `give_up`."""
+        if self._given_up.is_set():
+            raise ServerLostError("the weight sync that this belongs to was given up")
 
     def close(self) -> None:
         """Close idle connections; a later call opens new ones."""
@@ -57,26 +115,40 @@ class ServerControl:
         timeout_s: float | None = None,
     ) -> Any:
         """Call one route and return its decoded JSON (None for an empty answer)."""
+        self.check_wanted()
         deadline_s = self.timeout_s if timeout_s is None else timeout_s
         try:
-            response = self._answer(method, path, json_body, params, deadline_s)
-        except requests.Timeout as error:
-            raise EngineError(f"{path} on {self.base_url} did not answer within {deadline_s:g} s") from error
+            # Beside: a reply that comes a byte at a time would never be late by the deadline between two bytes.
+            asked = Beside(lambda: self._answer(method, path, json_body, params, deadline_s))
+            response = asked.result(deadline_s + GRACE_S)
+        except (requests.Timeout, TimeoutError) as error:
+            raise ServerLostError(f"{path} on {self.base_url} did not answer within {deadline_s:g} s") from error
         except requests.ConnectionError as error:
             raise ServerUnreachableError(
                 f"nothing answers at {self.base_url} ({path}): {error.__class__.__name__}"
             ) from error
+        except requests.RequestException as error:
+            raise ServerLostError(
+                f"{path} on {self.base_url} gave a broken reply: {error.__class__.__name__}"
+            ) from error
         if response.status_code in (401, 403):
             raise ServerUnauthorizedError(
-                f"the server at {self.base_url} refused {path}: it wants an API key; pass --api-key or set LUDIC_API_KEY"
+                f"the server at {self.base_url} refused {path}: it wants an API key; set LUDIC_API_KEY, or pass --api-key-file"
+            )
+        if response.status_code == 409:
+            raise ServerInUseError(f"{path} on {self.base_url} was refused: {error_text(response.text)}")
+        if response.status_code in (404, 405):
+            raise RouteMissingError(
+                f"{path} on {self.base_url} answered {response.status_code}: {error_text(response.text)}"
             )
         if not response.ok:
             raise EngineError(f"{path} on {self.base_url} answered {response.status_code}: {error_text(response.text)}")
         try:
             return response.json() if response.content else None
         except requests.JSONDecodeError as error:
-            raise EngineError(
-                f"{path} on {self.base_url} answered what is not JSON, so it is no vLLM server: {error_text(response.text, 80)}"
+            raise ServerLostError(
+                f"{path} on {self.base_url} answered what is not JSON, so it is no vLLM server, or the reply was cut off: "
+                f"{error_text(response.text, 80)}"
             ) from error
 
     def _answer(
@@ -95,7 +167,11 @@ class ServerControl:
 
         def send() -> requests.Response:
             return self._session.request(
-                method, f"{self.base_url}{path}", json=json_body, params=params, timeout=(10.0, deadline_s)
+                method,
+                f"{self.base_url}{path}",
+                json=json_body,
+                params=params,
+                timeout=(min(10.0, deadline_s), deadline_s),
             )
 
         try:
@@ -133,16 +209,28 @@ class ServerControl:
         body = None if weight_version is None else {"weight_version": weight_version}
         self.request("POST", "/finish_weight_update", json_body=body, timeout_s=TRANSFER_TIMEOUT_S)
 
-    def pause(self, *, drain: bool = False) -> None:
+    def end_open_update(self) -> None:
+        """Finish an update that a trainer left open, if there is one, so that the model's parameters are all in place again."""
+        try:
+            self.finish_weight_update()
+        except EngineError as error:
+            if "without a matching" not in str(error):
+                raise
+
+    def pause(self, *, drain: bool = False, timeout_s: float | None = None) -> None:
         """Hold all generation from the next step on; it goes on at `resume`, and requests that come meanwhile wait.
 
         Nothing is dropped from the prefix cache: its blocks are keyed by each request's `cache_salt`. With `drain`, for a
         server that knows no salts, running requests end first and the caches are cleared.
         """
-        self.request("POST", "/pause", params={"mode": "wait", "clear_cache": "true"} if drain else KEEP)
+        mode = {"mode": "wait", "clear_cache": "true"} if drain else KEEP
+        self.request("POST", "/pause", params=mode, timeout_s=timeout_s)
 
-    def resume(self) -> None:
-        self.request("POST", "/resume")
+    def resume(self, *, timeout_s: float | None = None) -> None:
+        self.request("POST", "/resume", timeout_s=timeout_s)
+
+    def is_paused(self) -> bool:
+        return bool(self.request("GET", "/is_paused")["is_paused"])
 
     def server_info(self) -> dict[str, Any]:
         """What the server's first worker says of itself: dtype, device, transfer_backend, logprobs_mode, vllm_version."""
@@ -156,14 +244,30 @@ class ServerControl:
         `wanted` is {name: {"dtype": "bfloat16", "shape": [...]}}.
         """
         answer = self.request(
-            "POST", "/collective_rpc", json_body={"method": "ludic_expect_weights", "args": [json.dumps(wanted)]}
+            "POST",
+            "/collective_rpc",
+            json_body={"method": "ludic_expect_weights", "args": [json.dumps(wanted)]},
+            timeout_s=TRANSFER_TIMEOUT_S,
         )
         return [worker["in_place_problem"] for worker in answer["results"]]
 
-    def held_digests(self) -> list[list[str]]:
-        """Digests of what each worker's model holds, in the agreed order; "" where it holds no comparable tensor."""
-        answer = self.request("POST", "/collective_rpc", json_body={"method": "ludic_held_digests", "args": []})
-        return [_sixteens(worker["digests"]) for worker in answer["results"]]
+    def held_digests(self) -> list[HeldDigests]:
+        """What each worker's model holds of the agreed tensors."""
+        answer = self.request(
+            "POST",
+            "/collective_rpc",
+            json_body={"method": "ludic_held_digests", "args": []},
+            timeout_s=TRANSFER_TIMEOUT_S,
+        )
+        return [
+            HeldDigests(
+                in_memory=_sixteens(worker["digests"]),
+                packed=_sixteens(worker["packed"]),
+                flushes=worker["flushes"],
+                inexact=worker["inexact"],
+            )
+            for worker in answer["results"]
+        ]
 
     def prompt_logprobs(self, model: str, token_ids: list[int], *, cache_salt: str) -> list[float]:
         """The server's log-probability of each prompt token after the first, in nats: [len(token_ids) - 1].
@@ -214,4 +318,4 @@ def error_text(body: str, limit: int = 600) -> str:
         inner = decoded.get("error", decoded.get("detail", decoded.get("message", decoded)))
         body = str(inner.get("message", inner) if isinstance(inner, dict) else inner)
     flat = " ".join(body.split())
-    return flat if len(flat) <= limit else flat[:limit] + " ..."
+    return inert(flat, limit)

@@ -37,8 +37,18 @@ def checkpoint_views(model: torch.nn.Module, shapes: Mapping[str, list[int]]) ->
     one (tensor-parallel shards, packed or quantised weights) and there is no view.
     """
     # remove_duplicate=False: a tied lm_head is then found under its own name too.
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    fused = {part: (whole, parts) for whole, parts in _packed_modules(model).items() for part in parts if part != whole}
+    return views_among(dict(model.named_parameters(remove_duplicate=False)), fused_parts(model), shapes)
+
+
+def fused_parts(model: torch.nn.Module) -> dict[str, tuple[str, list[str]]]:
+    """For each checkpoint module that `model` fuses with others, the fused module and all of its parts, in order."""
+    return {part: (whole, parts) for whole, parts in _packed_modules(model).items() for part in parts if part != whole}
+
+
+def views_among(
+    parameters: Mapping[str, torch.Tensor], fused: Mapping[str, tuple[str, list[str]]], shapes: Mapping[str, list[int]]
+) -> dict[str, torch.Tensor]:
+    """`checkpoint_views` into these parameters, by their names in the model."""
     views: dict[str, torch.Tensor] = {}
     for name, shape in shapes.items():
         module, _, leaf = name.rpartition(".")

@@ -5,6 +5,10 @@ round then carries bytes alone (`bucket_broadcast`), and the trainer says what b
 where `vllm_model.in_place_problem` finds nothing against it; `load` hands them to vLLM's layerwise reload, as vLLM's own
 `nccl` backend does.
 
+A trainer that dies or stops in the middle of a round would leave the worker in NCCL for ever. So each round has the trainer's
+deadline, and is broken off as soon as the trainer is seen to have gone (`nccl_link`); what it wrote until then stays, and the
+round is an error. The next trainer, or the next sync of the same one, forms a new group.
+
 Left out: sharded senders, and updates of a draft model.
 """
 
@@ -17,10 +21,10 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
-from vllm.distributed.weight_transfer.nccl_common import NCCLWeightTransferInitInfo, worker_init_process_group
 from vllm.logger import init_logger
 
-from ludic.inference.bucket_broadcast import BucketReceiver, Communicator, WireLayout
+from ludic.inference.bucket_broadcast import BucketReceiver, WireLayout
+from ludic.inference.nccl_link import LinkLeftError, NcclLink, NoNCCLError, Watch
 from ludic.inference.vllm_model import checkpoint_views, finish_reload, in_place_problem, reload_policy
 
 logger = init_logger(f"vllm.{__name__}")  # a child of vLLM's logger: workers have no other handler
@@ -40,6 +44,8 @@ class BucketInitInfo(WeightTransferInitInfo):  # type: ignore[misc, unused-ignor
     shapes: list[list[int]]
     dtype: str
     bucket_bytes: int
+    deadline_s: float
+    """Of forming the group, in seconds."""
 
 
 @dataclass
@@ -48,6 +54,8 @@ class BucketUpdateInfo(WeightTransferUpdateInfo):  # type: ignore[misc, unused-i
 
     apply: str
     """`copy` or `load`"""
+    deadline_s: float
+    """Of this round, in seconds."""
 
 
 class BucketWeightTransferEngine(WeightTransferEngine[BucketInitInfo, BucketUpdateInfo]):  # type: ignore[misc, unused-ignore]
@@ -58,47 +66,66 @@ class BucketWeightTransferEngine(WeightTransferEngine[BucketInitInfo, BucketUpda
     supports_draft_weight_update = False
 
     _receiver: BucketReceiver | None = None
+    _link: NcclLink | None = None
     _may_copy = False
     _reloading = False
 
     def init_transfer_engine(self, init_info: BucketInitInfo) -> None:
-        """Agree on the layout and join the trainer's NCCL group. Raises ValueError where there is no NCCL."""
+        """Agree on the layout and join the trainer's NCCL group, in the place of any other. Raises ValueError."""
+        self.shutdown()
         layout = WireLayout.of(
             init_info.names, init_info.shapes, getattr(torch, init_info.dtype), init_info.bucket_bytes
         )
         self._may_copy = False
-        self._receiver = BucketReceiver(layout, self._connect(init_info), self.device)
+        self._link = self._connect(init_info)
+        self._receiver = BucketReceiver(layout, self._link, self.device)
 
-    def _connect(self, init_info: BucketInitInfo) -> Communicator:
-        communicator = worker_init_process_group(
-            NCCLWeightTransferInitInfo(
-                master_address=init_info.master_address,
-                master_port=init_info.master_port,
-                rank_offset=init_info.rank_offset,
-                world_size=init_info.world_size,
-            ),
-            self.parallel_config,
-        )
-        if communicator.disabled:
+    def _connect(self, init_info: BucketInitInfo) -> NcclLink:
+        config = self.parallel_config
+        rank = config.data_parallel_index * config.world_size + config.rank  # unique among all data-parallel groups
+        link = NcclLink()
+        try:
+            with Watch(link, deadline_s=init_info.deadline_s) as watch:
+                link.join(
+                    init_info.master_address,
+                    init_info.master_port,
+                    rank=init_info.rank_offset + rank,
+                    world_size=init_info.world_size,
+                    timeout_s=init_info.deadline_s,
+                )
+        except NoNCCLError as error:
             raise ValueError(
-                'the server has no NCCL: start it with --weight-transfer-config \'{"backend": "ludic_shm"}\''
-            )
-        joined: Communicator = communicator
-        return joined
+                f'{error}: start the server with --weight-transfer-config \'{{"backend": "ludic_shm"}}\''
+            ) from error
+        except LinkLeftError as error:
+            watch.check()
+            raise ValueError(str(error)) from error
+        return link
 
     def start_weight_update(self) -> None:
         """Nothing: a copy needs no preparation, and a reload begins when its data comes."""
 
     def receive_weights(self, update_info: BucketUpdateInfo) -> None:
         """Take one round and apply it. All errors are ValueErrors in one line; the round is taken off the wire first."""
-        if self._receiver is None:
+        if self._receiver is None or self._link is None:
             raise ValueError("ludic_nccl is not open: POST /init_weight_transfer_engine first")
-        if update_info.apply == "copy":
-            self._copy(self._receiver)
-        elif update_info.apply == "load":
-            self._load(self._receiver)
-        else:
+        apply = {"copy": self._copy, "load": self._load}.get(update_info.apply)
+        if apply is None:
             raise ValueError(f"update_info.apply is {update_info.apply!r}; it must be copy or load")
+        watch = Watch(self._link, deadline_s=update_info.deadline_s)
+        try:
+            with watch:
+                apply(self._receiver)
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize(self.device)  # what is stuck is stuck here, under the watch
+            watch.check()
+        except (LinkLeftError, ValueError) as error:
+            watch.check()  # what broke the round off comes before what that led to
+            raise ValueError(str(error)) from error
+        finally:
+            if self._link.left:
+                self.finish_weight_update()
+                self.shutdown()
 
     def _copy(self, receiver: BucketReceiver) -> None:
         layout = receiver.layout
@@ -122,9 +149,9 @@ class BucketWeightTransferEngine(WeightTransferEngine[BucketInitInfo, BucketUpda
         tensors = receiver.tensors()
         try:
             reload_policy(self.model, self.model_config, tensors)
+            self._reloading = True
         finally:
             _drain(tensors)  # after an error the trainer still sends, and would wait for ever
-        self._reloading = True
 
     def finish_weight_update(self) -> None:
         """End a reload; after a copy there is nothing to do."""
@@ -134,7 +161,9 @@ class BucketWeightTransferEngine(WeightTransferEngine[BucketInitInfo, BucketUpda
 
     def shutdown(self) -> None:
         """Leave the group and free the buffers."""
-        self._receiver = None
+        if self._link is not None:
+            self._link.leave()
+        self._receiver = self._link = None
 
     @staticmethod
     def trainer_send_weights(iterator: Iterator[object], trainer_args: object) -> None:

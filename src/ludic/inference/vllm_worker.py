@@ -1,8 +1,8 @@
 """What ludic adds inside vLLM's worker processes: its weight transports, digests of what is held, recorded log-probs.
 
 vLLM imports this module in every worker because `--worker-extension-cls` names `LudicWorkerExtension`; importing it
-registers the transports: `ludic_nccl` of `vllm_nccl`, and the one here. These and `vllm_model` are the modules that import
-vLLM at the top; nothing else imports them.
+registers the transports: `ludic_nccl` of `vllm_nccl`, and the one here. These, `vllm_model` and `vllm_packed` are the modules
+that import vLLM at the top; nothing else imports them.
 
 The transport `ludic_shm` takes a whole policy from a safetensors file on a directory that trainer and server share
 (`/dev/shm`, or any disk), for the CPU backend and for machines with one GPU. Every check of the file happens before the
@@ -13,7 +13,7 @@ import inspect
 import json
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypedDict
 
@@ -39,6 +39,8 @@ from ludic.inference.vllm_model import (
     reload_policy,
 )
 from ludic.inference.vllm_nccl import NCCL_BACKEND, BucketWeightTransferEngine
+from ludic.inference.vllm_packed import PackedWeights
+from ludic.inference.weight_transport import UNTOUCHED
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -101,6 +103,14 @@ class SharedMemoryWeightTransferEngine(WeightTransferEngine[SharedMemoryInitInfo
         """Verify every tensor of the file against its digest, then load all of them into the model."""
         if self._loaded:
             raise ValueError("ludic_shm takes the whole policy in one update_weights; a second came before the finish")
+        try:
+            tensors = self._checked_tensors(update_info)
+        except ValueError as error:
+            raise ValueError(f"{error}; {UNTOUCHED}") from error
+        reload_policy(self.model, self.model_config, iter(tensors.items()))
+        self._loaded = True
+
+    def _checked_tensors(self, update_info: SharedMemoryUpdateInfo) -> dict[str, torch.Tensor]:
         path = _checked_path(update_info.path, self._directory)
         try:
             with safe_open(path, framework="pt", device="cpu") as file:
@@ -109,8 +119,7 @@ class SharedMemoryWeightTransferEngine(WeightTransferEngine[SharedMemoryInitInfo
             raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
         _check_file(path, tensors, update_info)
         check_complete(self.model, tensors)
-        reload_policy(self.model, self.model_config, iter(tensors.items()))
-        self._loaded = True
+        return tensors
 
     def finish_weight_update(self) -> None:
         """Put the loaded layers in place, and rebuild what the reload leaves stale.
@@ -149,7 +158,9 @@ class LudicWorkerExtension:
         model_runner: GPUModelRunner
         device: torch.device
         rank: int
+        _weight_update_active: bool
         _ludic_specs: dict[str, "TensorSpec"]
+        _ludic_packed: PackedWeights
         _ludic_recorder: LogprobRecorder
 
     def ludic_server_info(self) -> dict[str, str | int | bool]:
@@ -176,6 +187,8 @@ class LudicWorkerExtension:
         """
         specs: dict[str, TensorSpec] = json.loads(specs_json)
         self._ludic_specs = specs
+        self._ludic_packed = PackedWeights(self.model_runner.get_model())
+        self._ludic_packed.try_out()
         dtypes = {spec["dtype"] for spec in specs.values()}
         problem = f"it is sent in several dtypes ({', '.join(sorted(dtypes))})" if len(dtypes) > 1 else ""
         if not problem:
@@ -188,19 +201,34 @@ class LudicWorkerExtension:
             )
         return {"in_place_problem": problem}
 
-    def ludic_held_digests(self) -> dict[str, str]:
-        """`{"digests": ...}` of what the model holds now: 16 characters a tensor, 16 dashes where it cannot be compared."""
+    def ludic_held_digests(self) -> dict[str, str | bool]:
+        """Digests of what the model holds now, as strings of 16 characters a tensor, 16 dashes where there is none.
+
+        `digests` are of the model's memory, `packed` of what packed layers multiply with (`vllm_packed`), of canonical values;
+        a tensor can have both, and then both must be right. `flushes` says that those take subnormal numbers for zeros,
+        `inexact` names a layer that cannot be read back exactly, "" for none.
+        """
         specs = getattr(self, "_ludic_specs", None)
         if specs is None:
             raise ValueError("nothing was agreed on: call ludic_expect_weights first (was the server restarted?)")
-        digests = _held_digests(self.model_runner.get_model(), specs)
-        return {"digests": "".join(digest or NOT_HELD for digest in digests)}
+        model = self.model_runner.get_model()
+        if self._weight_update_active or any(parameter.is_meta for parameter in model.parameters()):
+            raise ValueError("a weight update was begun and not finished: what it carried is not in place")
+        packed = self._ludic_packed.digests({name: spec["shape"] for name, spec in specs.items()})
+        in_memory = dict(zip(specs, _held_digests(model, specs), strict=True))
+        unread = {name for name, digest in packed.items() if not digest}
+        return {
+            "digests": _row_of(in_memory, specs, unread),
+            "packed": _row_of(packed, specs, unread),
+            "flushes": self._ludic_packed.flushes,
+            "inexact": self._ludic_packed.inexact,
+        }
 
     def ludic_weight_digests(self, specs_json: str) -> dict[str, str]:
         """Digests of the weights that the model holds now, by checkpoint (HF) name.
 
         `specs_json` is `{name: {"dtype": "bfloat16", "shape": [...]}}`, a string because vLLM's route passes only strings.
-        The answer has every name; "" means that this worker does not hold the tensor in a form that can be compared:
+        The answer has every name; "" means that this worker's memory does not hold the tensor in a form that can be compared:
         packed for the CPU, quantised, a tensor-parallel shard, another pipeline stage.
         """
         specs: dict[str, TensorSpec] = json.loads(specs_json)
@@ -230,6 +258,10 @@ class LudicWorkerExtension:
         """What the recorder of log-probs holds; empty if it was never started."""
         recorder = getattr(self, "_ludic_recorder", None)
         return {} if recorder is None else recorder.sizes()
+
+
+def _row_of(digests: Mapping[str, str], names: Iterable[str], unread: Container[str]) -> str:
+    return "".join((digests.get(name) if name not in unread else "") or NOT_HELD for name in names)
 
 
 def _held_digests(model: torch.nn.Module, specs: Mapping[str, TensorSpec]) -> list[str]:

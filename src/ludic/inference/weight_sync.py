@@ -5,11 +5,15 @@ Generation is held and not drained (`mode=keep`): running requests go on with th
 wait. The prefix cache stays; its blocks are keyed by the `cache_salt` of each request, which the client renews with each sync.
 
 A sync that did not take is an error. After every sync, digests of the tensors that the server holds are compared with those
-of what was sent, wherever the server still holds a tensor in comparable form. The log-probs of a fixed prompt are compared
-with the trainer's own at the first sync and at the first of another kind, then at every tenth (`probe_every`), and at each
-sync where not all tensors could be compared: they also see what digests cannot (a stale output head, weights packed by a
-kernel), once the two policies differ by more than `PROBE_GAP_LIMIT`. Everything has a deadline, and the server's own words
-are in the error.
+of what was sent: of its memory, and of what packed layers multiply with (`vllm_packed`), as far as there is an exact way to
+see it. The log-probs of a fixed prompt are compared with the trainer's own at the first sync and at the first of another
+kind, then at every tenth (`probe_every`), and at each sync where the server's memory does not show all tensors: they also
+see what digests cannot, once the two policies differ by more than `PROBE_GAP_LIMIT`.
+
+Everything has a deadline, and the server's own words are in the error. A sync that fails before anything was sent lets the
+server go on; after that it stays paused, since half replaced weights serve nobody, and the next sync of whichever trainer
+sets it right. Whatever a failed sync leaves behind, a thread in a call that does not end included, is cut off: it can reach
+neither the server nor the GPU any more.
 
 Left out: sharded trainers and servers whose weights are quantised or split (their digests come back empty, and the
 log-prob proof stands alone).
@@ -18,7 +22,8 @@ log-prob proof stands alone).
 import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,9 +31,9 @@ import torch
 from ludic.inference.beside import Beside
 from ludic.inference.digest import digest_hex
 from ludic.inference.engine import WeightSyncReport
-from ludic.inference.errors import EngineError, WeightSyncError
+from ludic.inference.errors import EngineError, ServerInUseError, ServerUnauthorizedError, WeightSyncError
 from ludic.inference.nccl_transport import BucketTransport, NCCLTransport
-from ludic.inference.server_control import ServerControl
+from ludic.inference.server_control import HeldDigests, ServerControl
 from ludic.inference.weight_transport import SharedMemoryTransport, WeightTransport, WireWeights
 from ludic.training.logprobs import token_logprobs
 from ludic.training.packing import pack
@@ -45,11 +50,37 @@ PROBE_GAP_LIMIT = 0.15
 to 0.02 for bf16 against fp32 masters, 0.9 for a stale output head (CPU backend of vLLM 0.32)."""
 
 
-TRANSPORTS: dict[str, Callable[[ServerControl], WeightTransport]] = {
+SETTLE_S = 3.0
+"""For the one call by which a server is left paused, or running, after a sync that failed."""
+STAYS_PAUSED = (
+    "the server stays paused, because its weights may be half replaced: the next sync sets it right, or a restart"
+)
+IN_DOUBT = "if the server still runs, its weights may be half replaced: sync again, or restart it, before it is used"
+
+_PASS_ON = (ServerInUseError, ServerUnauthorizedError)
+"""Errors that another attempt would not mend."""
+
+TRANSPORTS: dict[str, type[BucketTransport | SharedMemoryTransport | NCCLTransport]] = {
     "ludic_nccl": BucketTransport,
     "ludic_shm": SharedMemoryTransport,
     "nccl": NCCLTransport,
 }
+
+
+@dataclass(slots=True)
+class _Talk:
+    """One conversation with the server, from a first sync to the first one that fails; then nothing of it is used again."""
+
+    control: ServerControl
+    transport: WeightTransport
+    opened: bool = False
+    salted: bool = False
+    found_paused: bool = False
+    """Whether the server was paused when we came, as a trainer that failed leaves it: not ours to resume without a sync."""
+    pausing: bool = False
+    """Whether a sync of ours has asked for the pause, and not ended well."""
+    probed_path: str = ""
+    syncs_since_probe: int = 0
 
 
 class WeightSync:
@@ -80,152 +111,153 @@ class WeightSync:
                 "start the server with `python -m ludic.inference.vllm_server`"
             )
         self._control = control
-        self._transport: WeightTransport = TRANSPORTS[transport](control)
+        self._transport = transport
         self._served_model = served_model
         self._dtype = dtype
         self._probe = probe_token_ids
         self._deadline_s = deadline_s
         self._probe_every = probe_every
-        self._opened = False
-        self._salted = False
-        self._probed_path = ""
-        self._syncs_since_probe = 0
+        self._abort_reason = ""
+        self._talk = self._new_talk()
+
+    def _new_talk(self) -> _Talk:
+        control = self._control.branch()
+        return _Talk(control, TRANSPORTS[self._transport](control, deadline_s=self._deadline_s))
 
     def sync(self, model: "PreTrainedModel", policy_version: int) -> WeightSyncReport:
-        """Send `model`'s weights and prove them; blocking, at most `deadline_s` seconds.
+        """Send `model`'s weights and prove them; blocking, at most `deadline_s` seconds and those that cleaning up takes.
 
         Raises:
-            WeightSyncError: the server refused, did not answer in time, or does not hold what was sent.
+            WeightSyncError: the server refused, did not answer in time, or does not hold what was sent; or `abort` was
+                called. It says in which state the server was left. Another attempt begins from nothing.
+            ServerInUseError, ServerUnauthorizedError: the server is not ours.
         """
-        outcome: list[WeightSyncReport | BaseException] = []
+        talk, outcome = self._talk, list[WeightSyncReport | BaseException]()
         # On a daemon thread: a broken NCCL call cannot be interrupted, and must not hold the trainer for ever.
-        thread = threading.Thread(target=lambda: outcome.append(self._attempt(model, policy_version)), daemon=True)
-        self._control.refusal = None
+        thread = threading.Thread(
+            target=lambda: outcome.append(self._attempt(talk, model, policy_version)), daemon=True
+        )
+        talk.control.refusal = None
+        self._abort_reason = ""
         thread.start()
-        self._wait(thread)
-        if not outcome:
-            what = f"weight sync {policy_version} over {self._transport.name}"
-            if self._control.refusal is not None:
-                raise WeightSyncError(f"{what} was refused by the server: {self._control.refusal}")
-            raise WeightSyncError(
-                f"{what} did not end within {self._deadline_s:g} s; the server's log says where it waits"
-            )
-        result = outcome[0]
-        if isinstance(result, WeightSyncError):
-            raise result
-        if isinstance(result, BaseException):
-            raise WeightSyncError(
-                f"weight sync {policy_version} over {self._transport.name} failed: {result}"
-            ) from result
-        return result
+        self._wait(thread, talk)
+        result = outcome[0] if outcome else None
+        if isinstance(result, WeightSyncReport):
+            return result
+        self._talk = self._new_talk()
+        left = _cut_off(talk, self._control)
+        error = self._failure(talk, result, policy_version)
+        if isinstance(error, _PASS_ON):
+            raise error
+        raise WeightSyncError(f"{error}{left}") from result
 
-    def _wait(self, thread: threading.Thread) -> None:
-        """Until the thread ends, the deadline has passed, or the server refused what the thread goes on waiting for."""
+    def abort(self, reason: str) -> None:
+        """From any thread: end the sync that is under way, if one is, at once; it raises WeightSyncError with the reason."""
+        self._abort_reason = reason
+
+    def _wait(self, thread: threading.Thread, talk: _Talk) -> None:
+        """Until the thread ends, the deadline has passed, `abort` was called, or the server refused what it waits for."""
         deadline = time.monotonic() + self._deadline_s
-        while thread.is_alive() and time.monotonic() < deadline:
+        while thread.is_alive() and time.monotonic() < deadline and not self._abort_reason:
             thread.join(min(POLL_S, max(0.0, deadline - time.monotonic())))
-            if self._control.refusal is not None:
+            if talk.control.refusal is not None:
                 deadline = min(deadline, time.monotonic() + REFUSAL_GRACE_S)
                 thread.join(max(0.0, deadline - time.monotonic()))
 
+    def _failure(self, talk: _Talk, result: BaseException | None, policy_version: int) -> Exception:
+        what = f"weight sync {policy_version} over {talk.transport.name}"
+        if isinstance(result, (WeightSyncError, *_PASS_ON)):
+            return result
+        if result is not None:
+            return WeightSyncError(f"{what} failed: {result}")
+        if isinstance(talk.control.refusal, _PASS_ON):
+            return talk.control.refusal
+        if talk.control.refusal is not None:
+            return WeightSyncError(f"{what} was refused by the server: {talk.control.refusal}")
+        if self._abort_reason:
+            return WeightSyncError(f"{what} was given up: {self._abort_reason}")
+        return WeightSyncError(
+            f"{what} did not end within {self._deadline_s:g} s; the server's log says where it waits"
+        )
+
     def close(self) -> None:
-        self._transport.close()
-        self._opened = False
+        self._talk.transport.close()
+        self._talk = self._new_talk()
         self._control.close()
 
-    def _attempt(self, model: "PreTrainedModel", policy_version: int) -> WeightSyncReport | BaseException:
+    def _attempt(self, talk: _Talk, model: "PreTrainedModel", policy_version: int) -> WeightSyncReport | BaseException:
         try:
             if model.device.type == "cuda":
                 torch.cuda.set_device(model.device)  # each thread has a current device of its own, and NCCL goes by it
                 # This thread may have another stream than the optimizer's, whose last step must be over.
                 torch.cuda.synchronize(model.device)
-            return self._sync(model, policy_version)
+            return self._sync(talk, model, policy_version)
         except BaseException as error:  # handed to the caller's thread, which raises it
-            self._transport.close()  # the next attempt agrees with the server anew: it may be another one by then
-            self._opened = False
             return error
 
-    def _open(self, weights: WireWeights) -> None:
+    def _open(self, talk: _Talk, weights: WireWeights) -> None:
         dtype_name = str(weights.dtype).removeprefix("torch.")
-        self._salted = bool(self._control.server_info().get("cache_salt", False))
-        problems = self._control.expect_weights(
+        talk.found_paused = talk.control.is_paused()
+        if talk.found_paused:
+            talk.control.end_open_update()
+        talk.salted = bool(talk.control.server_info().get("cache_salt", False))
+        problems = talk.control.expect_weights(
             {name: {"dtype": dtype_name, "shape": shape} for name, shape in weights.shapes().items()}
         )
-        self._transport.open(weights, in_place_problem=next((problem for problem in problems if problem), ""))
-        self._opened = True
-        self._probed_path = ""
+        talk.transport.open(weights, in_place_problem=next((problem for problem in problems if problem), ""))
+        talk.opened = True
 
-    def _sync(self, model: "PreTrainedModel", policy_version: int) -> WeightSyncReport:
+    def _sync(self, talk: _Talk, model: "PreTrainedModel", policy_version: int) -> WeightSyncReport:
         weights = WireWeights(model=model, dtype=self._dtype)
         laps = _Laps()
-        if not self._opened:
-            self._open(weights)
+        talk.transport.touched = False
+        if not talk.opened:
+            self._open(talk, weights)
             laps.end("open")
-        # Even a pause that times out may have paused the server: it is resumed below.
-        pause = Beside(lambda: self._control.pause(drain=not self._salted))
+        talk.pausing = True
+        pause = Beside(lambda: talk.control.pause(drain=not talk.salted))
         try:
-            if not self._transport.one_step:
+            if not talk.transport.one_step:
                 pause.result()
                 laps.end("pause")
             # Otherwise the pause, which takes vLLM 0.02 s and the step that runs, overlaps the rest: the server takes all
             # weights in one call, and serves no call in the middle of a step.
-            sent = self._transport.send(weights, weight_version=str(policy_version))
+            sent = talk.transport.send(weights, weight_version=str(policy_version))
             laps.end("send")
-            proven = self._prove_digests(weights, sent)
+            proof = _Proof.of(weights, talk.control, sent)
             laps.end("digests")
             pause.result()
             laps.end("pause")
         except BaseException:
             with contextlib.suppress(EngineError):  # what went wrong first is what must be seen
                 pause.result()
-            with contextlib.suppress(EngineError):
-                self._control.resume()
             raise
-        self._control.resume()
+        talk.control.resume()
         laps.end("resume")
-        total, path = len(weights.shapes()), self._transport.path()
-        gap = None
-        self._syncs_since_probe += 1
-        if proven < total or path != self._probed_path or self._syncs_since_probe >= self._probe_every:
-            gap = self._prove_logprobs(model, policy_version)
-            self._probed_path, self._syncs_since_probe = path, 0
+        path, gap = talk.transport.path(), None
+        talk.syncs_since_probe += 1
+        if proof.in_memory < proof.total or path != talk.probed_path or talk.syncs_since_probe >= self._probe_every:
+            gap = self._prove_logprobs(talk.control, model, policy_version)
+            talk.probed_path, talk.syncs_since_probe = path, 0
             laps.end("probe")
-        if proven == total:
-            self._transport.confirm()
+        if proof.in_memory == proof.total:
+            talk.transport.confirm()
+        talk.found_paused = talk.pausing = talk.transport.touched = False
         return WeightSyncReport(
             policy_version=policy_version,
-            num_tensors=total,
+            num_tensors=proof.total,
             num_bytes=weights.num_bytes(),
             seconds=laps.total(),
-            proof=_proof_words(path, proven, total, gap),
+            proof=_proof_words(path, proof, gap),
             logprob_gap=gap,
             phases_s=laps.seconds,
         )
 
-    def _prove_digests(self, weights: WireWeights, sent: list[int] | None) -> int:
-        """Compare what the server holds with what was sent; the number of tensors that could be compared."""
-        asked = Beside(self._control.held_digests)  # the server computes its own while the trainer does
-        wanted = [digest_hex(digest) for digest in (weights.digests() if sent is None else sent)]
-        workers = asked.result()
-        names = list(weights.shapes())
-        if any(len(worker) != len(names) for worker in workers):
-            raise WeightSyncError(
-                f"the server answered with digests of {[len(w) for w in workers]} tensors, not {len(names)}"
-            )
-        held = [set(digests) - {""} for digests in zip(*workers, strict=True)]
-        wrong = [number for number, digests in enumerate(held) if digests - {wanted[number]}]
-        if wrong:
-            first = min(wrong, key=lambda number: names[number])
-            raise WeightSyncError(
-                f"after the sync {len(wrong)} of {len(names)} tensors on the server differ from those sent, "
-                f"the first is {names[first]} (digest {'/'.join(sorted(held[first]))}, sent {wanted[first]})"
-            )
-        return sum(bool(digests) for digests in held)
-
-    def _prove_logprobs(self, model: "PreTrainedModel", policy_version: int) -> float:
+    def _prove_logprobs(self, control: ServerControl, model: "PreTrainedModel", policy_version: int) -> float:
         """The mean |difference| in nats between the server's and the trainer's log-probs of the probe prompt."""
+        control.check_wanted()  # a thread that was left behind must not touch the model: the trainer has gone on
         salt = f"ludic-probe-{policy_version}-{time.monotonic_ns()}"
-        asked = Beside(lambda: self._control.prompt_logprobs(self._served_model, self._probe, cache_salt=salt))
+        asked = Beside(lambda: control.prompt_logprobs(self._served_model, self._probe, cache_salt=salt))
         trained = _prompt_logprobs(model, self._probe)
         served = torch.tensor(asked.result())
         gap = (served - trained).abs().mean().item()
@@ -235,6 +267,87 @@ class WeightSync:
                 f"on average (limit {PROBE_GAP_LIMIT}): the server does not compute with the weights that it was sent"
             )
         return gap
+
+
+def _cut_off(talk: _Talk, control: ServerControl) -> str:
+    """End what is left of a conversation, and leave the server as it should be; says how, for the end of an error."""
+    talk.control.give_up()
+    talk.transport.abort()
+    if not talk.transport.touched:
+        if talk.pausing and not talk.found_paused:
+            with contextlib.suppress(EngineError):
+                control.resume(timeout_s=SETTLE_S)
+        return ""
+    try:
+        control.pause(timeout_s=SETTLE_S)
+    except EngineError:
+        return f"; {IN_DOUBT}"
+    return f"; {STAYS_PAUSED}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Proof:
+    """What the digests of one sync have shown: none differed, and how many were compared."""
+
+    total: int
+    compared: int
+    in_memory: int
+    """Of those compared, how many in the server's memory; the others only through the layers that multiply with them."""
+    inexact: str
+    """A layer that cannot be read, "" for none."""
+
+    @classmethod
+    def of(cls, weights: WireWeights, control: ServerControl, sent: list[int] | None) -> "_Proof":
+        """Compare what the server holds with what was sent. Raises WeightSyncError where a tensor differs."""
+        asked = Beside(control.held_digests)  # the server computes its own while the trainer does
+        wanted = weights.digests() if sent is None else sent
+        workers = asked.result()
+        names = list(weights.shapes())
+        sizes = [len(row) for worker in workers for row in (worker.in_memory, worker.packed)]
+        if any(size != len(names) for size in sizes):
+            raise WeightSyncError(f"the server answered with digests of {sizes} tensors, not {len(names)}")
+        in_memory = _Comparison([worker.in_memory for worker in workers], dict(enumerate(wanted)))
+        through = [
+            _Comparison([worker.packed], weights.canonical_digests(_numbers(worker), flush=worker.flushes))
+            for worker in workers
+        ]
+        wrong = sorted(
+            (names[number], held, digest)
+            for comparison in (in_memory, *through)
+            for number, held, digest in comparison.wrong
+        )
+        if wrong:
+            (first, held, digest), count = wrong[0], len({name for name, _, _ in wrong})
+            finite = bool(weights.model.get_parameter(first).isfinite().all())
+            raise WeightSyncError(
+                f"after the sync {count} of {len(names)} tensors on the server differ from those sent, "
+                f"the first is {first} (digest {held}, sent {digest})"
+                + ("" if finite else "; the trainer's own holds numbers that are not finite")
+            )
+        compared = in_memory.right.union(*(comparison.right for comparison in through))
+        inexact = next((worker.inexact for worker in workers if worker.inexact), "")
+        return cls(total=len(names), compared=len(compared), in_memory=len(in_memory.right), inexact=inexact)
+
+
+def _numbers(worker: HeldDigests) -> list[int]:
+    return [number for number, digest in enumerate(worker.packed) if digest]
+
+
+class _Comparison:
+    """Digests of several workers beside those wanted, by the tensor's number."""
+
+    def __init__(self, rows: Sequence[Sequence[str]], wanted: dict[int, int]) -> None:
+        self.right: set[int] = set()
+        self.wrong: list[tuple[int, str, str]] = []
+        for number, held in enumerate(zip(*rows, strict=True)):
+            digests = set(held) - {""}
+            if not digests:
+                continue
+            digest = digest_hex(wanted[number])
+            if digests == {digest}:
+                self.right.add(number)
+            else:
+                self.wrong.append((number, "/".join(sorted(digests)), digest))
 
 
 class _Laps:
@@ -253,11 +366,14 @@ class _Laps:
         return sum(self.seconds.values())
 
 
-def _proof_words(path: str, proven: int, total: int, gap: float | None) -> str:
-    if proven == total:
-        digests = f"all {total} tensors held by the server have the digests of those sent"
+def _proof_words(path: str, proof: _Proof, gap: float | None) -> str:
+    if proof.compared == proof.total:
+        digests = f"all {proof.total} tensors held by the server have the digests of those sent"
     else:
-        digests = f"{proven} of {total} held tensors compared by digests (the others are packed by the backend)"
+        why = f"{proof.inexact} rounds what it holds" if proof.inexact else "the others are split or quantised"
+        digests = f"{proof.compared} of {proof.total} held tensors compared by digests ({why})"
+    if proof.in_memory < proof.compared:
+        digests += f", {proof.compared - proof.in_memory} of them as the layers multiply with them"
     probe = "log-probs of the probe not due" if gap is None else f"log-probs of the probe within {gap:.2g} nats"
     return f"{path}; {digests}; {probe}"
 

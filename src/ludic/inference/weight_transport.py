@@ -9,22 +9,26 @@ Whether what was sent arrived is not decided here but in `weight_sync`.
 
 import os
 import shutil
-import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from ludic.inference.bucket_broadcast import BUCKET_BYTES, WireLayout
-from ludic.inference.digest import FlatDigest, digest_hex, tensor_digests
+from ludic.inference.digest import FlatDigest, canonical, digest_hex, tensor_digest, tensor_digests
+from ludic.inference.errors import EngineError, ServerLostError
 from ludic.inference.flat import pack
-from ludic.inference.server_control import ServerControl
+from ludic.inference.leftovers import WeightsFolder, remove_orphaned_folders
+from ludic.inference.server_control import TRANSFER_TIMEOUT_S, ServerControl
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+UNTOUCHED = "the model was not touched"
+"""In the text of a refusal: the server goes on with whole weights, those from before."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,11 +70,18 @@ class WireWeights:
             digest.add(bucket, buffer)
         return digest.values(layout.kinds())
 
+    def canonical_digests(self, numbers: Iterable[int], *, flush: bool) -> dict[int, int]:
+        """Of the tensors of these numbers, the digests of their `digest.canonical` form in the wire's dtype."""
+        masters = self.masters()
+        return {number: tensor_digest(canonical(masters[number].to(self.dtype), flush=flush)) for number in numbers}
+
 
 class WeightTransport(Protocol):
     """Carries one whole set of weights to the server: start, update, finish. Opening it may block on the server."""
 
     name: str
+    touched: bool
+    """Whether the server's weights may no longer be those from before the last `send`."""
 
     def open(self, weights: WireWeights, *, in_place_problem: str) -> None:
         """Agree with the server. `in_place_problem` is why it cannot take weights in place, "" where it can."""
@@ -93,6 +104,13 @@ class WeightTransport(Protocol):
         """The server was found to hold all tensors of the last send, each where `checkpoint_views` looks for it."""
         ...
 
+    def abort(self) -> None:
+        """From another thread than the one that is stuck in `open` or `send`: let go of everything, never to be used again.
+
+        What that thread holds of the GPU comes free; it may itself stay in a call that cannot be interrupted.
+        """
+        ...
+
     def close(self) -> None: ...
 
 
@@ -102,32 +120,45 @@ class SharedMemoryTransport:
     name = "ludic_shm"
     one_step = False
 
-    def __init__(self, control: ServerControl) -> None:
+    def __init__(self, control: ServerControl, *, deadline_s: float = TRANSFER_TIMEOUT_S) -> None:
         self._control = control
-        self._directory: Path | None = None
+        self._folder: WeightsFolder | None = None
+        self.touched = False
 
     def open(self, weights: WireWeights, *, in_place_problem: str) -> None:
         root = Path("/dev/shm")
         free = shutil.disk_usage(root).free if root.is_dir() else 0
         base = root if free > 2 * weights.num_bytes() and os.access(root, os.W_OK) else None
-        self._directory = Path(tempfile.mkdtemp(prefix="ludic-weights-", dir=base))
-        self._control.init_weight_transfer_engine({"directory": str(self._directory)})
+        remove_orphaned_folders()  # of trainers that were killed: they take the room of ours
+        self._folder = WeightsFolder(base)
+        self._control.init_weight_transfer_engine({"directory": str(self._folder.path)})
 
     def send(self, weights: WireWeights, *, weight_version: str) -> list[int] | None:
         from safetensors.torch import save_file
 
-        assert self._directory is not None
+        assert self._folder is not None
+        self.touched = False
         tensors = {name: tensor.cpu() for name, tensor in weights}
-        path = self._directory / f"weights-{weight_version}-{time.monotonic_ns()}.safetensors"
+        path = self._folder.path / f"weights-{weight_version}-{time.monotonic_ns()}.safetensors"
         try:
             save_file(tensors, path)
             digests = dict(zip(tensors, map(digest_hex, tensor_digests(list(tensors.values()))), strict=True))
             self._control.start_weight_update()
-            self._control.update_weights({"path": str(path), "names": list(tensors), "digests": digests})
+            self._update({"path": str(path), "names": list(tensors), "digests": digests})
             self._control.finish_weight_update()
         finally:
             path.unlink(missing_ok=True)
         return None  # computed from the policy itself instead: a file written from another model would be found out
+
+    def _update(self, update_info: dict[str, Any]) -> None:
+        self.touched = True
+        try:
+            self._control.update_weights(update_info)
+        except ServerLostError:
+            raise
+        except EngineError as error:
+            self.touched = UNTOUCHED not in str(error)
+            raise
 
     def path(self) -> str:
         return "reloaded from shared memory, digests of all tensors checked on receipt"
@@ -135,7 +166,10 @@ class SharedMemoryTransport:
     def confirm(self) -> None:
         """Nothing changes: the CPU packs weights when they are loaded."""
 
+    def abort(self) -> None:
+        self.close()  # a server that comes to it later finds no file, and refuses
+
     def close(self) -> None:
-        if self._directory is not None:
-            shutil.rmtree(self._directory, ignore_errors=True)
-            self._directory = None
+        if self._folder is not None:
+            self._folder.remove()
+            self._folder = None
