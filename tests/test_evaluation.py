@@ -1,9 +1,11 @@
 """Evaluation: its figures against hand-made cases, its limits, and what is left of it when it fails."""
 
 import asyncio
+import contextlib
 import json
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 import pytest
@@ -67,6 +69,12 @@ class StubEngine:
 
     async def update_weights(self, model: torch.nn.Module, *, policy_version: int) -> WeightSyncReport:
         raise AssertionError("evaluation never updates weights")
+
+    def reserve_model(self) -> AbstractAsyncContextManager[None]:
+        return contextlib.nullcontext()
+
+    def counts(self) -> dict[str, float]:
+        return {}
 
     async def aclose(self) -> None:
         raise AssertionError("evaluation does not close what it did not open")

@@ -6,7 +6,6 @@ What uses the fixture `server` runs twice: against ludic's server, and against p
 import asyncio
 import copy
 import dataclasses
-import json
 import random
 import socket
 from collections.abc import AsyncIterator, Callable
@@ -28,8 +27,10 @@ from ludic.inference.errors import (
     ServerUnreachableError,
     WeightSyncError,
 )
-from ludic.inference.generate_wire import PATH, Generated, encode_reply
+from ludic.inference.generate_wire import PATH, Generated
+from ludic.inference.handshake import start_command
 from ludic.inference.vllm_client import VLLMEngine, stop_token_ids
+from ludic.pretrained import load_config
 from ludic.types import Completion, SamplingParams
 from tests.fake_vllm import MODEL, FakeServer, error_body, serving
 from tests.vllm_helpers import make_tiny_tokenizer
@@ -97,7 +98,7 @@ async def test_the_prompts_ids_go_out_as_they_are_and_the_completions_ids_come_b
     (request,) = server.requests
     common = {
         "model": MODEL, "n": 3, "max_tokens": 16, "temperature": 0.7, "top_p": 0.9, "stop_token_ids": [1, 77],
-        "seed": 50, "cache_salt": request["cache_salt"],
+        "seed": 50, "cache_salt": request["cache_salt"], "request_id": request["request_id"],
     }  # fmt: skip
     ours = {"prompt_token_ids": PROMPT, "logprobs": True}
     plain = {"prompt": PROMPT, "logprobs": 0, "return_token_ids": True, "add_special_tokens": False}
@@ -178,6 +179,7 @@ async def test_an_answer_that_is_not_what_was_asked_for_is_an_error(
     monkeypatch: pytest.MonkeyPatch,
     change: Callable[[list[Generated]], list[Generated]],
     said: str,
+    no_backoff: list[tuple[float, float]],
 ) -> None:
     asked = server.completions({"n": 2, "max_tokens": 4, "logprobs": True})
     monkeypatch.setattr(server, "completions", lambda body: change(asked))
@@ -196,28 +198,18 @@ async def test_log_probs_that_the_server_lost_are_unknown_and_no_error(
 
 
 async def test_a_completion_comes_back_as_the_server_drew_it_however_long_it_is(
-    server: FakeServer, open_client: Callable[..., VLLMEngine]
+    server: FakeServer, open_client: Callable[..., VLLMEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     group = [
         Generated(
             token_ids=torch.randint(0, 2**31 - 1, (length,), generator=generator).tolist(),
-            logprobs=torch.randn(length, generator=generator).mul(1e3).tolist(),  # float32, as vLLM has them
-            finish_reason="length",
+            logprobs=torch.randn(length, generator=generator).abs().mul(-1e3).tolist(),  # float32, as vLLM has them
+            finish_reason="length" if length == 4096 else "stop",
         )
-        for length in (0, 1, 4096)
+        for length in (1, 2, 4096)
     ]
-    choices = [
-        {
-            "index": i,
-            "token_ids": one.token_ids,
-            "logprobs": {"token_logprobs": one.logprobs},
-            "finish_reason": "length",
-        }
-        for i, one in enumerate(group)
-    ]
-    body = encode_reply(group) if server.generate_route else json.dumps({"choices": choices}).encode()
-    server.faults = [web.Response(body=body, content_type="application/json")]
+    monkeypatch.setattr(server, "completions", lambda body: group)
     completions = await open_client().generate(PROMPT, num_completions=3, sampling=SamplingParams(max_tokens=4096))
     assert [completion.token_ids for completion in completions] == [one.token_ids for one in group]
     assert [completion.logprobs for completion in completions] == [one.logprobs for one in group]
@@ -340,7 +332,9 @@ async def test_what_is_transient_is_tried_again_and_counted(
     (completion,) = await client.generate(PROMPT, num_completions=1, sampling=SamplingParams(max_tokens=4, seed=8))
     assert completion.token_ids == [8, 8, 8, 1]
     assert client.num_retries == 2 and len(server.requests) == 3 and len(no_backoff) == 2
-    assert server.requests[0] == server.requests[2]
+    first, last = (dict(server.requests[number]) for number in (0, 2))
+    assert first.pop("request_id") != last.pop("request_id"), "an attempt has a name of its own"
+    assert first == last
 
 
 async def test_after_the_last_attempt_the_servers_text_is_in_the_error(
@@ -389,7 +383,7 @@ async def test_a_server_that_went_away_is_named_with_the_command_that_starts_it(
 async def test_a_wrong_key_is_not_retried(server: FakeServer, open_client: Callable[..., VLLMEngine]) -> None:
     server.api_key = "secret"
     client = open_client(api_key="wrong")
-    with pytest.raises(ServerUnauthorizedError, match="--api-key"):
+    with pytest.raises(ServerUnauthorizedError, match="--api-key-file"):
         await client.generate(PROMPT, num_completions=1, sampling=SamplingParams(max_tokens=4))
     assert client.num_retries == 0
     allowed = open_client(api_key="secret")
@@ -453,25 +447,21 @@ async def test_the_right_server_is_accepted(
     assert client.policy_version == 0
 
 
-@pytest.mark.parametrize(("port", "flags"), [(None, " --port {port}"), (8000, "")])
-async def test_nothing_listening_names_the_command_that_starts_a_server(
-    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, port: int | None, flags: str
-) -> None:
+async def test_nothing_listening_names_the_command_that_starts_a_server(tokenizer: PreTrainedTokenizerFast) -> None:
     number = free_port()
     client = VLLMEngine(f"http://127.0.0.1:{number}", model="my/model")
-    if port is not None:
-        client.base_url = f"http://127.0.0.1:{port}"  # only for the message: nobody may listen there now
     with pytest.raises(ServerUnreachableError) as refusal:
         await client.connect(tokenizer)
-    command = "python -m ludic.inference.vllm_server --model my/model" + flags.format(port=number)
+    command = f"python -m ludic.inference.vllm_server --model my/model --port {number}"
     assert f"`{command}`" in str(refusal.value) and "--start-server" in str(refusal.value)
+    assert start_command("http://127.0.0.1:8000", "m") == "python -m ludic.inference.vllm_server --model m"
 
 
 async def test_a_missing_key_is_an_error_of_its_own(
     server: FakeServer, open_client: Callable[..., VLLMEngine], tokenizer: PreTrainedTokenizerFast
 ) -> None:
     server.api_key = "secret"
-    with pytest.raises(ServerUnauthorizedError, match="--api-key"):
+    with pytest.raises(ServerUnauthorizedError, match="--api-key-file"):
         await open_client().connect(tokenizer)
     await open_client(api_key="secret").connect(tokenizer)
 
@@ -496,7 +486,7 @@ async def test_a_server_that_was_left_paused_is_an_error_unless_a_sync_will_set_
     tokenizer: PreTrainedTokenizerFast,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("ludic.inference.vllm_client.PAUSED_LOOKS", 1)
+    monkeypatch.setattr("ludic.inference.handshake.PAUSED_LOOKS", 1)
     server.paused = True
     with pytest.raises(ServerMismatchError, match="is paused"):
         await open_client().connect(tokenizer)
@@ -591,7 +581,7 @@ async def test_weights_cannot_be_sent_before_the_sync_was_set_up(open_client: Ca
 
 
 def test_every_id_that_ends_a_turn_is_a_stop_token(tiny_model_dir: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    assert stop_token_ids(str(tiny_model_dir), tokenizer) == [1]
+    assert stop_token_ids(str(tiny_model_dir), tokenizer, load_config(tiny_model_dir)) == [1]
 
 
 def test_a_concurrency_of_none_is_refused() -> None:

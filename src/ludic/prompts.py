@@ -13,19 +13,39 @@ from typing import TYPE_CHECKING, cast
 
 import jinja2
 
+from ludic.pretrained import loading
 from ludic.types import ChatMessage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+_TEMPLATE_ERRORS = (
+    jinja2.TemplateError,
+    ArithmeticError,
+    LookupError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    RecursionError,
+)
+"""What a template that somebody else wrote can end with. transformers renders it in jinja2's sandbox."""
+
+
 def load_tokenizer(
-    model: str | os.PathLike[str], chat_template_path: str | os.PathLike[str] | None = None
+    model: str | os.PathLike[str],
+    chat_template_path: str | os.PathLike[str] | None = None,
+    *,
+    trust_remote_code: bool = False,
 ) -> "PreTrainedTokenizerBase":
     """The tokenizer of a model folder or hub name, with its own chat template or the one in a Jinja file.
 
+    Of several templates in the folder the default one is kept: the names of the others become file names when the
+    tokenizer is saved.
+
     Raises:
-        ValueError: no such folder, no tokenizer in it, or a chat template that is missing or broken; one line.
+        ValueError: no such folder, no tokenizer in it, one that brings code which is not trusted, or a chat template that is
+            missing or broken; one line.
     """
     name = os.fspath(model)
     if _looks_like_a_path(name) and not Path(name).expanduser().is_dir():
@@ -33,11 +53,12 @@ def load_tokenizer(
     from transformers import AutoTokenizer  # takes seconds, so a wrong folder is refused first
 
     location = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
-    try:
-        tokenizer = cast("PreTrainedTokenizerBase", AutoTokenizer.from_pretrained(location))
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"no tokenizer could be loaded for {name}: {reason}") from error
+    with loading(name, "tokenizer"):
+        tokenizer = cast(
+            "PreTrainedTokenizerBase", AutoTokenizer.from_pretrained(location, trust_remote_code=trust_remote_code)
+        )
+    if isinstance(tokenizer.chat_template, dict):
+        tokenizer.chat_template = tokenizer.chat_template.get("default")
     if chat_template_path is not None:
         tokenizer.chat_template = _read_template(Path(chat_template_path))
     if tokenizer.chat_template is None:
@@ -58,7 +79,7 @@ def encode_prompt(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[ChatM
         encoded = tokenizer.apply_chat_template(
             _plain(messages), add_generation_prompt=True, tokenize=True, return_dict=False
         )
-    except jinja2.TemplateError as error:
+    except _TEMPLATE_ERRORS as error:
         roles = ", ".join(message["role"] for message in messages)
         raise ValueError(
             f"the chat template refuses the messages ({roles}): {error}; where it knows no system turn, "
@@ -111,7 +132,7 @@ def _try_template(tokenizer: "PreTrainedTokenizerBase", source: str) -> None:
     probe: list[ChatMessage] = [{"role": "user", "content": "1 + 1"}]
     try:
         with_question = tokenizer.apply_chat_template(_plain(probe), tokenize=False)
-    except jinja2.TemplateError as error:
+    except _TEMPLATE_ERRORS as error:
         line = f" line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
         raise ValueError(f"the chat template of {source} is broken{line}: {error}") from error
     if "1 + 1" not in str(with_question):

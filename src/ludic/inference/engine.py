@@ -1,10 +1,11 @@
 """The one seam between training and generation: token ids in, token ids out, and a way to hand over new weights.
 
-`vllm_client.VLLMEngine` talks to a vLLM server; `local.LocalEngine` generates in this process. Nothing else in ludic
-knows which of the two it has.
+`vllm_client.VLLMEngine` talks to a vLLM server, `recovery.RecoveringEngine` also survives its loss, and `local.LocalEngine`
+generates in this process. Nothing else in ludic knows which of them it has.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -59,6 +60,18 @@ class InferenceEngine(Protocol):
         as the engine has it; their completions keep the version at which they started, the oldest that sampled any of
         their tokens: staleness is never understated.
         """
+        ...
+
+    def reserve_model(self) -> AbstractAsyncContextManager[None]:
+        """Held by the caller while it computes with the model that it last handed over, or changes it.
+
+        An engine that may have to hand the weights to a server again reads them only between these times, and inside
+        `update_weights`.
+        """
+        ...
+
+    def counts(self) -> dict[str, float]:
+        """What went wrong and was mended so far, by name, for the log; empty where nothing can."""
         ...
 
     async def aclose(self) -> None:

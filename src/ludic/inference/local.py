@@ -20,6 +20,7 @@ the server is for.
 """
 
 import asyncio
+import contextlib
 import copy
 import dataclasses
 import itertools
@@ -27,15 +28,17 @@ import secrets
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import Self
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from ludic.inference.engine import WeightSyncReport
 from ludic.inference.local_decoding import Row, decode, prepare_decoding
+from ludic.pretrained import load_model, loading
 from ludic.types import Completion, SamplingParams
 
 _QUIET_TURNS = 3
@@ -136,11 +139,13 @@ class LocalEngine:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         max_batch_size: int = 256,
+        trust_remote_code: bool = False,
     ) -> Self:
         """Load a model folder (or hub name). Stop and padding tokens come from its tokenizer and generation config."""
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype if dtype is not None else "auto")
+        model = load_model(path, dtype=dtype, trust_remote_code=trust_remote_code)
         if eos_token_ids is None or pad_token_id is None:
-            tokenizer = AutoTokenizer.from_pretrained(path)
+            with loading(path, "tokenizer"):
+                tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
             if eos_token_ids is None:
                 configured = model.generation_config.eos_token_id
                 found = configured if isinstance(configured, list) else [configured]
@@ -204,6 +209,14 @@ class LocalEngine:
             _WeightUpdate(model=model, policy_version=policy_version, future=future, submitted_s=time.perf_counter())
         )
         return await future
+
+    def reserve_model(self) -> AbstractAsyncContextManager[None]:
+        """Nothing to hold: the model is read in `update_weights` alone."""
+        return contextlib.nullcontext()
+
+    def counts(self) -> dict[str, float]:
+        """Nothing can be lost between two halves of one process."""
+        return {}
 
     async def aclose(self) -> None:
         """Finish the batch in hand, refuse what is still queued, and let go of the thread and the weights."""

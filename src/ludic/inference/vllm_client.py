@@ -2,41 +2,47 @@
 
 It speaks ludic's own route (`generate_route`), and `/v1/completions` with token-id prompts where a server is plain vLLM.
 All completions of a prompt are one request, so that the server computes the prompt once. `connect` compares the server
-with what the run needs before anything is generated: each way in which they can differ is an error of its own.
+with what the run needs before anything is generated (`handshake`). From then on every answer must come from that start of
+the server: one that was started again has other weights.
 
-Left out: streaming, several servers. Recovery from a server that was restarted belongs to the trainer.
+Left out: streaming, several servers. Getting a lost server back is the business of `recovery`.
 """
 
 import asyncio
 import collections
 import contextlib
 import dataclasses
-import json
 import logging
 import random
+import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
 import torch
 
-from ludic.inference import generate_wire
+from ludic.inference import generate_wire, handshake
 from ludic.inference.engine import WeightSyncReport
 from ludic.inference.errors import (
     EngineError,
+    ServerInUseError,
+    ServerLostError,
     ServerMismatchError,
+    ServerRestartedError,
     ServerUnauthorizedError,
     ServerUnreachableError,
 )
-from ludic.inference.generate_wire import Generated, GenerateRequest
+from ludic.inference.generate_wire import BadReplyError, Generated, GenerateRequest
 from ludic.inference.server_control import ServerControl, error_text
+from ludic.inference.server_guard import BOOT_HEADER, TRAINER_HEADER
 from ludic.inference.weight_sync import WeightSync
-from ludic.prompts import encode_prompt
-from ludic.types import ChatMessage, Completion, SamplingParams
+from ludic.pretrained import load_config
+from ludic.types import Completion, SamplingParams
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -48,16 +54,16 @@ GENERATION_TIMEOUT_PER_TOKEN_S = 0.5
 MAX_ATTEMPTS = 6
 MAX_TIMEOUTS = 2
 """Of those, how many may end without an answer: what has waited so long twice will not come."""
-KEEP_ALIVE_S = 4.0
-"""vLLM closes a connection that was idle for 5 s; a request sent at that moment would fail, so the client is first."""
-PAUSED_LOOKS = 5
-TRANSIENT_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
-
-_PROBE_CHAT: list[ChatMessage] = [
-    {"role": "system", "content": "Answer in one line."},
-    {"role": "user", "content": "What is 12 + 7?  Überraschung: \\boxed{19} <|x|>"},
-]
-_PROBE_TEXT = "Tom has 3 boxes of 12 eggs. He sells 5, so 3 * 12 - 5 = 31 are left: \\boxed{31}. Überraschung!"
+BACKOFF_S = 0.5
+"""Half of what the second attempt waits for; each further one waits twice as long, less up to half of it by chance."""
+MAX_BACKOFF_S = 8.0
+MAX_RETRY_AFTER_S = 60.0
+"""What a server may ask for at most."""
+MAX_ERROR_BYTES = 2**20
+"""Of a reply that is an error."""
+WARN_EVERY_S = 5.0
+TRANSIENT_STATUS = frozenset({408, 425, 429})
+"""Of those from 400 to 499, which blame the request. Any other is a server's, or somebody's between, who may think again."""
 
 
 class VLLMEngine:
@@ -74,6 +80,8 @@ class VLLMEngine:
         stop_token_ids: ids that end a completion beside the model's own end-of-sequence token.
         seed_requests: send `sampling.seed`. vLLM then samples row by row, which costs time, and its results still depend
             on what else is in the batch; without, the server draws from its own generator.
+        vocab_size: rows of the model's embedding; a reply with another token id is refused. None: not checked.
+        trainer: the id under which the caller holds the server (`handshake.claim`); None for an evaluation.
     """
 
     overlaps_training: bool = True
@@ -87,6 +95,8 @@ class VLLMEngine:
         concurrency: int = 1024,
         stop_token_ids: Sequence[int] = (),
         seed_requests: bool = False,
+        vocab_size: int | None = None,
+        trainer: str | None = None,
     ) -> None:
         if concurrency < 1:
             raise ValueError(f"concurrency must be at least 1, not {concurrency}")
@@ -94,16 +104,23 @@ class VLLMEngine:
         self.model = model
         self.num_retries = 0
         """Requests that were sent again after a transient failure."""
+        self.num_bad_replies = 0
+        """Replies among those failures that were damaged, or answered another request."""
         self._concurrency = concurrency
         self._stop_token_ids = list(stop_token_ids)
         self._seed_requests = seed_requests
-        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._control = ServerControl(base_url, api_key=api_key)
+        self._vocab_size = vocab_size
+        self._headers = {TRAINER_HEADER: trainer} if trainer else {}
+        if api_key:
+            self._headers["Authorization"] = f"Bearer {api_key}"
+        self.control = ServerControl(base_url, api_key=api_key, trainer=trainer)
         self._session: aiohttp.ClientSession | None = None
         self._in_flight = _WeightedSemaphore(concurrency)
         self._policy_version = 0
         self._has_generate_route = False
+        self._warn_at = 0.0
         self._run = uuid.uuid4().hex
+        self._boot: str | None = None
         self._num_syncs = 0
         self._sync: WeightSync | None = None
 
@@ -124,44 +141,22 @@ class VLLMEngine:
             ServerMismatchError: it serves another model, cuts the context shorter than `max_seq_len`, or has another
                 tokenizer or chat template; or it is paused, and not `may_be_paused`.
         """
-        served = await self._served_model()
-        context = served.get("max_model_len")
-        if max_seq_len is not None and context is not None and context < max_seq_len:
-            raise ServerMismatchError(
-                f"the server's context is {context} tokens, shorter than --max-seq-len {max_seq_len}: "
-                f"restart it with --max-model-len {max_seq_len} or lower --max-seq-len"
-            )
-        await self._check_tokenizer(tokenizer)
-        self._has_generate_route = await self._find_generate_route()
-        if not may_be_paused and await self._is_paused():
+        await asyncio.to_thread(self._connect, tokenizer, max_seq_len, may_be_paused)
+
+    def _connect(self, tokenizer: "PreTrainedTokenizerBase", max_seq_len: int | None, may_be_paused: bool) -> None:
+        control = self.control
+        served = handshake.served_model(control, self.model)
+        if max_seq_len is not None:
+            handshake.check_context(served, max_seq_len)
+        handshake.check_tokenizer(control, self.model, tokenizer)
+        handshake.check_chat_template(control, self.model, tokenizer)
+        self._has_generate_route = handshake.has_generate_route(control)
+        self._boot = handshake.boot_id(control)
+        if not may_be_paused and handshake.stays_paused(control):
             raise ServerMismatchError(
                 f"the server at {self.base_url} is paused, as a trainer that was killed in a sync leaves it, and its weights "
-                f"may be half replaced: restart it with `{self._start_command()}`"
+                f"may be half replaced: restart it with `{handshake.start_command(self.base_url, self.model)}`"
             )
-
-    async def _find_generate_route(self) -> bool:
-        try:
-            answer = await asyncio.to_thread(self._control.request, "GET", generate_wire.PATH, timeout_s=15.0)
-        except (ServerUnreachableError, ServerUnauthorizedError):
-            raise
-        except EngineError:  # plain vLLM: 404
-            return False
-        return bool(answer == {"protocol": generate_wire.PROTOCOL})
-
-    async def _is_paused(self) -> bool:
-        """Whether the server stays paused for longer than the sync of a running trainer takes."""
-        for attempt in range(PAUSED_LOOKS):
-            if attempt:
-                await asyncio.sleep(1.0)
-            try:
-                answer = await asyncio.to_thread(self._control.request, "GET", "/is_paused")
-            except (ServerUnreachableError, ServerUnauthorizedError):
-                raise
-            except EngineError:  # a server without RL routes cannot be paused
-                return False
-            if not answer["is_paused"]:
-                return False
-        return True
 
     async def enable_weight_sync(self, probe_token_ids: list[int], *, deadline_s: float = 300.0) -> None:
         """Find out how this server takes weights, so that `update_weights` can be called.
@@ -169,96 +164,17 @@ class VLLMEngine:
         Raises:
             ServerMismatchError: the server has no RL routes, or its settings would make training wrong.
         """
-        try:
-            await asyncio.to_thread(self._control.request, "GET", "/is_paused")
-        except EngineError as error:
-            if isinstance(error, ServerUnreachableError | ServerUnauthorizedError):
-                raise
-            raise ServerMismatchError(
-                f"the server at {self.base_url} has no RL routes, so it cannot take new weights: start it with "
-                f"`{self._start_command()}` instead of plain vLLM"
-            ) from error
-        try:
-            info = await asyncio.to_thread(self._control.server_info)
-        except (ServerUnreachableError, ServerUnauthorizedError):
-            raise
-        except EngineError as error:
-            raise ServerMismatchError(
-                f"the server at {self.base_url} runs vLLM without ludic's worker extension, which proves weight syncs: "
-                f"start it with `{self._start_command()}`"
-            ) from error
-        logprobs_mode = info.get("logprobs_mode", "processed_logprobs")
-        if logprobs_mode != "processed_logprobs":
-            raise ServerMismatchError(
-                f"the server returns {logprobs_mode}: training needs the log-probs of the distribution that was sampled "
-                "from; start it with --logprobs-mode processed_logprobs (the default of ludic.inference.vllm_server)"
-            )
-        if not info.get("transfer_backend"):
-            raise ServerMismatchError(
-                f"the server at {self.base_url} was started without weight transfer: start it with `{self._start_command()}`"
-            )
+        info = await asyncio.to_thread(handshake.weight_sync_info, self.control, self.model)
+        if self._sync is not None:
+            self._sync.close()
         self._sync = WeightSync(
-            self._control,
+            self.control,
             transport=info["transfer_backend"],
             served_model=self.model,
             dtype=getattr(torch, info["dtype"]),
             probe_token_ids=probe_token_ids,
             deadline_s=deadline_s,
         )
-
-    async def _served_model(self) -> dict[str, Any]:
-        try:
-            answer = await asyncio.to_thread(self._control.request, "GET", "/v1/models", timeout_s=15.0)
-        except ServerUnreachableError as error:
-            raise ServerUnreachableError(
-                f"nothing listens at {self.base_url}: start the server with `{self._start_command()}`, "
-                "or pass --start-server"
-            ) from error
-        models: list[dict[str, Any]] = answer["data"]
-        for served in models:
-            if served["id"] == self.model:
-                return served
-        names = ", ".join(str(served["id"]) for served in models)
-        raise ServerMismatchError(
-            f"the server at {self.base_url} serves {names}, not {self.model}: restart it with --model {self.model}, "
-            f"or train the model that it serves"
-        )
-
-    async def _check_tokenizer(self, tokenizer: "PreTrainedTokenizerBase") -> None:
-        """Compare how both sides tokenise a text and a chat; the probe holds digits, markup and a non-ASCII word."""
-        request = {"model": self.model, "prompt": _PROBE_TEXT, "add_special_tokens": False}
-        theirs = (await asyncio.to_thread(self._control.request, "POST", "/tokenize", json_body=request))["tokens"]
-        ours = tokenizer.encode(_PROBE_TEXT, add_special_tokens=False)
-        if theirs != ours:
-            raise ServerMismatchError(
-                f"the server's tokenizer is not the trainer's (a test sentence gives {len(theirs)} tokens there, "
-                f"{len(ours)} here, and the ids differ): serve and train the same model folder"
-            )
-        if tokenizer.chat_template is None:
-            return
-        request = {"model": self.model, "messages": _PROBE_CHAT, "add_generation_prompt": True}
-        try:
-            answer = await asyncio.to_thread(self._control.request, "POST", "/tokenize", json_body=request)
-        except ServerUnreachableError:
-            raise
-        except EngineError:
-            logger.warning(
-                "the server's chat template could not be compared with the trainer's; prompts are tokenised here"
-            )
-            return
-        if answer["tokens"] != encode_prompt(tokenizer, _PROBE_CHAT):
-            raise ServerMismatchError(
-                "the server's chat template is not the trainer's (a test chat gives other token ids): "
-                "serve and train the same model folder, or give both the same --chat-template"
-            )
-
-    def _start_command(self) -> str:
-        _, _, address = self.base_url.partition("://")
-        host, _, port = address.rpartition(":")
-        where = (f" --host {host}" if host not in ("127.0.0.1", "localhost") else "") + (
-            f" --port {port}" if port != "8000" else ""
-        )
-        return f"python -m ludic.inference.vllm_server --model {self.model}{where}"
 
     # -- generation ------------------------------------------------------------------------------------------------
 
@@ -269,6 +185,7 @@ class VLLMEngine:
 
         Raises:
             EngineError: the server refused the request; its own text is in the message.
+            ServerLostError: it does not answer, goes on failing, or was started again since `connect`.
         """
         completions: list[Completion] = []
         while len(completions) < num_completions:
@@ -291,11 +208,18 @@ class VLLMEngine:
             logprobs=sampling.logprobs,
             seed=None if seed is None else seed + offset,  # vLLM seeds member i of a request with seed + i
             cache_salt=None,
+            request_id="",
         )
         generated, version = await self._post_with_retries(request)
-        if len(generated) != count:
-            raise EngineError(f"asked for {count} completions, the server returned {len(generated)}")
-        return [_completion(one, sampling, version) for one in generated]
+        return [
+            Completion(
+                token_ids=one.token_ids,
+                logprobs=one.logprobs,
+                finish_reason="stop" if one.finish_reason == "stop" else "length",
+                policy_version=version,
+            )
+            for one in generated
+        ]
 
     @property
     def _cache_salt(self) -> str:
@@ -307,54 +231,116 @@ class VLLMEngine:
 
     async def _post_with_retries(self, request: GenerateRequest) -> tuple[list[Generated], int]:
         """The server's answer, and the policy version at which the request that it answers was sent."""
-        timeout = aiohttp.ClientTimeout(
-            total=GENERATION_TIMEOUT_S + GENERATION_TIMEOUT_PER_TOKEN_S * request.max_tokens,
-            sock_connect=CONNECT_TIMEOUT_S,
-        )
-        path, encode, decode = _GENERATE_ROUTE if self._has_generate_route else _COMPLETIONS_ROUTE
-        failure, num_timeouts = "", 0
+        failure, num_timeouts, wait_s = "", 0, 0.0
         for attempt in range(MAX_ATTEMPTS):
             if attempt:
                 self.num_retries += 1
-                logger.warning(
-                    "request to %s failed (%s); attempt %d of %d", self.base_url, failure, attempt + 1, MAX_ATTEMPTS
-                )
-                await asyncio.sleep(min(0.5 * 2**attempt, 8.0) * random.uniform(0.5, 1.0))
+                self._warn(failure)
+                backoff_s = min(BACKOFF_S * 2**attempt, MAX_BACKOFF_S) * random.uniform(0.5, 1.0)
+                await asyncio.sleep(max(backoff_s, wait_s))
             # The weights may be replaced while this attempt runs: it is stamped with those that it starts with.
-            version = self._policy_version
-            body = encode(dataclasses.replace(request, cache_salt=self._cache_salt))
+            version, wait_s = self._policy_version, 0.0
             try:
-                async with self._http().post(path, data=body, headers=_JSON, timeout=timeout) as response:
-                    if response.status == 200:
-                        return decode(await response.read()), version
-                    failure = f"{response.status}: {error_text(await response.text())}"
-                    if response.status in (401, 403):
-                        raise ServerUnauthorizedError(
-                            f"the server at {self.base_url} wants an API key: pass --api-key or set LUDIC_API_KEY"
-                        )
-                    if response.status not in TRANSIENT_STATUS:
-                        raise EngineError(f"the server refused a request with {failure}")
+                return await self._post(
+                    dataclasses.replace(request, cache_salt=self._cache_salt, request_id=uuid.uuid4().hex)
+                ), version
             except TimeoutError:
-                failure, num_timeouts = f"no answer within {timeout.total:.0f} s", num_timeouts + 1
+                failure, num_timeouts = f"no answer within {_deadline_s(request):.0f} s", num_timeouts + 1
                 if num_timeouts == MAX_TIMEOUTS:
                     break
-            except (aiohttp.ClientError, json.JSONDecodeError, UnicodeDecodeError) as error:
+            except _TransientError as error:
+                failure, wait_s = str(error), error.wait_s
+            except BadReplyError as error:
+                self.num_bad_replies += 1
+                failure = f"a reply that is none: {error}"
+            except aiohttp.ClientError as error:
                 failure = f"{type(error).__name__}: {error}"
         if failure.startswith("ClientConnectorError"):
+            command = handshake.start_command(self.base_url, self.model)
             raise ServerUnreachableError(
-                f"nothing listens at {self.base_url} any more ({failure}): start the server again with `{self._start_command()}`"
+                f"nothing listens at {self.base_url} any more ({failure}): start the server again with `{command}`"
             )
-        raise EngineError(f"{attempt + 1} attempts failed, the last with {failure}")
+        raise ServerLostError(f"{attempt + 1} attempts failed, the last with {failure}")
+
+    def _warn(self, failure: str) -> None:
+        """Say that requests are sent again: not for each of a thousand that fail alike at once."""
+        if (now := time.monotonic()) >= self._warn_at:
+            self._warn_at = now + WARN_EVERY_S
+            logger.warning(
+                "a request to %s failed (%s) and is sent again; %d were so far",
+                self.base_url,
+                failure,
+                self.num_retries,
+            )
+
+    async def _post(self, request: GenerateRequest) -> list[Generated]:
+        """One attempt.
+
+        Raises:
+            BadReplyError, _TransientError, aiohttp.ClientError, TimeoutError: another attempt may succeed.
+            EngineError: it would not.
+        """
+        path, encode, decode, max_bytes = _GENERATE_ROUTE if self._has_generate_route else _COMPLETIONS_ROUTE
+        timeout = aiohttp.ClientTimeout(total=_deadline_s(request), sock_connect=CONNECT_TIMEOUT_S)
+        # No redirects: they would carry prompts and the key to wherever a reply says.
+        async with self._http().post(
+            path, data=encode(request), headers=_JSON, timeout=timeout, allow_redirects=False
+        ) as response:
+            if response.status == 200:
+                boot = response.headers.get(BOOT_HEADER)
+                if boot is None and self._boot is not None:  # not our server's words, whoever's they are
+                    raise BadReplyError("it does not say which start of the server it comes from")
+                self.check_boot(boot)
+                body = await _read(response, max_bytes(request))
+                return decode(body, request, vocab_size=self._vocab_size)
+            text = (await _read(response, MAX_ERROR_BYTES)).decode(errors="replace")
+        failure = f"{response.status}: {error_text(text)}"
+        if response.status in (401, 403):
+            raise ServerUnauthorizedError(
+                f"the server at {self.base_url} wants an API key: set LUDIC_API_KEY, or pass --api-key-file"
+            )
+        if response.status == 409:
+            raise ServerInUseError(f"the server at {self.base_url} refused a request with {failure}")
+        if response.status in TRANSIENT_STATUS or not 400 <= response.status < 500:
+            raise _TransientError(failure, wait_s=_retry_after_s(response.headers.get("Retry-After", "")))
+        raise EngineError(f"the server refused a request with {failure}")
+
+    def check_boot(self, boot: str | None) -> None:
+        if self._boot is not None and boot != self._boot:
+            raise ServerRestartedError(
+                f"the server at {self.base_url} was started again since this run gave it its weights: what it generates now "
+                "is of the weights that it was started with"
+            )
 
     def _http(self) -> aiohttp.ClientSession:
         if self._session is None:
-            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)  # the semaphore is the limit
+            # The semaphore is the limit. A connection carries one request: what else comes on it, say a second reply, is for
+            # nobody, where on a kept connection it would be taken for the reply to the next request.
+            connector = aiohttp.TCPConnector(limit=0, force_close=True)
             self._session = aiohttp.ClientSession(
-                self.base_url, connector=connector, headers=self._headers, trust_env=False
+                self.base_url,
+                connector=connector,
+                headers={"Accept-Encoding": "identity", **self._headers},
+                auto_decompress=False,  # a small reply must not become a large one
+                cookie_jar=aiohttp.DummyCookieJar(),
+                trust_env=False,
             )
         return self._session
 
     # -- weights ---------------------------------------------------------------------------------------------------
+
+    def reserve_model(self) -> AbstractAsyncContextManager[None]:
+        """Nothing to hold: the model is read in `update_weights` alone."""
+        return contextlib.nullcontext()
+
+    def counts(self) -> dict[str, float]:
+        """`request_retries`, and `bad_replies` among their reasons, so far."""
+        return {"request_retries": self.num_retries, "bad_replies": self.num_bad_replies}
+
+    def abort_sync(self, reason: str) -> None:
+        """End a weight sync that waits for a server of which somebody else knows that it is gone."""
+        if self._sync is not None:
+            self._sync.abort(reason)
 
     async def update_weights(self, model: torch.nn.Module, *, policy_version: int) -> WeightSyncReport:
         """Send the weights, prove them, and count from then on with `policy_version`.
@@ -383,37 +369,64 @@ class VLLMEngine:
             self._sync = None
 
 
-def _completion(generated: Generated, sampling: SamplingParams, version: int) -> Completion:
-    token_ids, logprobs = generated.token_ids, generated.logprobs
-    if sampling.logprobs and logprobs is not None and len(logprobs) != len(token_ids):  # None: the server lost them
-        raise EngineError(f"the server returned {len(token_ids)} tokens but {len(logprobs)} log-probs")
-    if generated.finish_reason not in ("stop", "length"):
-        raise EngineError(f"a completion ended with {generated.finish_reason!r}, which is neither stop nor length")
-    return Completion(
-        token_ids=token_ids,
-        logprobs=logprobs,
-        finish_reason="stop" if generated.finish_reason == "stop" else "length",
-        policy_version=version,
-    )
+class _TransientError(Exception):
+    """The server answered with a status that may be another one at the next attempt."""
+
+    def __init__(self, message: str, *, wait_s: float) -> None:
+        super().__init__(message)
+        self.wait_s = wait_s
+
+
+def _retry_after_s(value: str) -> float:
+    """The seconds for which the server asks to be left alone; 0 for a date, or what cannot be read."""
+    return min(float(value), MAX_RETRY_AFTER_S) if value.isascii() and value.isdecimal() else 0.0
+
+
+async def _read(response: aiohttp.ClientResponse, limit: int) -> bytes:
+    """The body, which may have at most `limit` bytes."""
+    if (response.content_length or 0) > limit:
+        raise BadReplyError(
+            f"a reply of {response.content_length} bytes, which is more than the {limit} that it can have"
+        )
+    body = bytearray()
+    async for chunk in response.content.iter_any():
+        body += chunk
+        if len(body) > limit:
+            raise BadReplyError(f"a reply of more than {limit} bytes, which is more than it can have")
+    return bytes(body)
+
+
+def _deadline_s(request: GenerateRequest) -> float:
+    return GENERATION_TIMEOUT_S + GENERATION_TIMEOUT_PER_TOKEN_S * request.max_tokens
 
 
 _JSON = {"Content-Type": "application/json"}
-_GENERATE_ROUTE = (generate_wire.PATH, generate_wire.encode_request, generate_wire.decode_reply)
+_GENERATE_ROUTE = (
+    generate_wire.PATH,
+    generate_wire.encode_request,
+    generate_wire.decode_reply,
+    generate_wire.max_reply_bytes,
+)
 _COMPLETIONS_ROUTE = (
     generate_wire.COMPLETIONS_PATH,
     generate_wire.encode_completions_request,
     generate_wire.decode_completions_reply,
+    generate_wire.max_completions_reply_bytes,
 )
 
 
-def stop_token_ids(model: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+def stop_token_ids(
+    model: str, tokenizer: "PreTrainedTokenizerBase", config: "PretrainedConfig | None" = None
+) -> list[int]:
     """Every id that ends a turn: the tokenizer's, the model's, and its generation config's (which the server ignores)."""
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import GenerationConfig
+
+    config = load_config(model) if config is None else config
 
     ids: set[int] = set()
     if isinstance(tokenizer.eos_token_id, int):
         ids.add(tokenizer.eos_token_id)
-    sources: list[Any] = [AutoConfig.from_pretrained(model)]
+    sources: list[Any] = [config]
     with contextlib.suppress(OSError):  # a model without generation_config.json
         sources.append(GenerationConfig.from_pretrained(model))
     for source in sources:

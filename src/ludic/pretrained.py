@@ -1,0 +1,104 @@
+"""Loads a model's configuration and weights from a folder or the hub, and runs nothing that comes with them.
+
+Three ways in which a folder's files could run code, and what becomes of each without `trust_remote_code`:
+- `auto_map` in its JSON names Python files of the folder: refused where the model needs them, ignored where transformers
+  knows the model itself. transformers is told so explicitly, for left to itself it asks on the terminal, and waits.
+- `_attn_implementation` in config.json names a repository of kernels, which transformers fetches and imports whatever
+  `trust_remote_code` says: refused.
+- weights in `pytorch_model.bin` are a pickle: refused with or without trust. Only safetensors are read.
+
+Left out: quantised formats, whose libraries transformers chooses itself.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel
+
+_LOADING_ERRORS = (
+    *(OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, ImportError),
+    *(SafetensorError, StrictDataclassError),
+)
+"""What malformed files lead to in the constructors that transformers hands their contents to."""
+
+
+def load_config(name: str | os.PathLike[str], *, trust_remote_code: bool = False) -> "PretrainedConfig":
+    """The configuration of a model folder or hub name.
+
+    Raises:
+        ValueError: there is none, it cannot be read, or it wants code to be run; one line.
+    """
+    from transformers import AutoConfig  # takes seconds
+
+    with loading(name, "configuration"):
+        config = cast("PretrainedConfig", AutoConfig.from_pretrained(_place(name), trust_remote_code=trust_remote_code))
+    if not trust_remote_code:
+        _refuse_kernels(name, config)
+    return config
+
+
+def load_model(
+    name: str | os.PathLike[str], *, dtype: "torch.dtype | None" = None, trust_remote_code: bool = False
+) -> "PreTrainedModel":
+    """The causal language model in a folder or under a hub name, in `dtype`, or in that which its files say.
+
+    Raises:
+        ValueError: there is none, its weights are no safetensors, or it wants code to be run; one line.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(name, trust_remote_code=trust_remote_code)
+    with loading(name, "model"):
+        model = AutoModelForCausalLM.from_pretrained(
+            _place(name),
+            config=config,
+            dtype="auto" if dtype is None else dtype,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+        )
+    return cast("PreTrainedModel", model)
+
+
+@contextlib.contextmanager
+def loading(name: str | os.PathLike[str], what: str) -> Iterator[None]:
+    """Turns what transformers raises while it loads `what` of `name` into one line that says what to do."""
+    try:
+        yield
+    except _LOADING_ERRORS as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        if "trust_remote_code" in str(error):
+            reason = "it brings Python code of its own: read that code, and pass --trust-remote-code if you trust it"
+        elif "safetensors" in lines[0] and isinstance(error, OSError):
+            reason = (
+                f"{lines[0].rstrip('.')}; other formats are pickles, which can run code: load it where you trust it, and "
+                "save it again with save_pretrained"
+            )
+        else:
+            reason = lines[0]
+        raise ValueError(f"no {what} could be loaded for {os.fspath(name)}: {reason}") from error
+
+
+def _place(name: str | os.PathLike[str]) -> str:
+    folder = Path(name).expanduser()
+    return str(folder) if folder.is_dir() else os.fspath(name)
+
+
+def _refuse_kernels(name: str | os.PathLike[str], config: "PretrainedConfig") -> None:
+    """`_attn_implementation` is a word like `sdpa`, unless it names a repository to be imported."""
+    for part in (config, config.get_text_config()):
+        implementation = part._attn_implementation
+        chosen = implementation.values() if isinstance(implementation, dict) else [implementation]
+        for one in chosen:
+            if isinstance(one, str) and "/" in one:
+                raise ValueError(
+                    f"the config.json of {os.fspath(name)} asks for attention from {one!r:.80}, which is code from elsewhere: "
+                    "take `_attn_implementation` out of it, or pass --trust-remote-code if you trust it"
+                )
