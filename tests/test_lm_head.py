@@ -82,7 +82,7 @@ def test_a_certain_prediction_has_a_log_prob_near_0_and_no_overflow() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", HEADS)
-@pytest.mark.parametrize("count", [300, 384, 1])
+@pytest.mark.parametrize("count", [300, 256, 1])
 def test_on_a_gpu_compiled_and_in_bf16_it_is_what_fp32_gives_but_for_rounding(kind: str, count: int) -> None:
     bias, scale, softcap = HEADS[kind]
     exact = tensors(bias=bias, device="cuda")

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 from collections.abc import Callable
 from itertools import pairwise
@@ -29,7 +30,9 @@ from ludic.training.losses import (
     LossOutput,
     LossSettings,
     check_rollout_logprobs,
+    fetch_metrics,
     loss_inputs,
+    reduce_columns,
     reduce_metrics,
 )
 from ludic.training.packing import pack
@@ -229,6 +232,31 @@ def test_a_correction_is_refused_on_the_host_when_the_sampler_gave_only_some_log
     check_rollout_logprobs(samples[:1], LossSettings(tis_cap=2.0))
     with pytest.raises(ValueError, match=r"tis_cap 2\.0 needs the sampler's log-probs, and 2 of 3 samples have none"):
         check_rollout_logprobs(samples, LossSettings(tis_cap=2.0))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_figure_that_is_not_finite_is_left_out_and_named(bad: float) -> None:
+    one = {"loss": 0.5, "num_loss_tokens": 3.0, "entropy": bad, "num_gap_tokens": 2.0, "logprob_gap_max": 0.1}
+    other = {"loss": bad, "num_loss_tokens": 1.0, "entropy": 4.0, "num_gap_tokens": 1.0, "logprob_gap_max": 0.4}
+    columns, others = fetch_metrics(
+        [{k: torch.tensor(v) for k, v in metrics.items()} for metrics in (one, other)], torch.tensor(7.0)
+    )
+    figures, broken = reduce_columns(columns)
+    assert figures == pytest.approx({"num_loss_tokens": 4, "num_gap_tokens": 3, "logprob_gap_max": 0.4})
+    assert broken == ["loss", "entropy"] and others == [7.0]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_log_probs_of_the_policy_that_are_not_finite_are_counted_and_keep_out_of_the_gap(bad: float) -> None:
+    rollout = [5.0, -1.1, -1.7, 5.0, 5.0, 5.0, -0.5]
+    new = [*OLD[:2], bad, *OLD[3:]]
+    inputs = _inputs(TOKEN_MEAN, new=new, rollout=rollout)
+    inputs = dataclasses.replace(inputs, old_logprobs=inputs.logprobs.detach())
+    columns, _ = fetch_metrics([LOSSES["dapo"].loss(inputs, LossSettings()).metrics])
+    assert columns["num_nonfinite_policy_logprobs"].tolist() == [1.0]
+    figures, broken = reduce_columns(columns)
+    assert figures["num_gap_tokens"] == 2 and figures["logprob_gap_mean"] == pytest.approx((0.1 + 0.0) / 2)
+    assert "loss" in broken
 
 
 def test_an_update_without_micro_batches_has_no_metrics() -> None:

@@ -99,3 +99,59 @@ def test_a_frozen_parameter_stays_frozen() -> None:
     backward(model, 0)
     assert masters.parameters[0].grad is None and not masters.parameters[0].requires_grad
     assert all(master.grad is not None for master in masters.parameters[1:])
+
+
+# --- what a step changed ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compute_dtype", [torch.float32, torch.bfloat16])
+def test_publishing_counts_the_weights_that_are_others_once_they_are_rounded(compute_dtype: torch.dtype) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4, bias=False), torch.nn.Linear(4, 2))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(1.0)
+    masters = MasterWeights(model, compute_dtype=compute_dtype)
+    assert masters.num_trained == 16 + 8 + 2
+    assert masters.publish().changed.item() == 0
+    with torch.no_grad():
+        masters.parameters[0][1, :3] += 0.01  # the next number after 1 in bf16 is 1.0078
+        masters.parameters[0][2] += 0.001
+        masters.parameters[2][0] = -1.0
+    published = masters.publish()
+    assert published.changed.item() == 4 and published.finite.item()
+    assert masters.publish().changed.item() == 0
+
+
+def test_steps_that_are_lost_in_rounding_change_nothing_until_they_add_up() -> None:
+    model = torch.nn.Linear(8, 8, bias=False)
+    masters = MasterWeights(model, compute_dtype=torch.bfloat16)
+    with torch.no_grad():
+        masters.parameters[0].fill_(1.0)
+        masters.publish()
+        changed = []
+        for _ in range(10):
+            masters.parameters[0].add_(0.001)
+            changed.append(int(masters.publish().changed))
+    assert changed == [0, 0, 0, 64, 0, 0, 0, 0, 0, 0]  # half of 0.0078 is passed with the fourth
+
+
+@pytest.mark.parametrize("compute_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_publishing_says_whether_the_weights_are_finite(compute_dtype: torch.dtype, value: float) -> None:
+    model = small_model()
+    masters = MasterWeights(model, compute_dtype=compute_dtype)
+    assert masters.publish().finite.item()
+    with torch.no_grad():
+        masters.parameters[3].view(-1)[5] = value
+    published = masters.publish()
+    assert not published.finite.item()
+
+
+def test_a_frozen_parameter_is_not_counted_among_those_that_could_change() -> None:
+    model = small_model()
+    model.model.embed_tokens.weight.requires_grad_(False)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    masters = MasterWeights(model, compute_dtype=torch.bfloat16)
+    assert masters.num_trained == total - model.model.embed_tokens.weight.numel()
+    frozen = MasterWeights(torch.nn.Linear(2, 2).requires_grad_(False), compute_dtype=torch.bfloat16)
+    assert frozen.num_trained == 0 and frozen.publish().changed.item() == 0 and frozen.publish().finite.item()

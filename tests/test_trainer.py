@@ -2,8 +2,10 @@
 
 import asyncio
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
@@ -483,6 +485,12 @@ class StopsInUpdate:
     async def update_weights(self, model: torch.nn.Module, *, policy_version: int) -> WeightSyncReport:
         return await self._engine.update_weights(model, policy_version=policy_version)
 
+    def reserve_model(self) -> AbstractAsyncContextManager[None]:
+        return self._engine.reserve_model()
+
+    def counts(self) -> dict[str, float]:
+        return self._engine.counts()
+
     async def aclose(self) -> None:
         await self._engine.aclose()
 
@@ -594,23 +602,40 @@ def test_a_disk_that_is_full_is_not_tried_twice(
     assert tries == [2]
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run_and_never_reaches_the_weights(
+def poison_gradients(run: Run, monkeypatch: pytest.MonkeyPatch, updates: Sequence[int]) -> None:
+    """Puts a NaN into the gradient of these updates."""
+    norm = torch.nn.utils.get_total_norm
+
+    def poisoned(gradients: Any) -> torch.Tensor:
+        if run.trainer.state.step + 1 in updates:
+            gradients[0][0, 0] = float("nan")
+        return norm(gradients)
+
+    monkeypatch.setattr(torch.nn.utils, "get_total_norm", poisoned)
+
+
+def test_an_update_that_is_not_finite_is_skipped_and_counted(
     digit_policy_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = Run(digit_policy_dir, tmp_path)
-    clip = torch.nn.utils.clip_grad_norm_
+    run = Run(digit_policy_dir, tmp_path, train_steps=6, save_every=1, keep_checkpoints=9)
+    poison_gradients(run, monkeypatch, updates=(2, 3, 5))
+    run.go()
+    assert [row.get("skipped_update") for row in run.logger.updates()] == [0, 1, 1, 0, 1, 0]
+    assert run.trainer.state.skipped_updates == 3 and run.trainer.state.skipped_in_a_row == 0
+    saved = [load(path) for path in list_checkpoints(run.paths.checkpoints)]
+    changed = [not same_weights(before, after) for before, after in itertools.pairwise(saved)]
+    assert changed == [False, False, True, False, True]
 
-    def poisoned(parameters: Any, max_norm: float) -> torch.Tensor:
-        parameters = list(parameters)
-        if run.trainer.state.step == 1:
-            parameters[0].grad[0, 0] = float("nan")
-        return clip(parameters, max_norm)
 
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poisoned)
-    with pytest.raises(FloatingPointError, match="update 2: the gradient of the update is not finite"):
+def test_three_updates_in_a_row_that_are_not_finite_end_the_run_with_a_diagnosis(
+    digit_policy_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(digit_policy_dir, tmp_path, train_steps=9)
+    poison_gradients(run, monkeypatch, updates=range(2, 9))
+    with pytest.raises(FloatingPointError, match=r"updates 2 to 4 were not finite.*embed_tokens"):
         run.go()
     (saved,) = list_checkpoints(run.paths.checkpoints)
-    assert read_state(saved).step == 1
+    assert read_state(saved).step == 4 and read_state(saved).skipped_in_a_row == 3
     assert all(torch.isfinite(parameter).all() for parameter in load(saved).parameters())
     assert same_weights(load(saved), run.model)
 
@@ -692,6 +717,12 @@ class Remote:
     async def update_weights(self, model: torch.nn.Module, *, policy_version: int) -> WeightSyncReport:
         self.events.append(("weights", policy_version))
         return await self._engine.update_weights(model, policy_version=policy_version)
+
+    def reserve_model(self) -> AbstractAsyncContextManager[None]:
+        return self._engine.reserve_model()
+
+    def counts(self) -> dict[str, float]:
+        return self._engine.counts()
 
     async def aclose(self) -> None:
         await self._engine.aclose()
@@ -831,23 +862,22 @@ def test_an_out_of_memory_names_the_flag_and_costs_no_finished_update(
     assert all(parameter.grad is None for parameter in learner.masters.parameters)
 
 
-def test_a_later_epoch_that_is_not_finite_leaves_no_checkpoint_of_half_an_update(
+def test_a_later_epoch_that_is_not_finite_is_left_out_and_the_earlier_ones_stay(
     digit_policy_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = Run(digit_policy_dir, tmp_path, train_steps=5, eval_limit=0, epochs_per_update=2, save_every=1)
-    clip, calls = torch.nn.utils.clip_grad_norm_, iter(range(100))
+    norm, calls = torch.nn.utils.get_total_norm, iter(range(100))
 
-    def poisoned(parameters: Any, max_norm: float) -> torch.Tensor:
-        parameters = list(parameters)
+    def poisoned(gradients: Any) -> torch.Tensor:
         if next(calls) == 3:  # the second epoch of the second update
-            parameters[0].grad[0, 0] = float("nan")
-        return clip(parameters, max_norm)
+            gradients[0][0, 0] = float("nan")
+        return norm(gradients)
 
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poisoned)
-    with pytest.raises(FloatingPointError, match=r"update 2: .*some of its epochs were applied already"):
-        run.go()
-    assert [path.name for path in list_checkpoints(run.paths.checkpoints)] == ["step_1"]
-    assert not same_weights(load(run.paths.checkpoints / "step_1"), run.model)
+    monkeypatch.setattr(torch.nn.utils, "get_total_norm", poisoned)
+    run.go()
+    rows = run.logger.updates()
+    assert sum(row.get("skipped_epochs", 0) for row in rows) == 1
+    assert not any(row.get("skipped_update") for row in rows), "its first epoch was taken"
 
 
 async def test_a_cancellation_during_the_optimizer_step_counts_logs_and_saves_the_update(

@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ludic.types import Rollout, RolloutGroup, TrainingSample
+from ludic.types import Completion, Rollout, RolloutGroup, TrainingSample
 
 _STD_EPS = 1e-6
 """Added to the standard deviation; rewards are of the order of 1, and groups without variance never come this far."""
@@ -29,6 +29,8 @@ class GroupStats:
     """Truncated completions left out of the loss by `mask_truncated`, in groups that have variance."""
     num_samples: int
     """Samples that are left to train on."""
+    num_nonfinite_logprobs: int
+    """Completions, of all groups, with a log-prob of the sampler that is not finite: they count as without."""
 
 
 def has_variance(rewards: Sequence[float]) -> bool:
@@ -89,8 +91,9 @@ def training_samples(
             log-probs do not match its tokens.
     """
     samples: list[TrainingSample] = []
-    num_zero_variance_groups = num_truncated_masked = 0
+    num_zero_variance_groups = num_truncated_masked = num_nonfinite_logprobs = 0
     for group in groups:
+        num_nonfinite_logprobs += sum(not _has_finite_logprobs(rollout.completion) for rollout in group.rollouts)
         rewards = [rollout.score.reward for rollout in group.rollouts]
         if not has_variance(rewards):
             num_zero_variance_groups += 1
@@ -106,8 +109,15 @@ def training_samples(
         num_zero_variance_groups=num_zero_variance_groups,
         num_truncated_masked=num_truncated_masked,
         num_samples=len(samples),
+        num_nonfinite_logprobs=num_nonfinite_logprobs,
     )
     return samples, stats
+
+
+def _has_finite_logprobs(completion: Completion) -> bool:
+    """Whether the sampler's log-probs are fit to compare or correct with, or were never given. Beyond this point NaN means
+    that one is unknown: a sampler's own would pass for that, or poison a correction."""
+    return completion.logprobs is None or all(map(math.isfinite, completion.logprobs))
 
 
 def _training_sample(rollout: Rollout, advantage: float) -> TrainingSample:
@@ -122,10 +132,11 @@ def _training_sample(rollout: Rollout, advantage: float) -> TrainingSample:
             f"{name} has {len(completion.logprobs)} log-probs for {len(completion.token_ids)} completion tokens; "
             "the engine must return one a token, or None"
         )
+    logprobs = completion.logprobs if _has_finite_logprobs(completion) else None
     return TrainingSample(
         token_ids=[*prompt, *completion.token_ids],
         loss_mask=[False] * len(prompt) + [True] * len(completion.token_ids),
-        rollout_logprobs=None if completion.logprobs is None else [0.0] * len(prompt) + completion.logprobs,
+        rollout_logprobs=None if logprobs is None else [0.0] * len(prompt) + logprobs,
         advantage=advantage,
         policy_version=completion.policy_version,
     )

@@ -2,7 +2,8 @@
 
 An update is accumulated piece by piece, as its rollouts arrive, so that training hides behind generation. What a mean over
 the update divides by is known only with its last piece: the gradient is summed undivided and scaled once, before clipping.
-Nothing in here waits for the device but `step`, at its end.
+Nothing in here waits for the device but `step`, at its end: once for the figures that decide whether the step is taken, once
+for what it did to the weights. A step with a NaN or an Inf in its loss, its log-probs or its gradient is not taken.
 
 Left out: more than one training GPU.
 """
@@ -17,8 +18,16 @@ import torch
 from ludic.training.attention import check_isolation, compile_layers, prepare_packed_attention
 from ludic.training.config import GRPOConfig
 from ludic.training.logprobs import check_head, token_logprobs
-from ludic.training.losses import LOSSES, LossSettings, check_rollout_logprobs, loss_inputs, reduce_metrics
-from ludic.training.master_weights import MasterWeights, cast_parameters
+from ludic.training.losses import (
+    LOSSES,
+    LossSettings,
+    check_rollout_logprobs,
+    fetch_metrics,
+    loss_inputs,
+    reduce_columns,
+)
+from ludic.training.master_weights import MasterWeights, Published, cast_parameters
+from ludic.training.nonfinite import LARGEST_NORM, NonFinite, find_nonfinite, nonfinite_names
 from ludic.training.packing import num_loss_tokens, pack, update_scale
 from ludic.types import MicroBatch, TrainingSample
 
@@ -96,10 +105,13 @@ class Learner:
         )
         self.stepped = False
         """Whether the last `step` changed the weights, also where it failed."""
+        self.nonfinite: NonFinite | None = None
+        """What kept the last `step` that was skipped, or cut short, from being taken."""
         self._clear()
 
     def _clear(self) -> None:
         self._metrics: list[Mapping[str, torch.Tensor]] = []
+        self._steps: list[Published] = []
         self._rows: list[tuple[MicroBatch, torch.Tensor | None, torch.Tensor]] = []
         self._num_sequences = self._num_loss_tokens = 0
         self._forwarded = self._represented = self._micro_batches = 0
@@ -141,8 +153,14 @@ class Learner:
     def step(self, *, learning_rate: float) -> dict[str, float]:
         """End the update: scale and clip the gradient, step, and hand the new weights to the model; the update's figures.
 
+        Where the loss, a log-prob of the policy or the gradient is not finite, the step is skipped: weights, masters and
+        the optimizer's state stay as they were, to the bit. `skipped_update` is then 1.0, else 0.0; the figures are those
+        that are finite, with counts of what is not, and `diagnosis` has the words. With several epochs an update, those
+        before the first that is not finite stay, it and those after it are left out and counted in `skipped_epochs`.
+
         Raises:
-            FloatingPointError: the gradient is not finite. `stepped` says whether an earlier epoch of the update was applied.
+            FloatingPointError: the weights are not finite: they, or the optimizer's state, were damaged from outside. They
+                must not be saved; `stepped` is True.
             OutOfMemory: the optimizer's state does not fit.
         """
         self.stepped = False
@@ -153,21 +171,33 @@ class Learner:
         finally:
             self.discard()
 
+    def diagnosis(self) -> str:
+        """One line on the last step that was skipped: what was not finite and where, and what to turn."""
+        return "no update has been skipped" if self.nonfinite is None else self.nonfinite.describe()
+
     def _step(self, learning_rate: float) -> dict[str, float]:
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
         scale = update_scale(
             self._loss.normalisation, num_sequences=self._num_sequences, num_loss_tokens=self._num_loss_tokens
         )
-        grad_norm = self._apply(scale)
-        for _ in range(1, self.config.epochs_per_update):
-            self._metrics = []
-            for row, reference, old in self._rows:
-                self._backward(row, reference=reference, old=old)
-            grad_norm = self._apply(scale)
-        metrics = reduce_metrics(self._metrics)
-        metrics["loss"] *= scale  # the only sum that the weights of the loss went into
-        metrics["grad_norm"] = grad_norm
+        epochs, taken = self.config.epochs_per_update, 0
+        metrics: dict[str, float] = {}
+        for epoch in range(epochs):
+            if epoch:
+                self._metrics = []
+                for row, reference, old in self._rows:
+                    self._backward(row, reference=reference, old=old)
+            figures, broken = self._apply(scale, learning_rate)
+            metrics = metrics if broken is not None and taken else figures
+            if broken is not None:
+                self.nonfinite = broken
+                metrics |= broken.figures()
+                break
+            taken += 1
+        if taken:
+            metrics["changed_weights_share"] = self._changed_share()
+        if epochs > 1:
+            metrics["skipped_epochs"] = epochs - taken
+        metrics["skipped_update"] = float(not taken)
         metrics["micro_batches"] = self._micro_batches
         metrics["trained_tokens"] = self._represented
         metrics["forwarded_tokens"] = self._forwarded
@@ -200,23 +230,56 @@ class Learner:
             with_entropy=False,
         ).logprobs
 
-    def _apply(self, scale: float) -> float:
-        """One optimizer step on what was accumulated; the norm of the gradient before it was clipped."""
-        gradients = [master.grad for master in self.masters.parameters if master.grad is not None]
+    def _apply(self, scale: float, learning_rate: float) -> tuple[dict[str, float], NonFinite | None]:
+        """One optimizer step on what was accumulated, or what forbids it; the finite figures either way."""
+        masters = self.masters.parameters
+        gradients = [master.grad for master in masters if master.grad is not None]
         torch._foreach_mul_(gradients, scale)
-        max_norm = self.config.max_grad_norm or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.masters.parameters, max_norm).item()
-        if not math.isfinite(norm):
-            left = "some of its epochs were applied already" if self.stepped else "the policy was left as it was before"
-            raise FloatingPointError(
-                f"the gradient of the update is not finite (norm {norm}); {left}. "
-                "A lower --learning-rate, or a --tis-cap, is what helps most often"
+        norm = torch.nn.utils.get_total_norm(gradients)
+        columns, (grad_norm,) = fetch_metrics(self._metrics, norm)
+        figures, broken = reduce_columns(columns)
+        if "loss" in figures:
+            figures["loss"] *= scale  # the only sum that the weights of the loss went into
+        if math.isfinite(grad_norm):
+            figures["grad_norm"] = grad_norm  # before it was clipped
+            figures["grad_clipped"] = float(0 < self.config.max_grad_norm < grad_norm)
+        if broken:
+            figures["nonfinite_metrics"] = len(broken)
+        finite = "loss" in figures and not columns["num_nonfinite_policy_logprobs"].any()
+        if not (finite and grad_norm <= LARGEST_NORM):
+            found = find_nonfinite(
+                columns,
+                names=self.masters.names,
+                masters=masters,
+                grad_norm=grad_norm,
+                learning_rate=learning_rate,
+                other=broken,
             )
+            if found.weights:  # no update of ours does that, and none mends it
+                self.stepped = True  # in the sense that matters: they belong to no update, and must not be saved
+                self.nonfinite = found
+                raise FloatingPointError(found.describe())
+            return figures, found
+        torch.nn.utils.clip_grads_with_norm_(masters, self.config.max_grad_norm or math.inf, norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
         self.stepped = True
         self.optimizer.step()
-        self.masters.publish()
+        self._steps.append(self.masters.publish())
         self.optimizer.zero_grad(set_to_none=True)
-        return norm
+        return figures, None
+
+    def _changed_share(self) -> float:
+        """The share of the weights that a step changed as the server is sent them, the mean of the update's steps."""
+        changed, finite = (torch.stack(column) for column in zip(*self._steps, strict=True))
+        num_changed, num_finite = torch.stack([changed.sum(), finite.sum()]).tolist()
+        if num_finite < len(self._steps):
+            names = nonfinite_names(self.masters.names, self.masters.parameters)
+            raise FloatingPointError(
+                f"a finite gradient made weights that are not finite, first {names[0] if names else 'in the copies in bf16'}: "
+                "the optimizer's state is damaged; --resume from an earlier checkpoint"
+            )
+        return float(num_changed / (len(self._steps) * max(1, self.masters.num_trained)))
 
     def discard(self) -> None:
         """Forget what was accumulated of an update that will not be finished."""

@@ -14,6 +14,7 @@ own figures, ref the reference policy; A the advantage; r = pi / old, the ratio 
 Left out on purpose: an entropy bonus, value losses, and losses over a full vocabulary (distillation).
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -193,8 +194,9 @@ def _finish(
     }
     maxima: Metrics = {}
     if inputs.rollout_logprobs is not None:
-        known = mask & ~inputs.rollout_logprobs.isnan()
-        log_gap = (inputs.old_logprobs - inputs.rollout_logprobs).where(known, 0)
+        log_gap = inputs.old_logprobs - inputs.rollout_logprobs
+        known = mask & log_gap.isfinite()  # what is not finite of the policy is counted by itself, and stops the update
+        log_gap = log_gap.where(known, 0)
         sums["num_gap_tokens"] = known
         sums["logprob_gap_mean"] = log_gap.abs()
         sums["kl_rollout"] = _k3(log_gap)
@@ -216,10 +218,11 @@ def _finish(
             token_loss = token_loss + settings.kl_coef * kl
     loss = (inputs.loss_weights * token_loss).sum()
     metrics = {name: (values * mask).sum(dtype=torch.float32) for name, values in sums.items()}
-    return LossOutput(
-        loss=loss,
-        metrics={"loss": loss.detach(), "num_loss_tokens": mask.sum(dtype=torch.float32), **metrics, **maxima},
-    )
+    counts = {
+        "num_loss_tokens": mask.sum(dtype=torch.float32),
+        "num_nonfinite_policy_logprobs": (~inputs.logprobs.detach().isfinite()).sum(dtype=torch.float32),
+    }
+    return LossOutput(loss=loss, metrics={"loss": loss.detach(), **counts, **metrics, **maxima})
 
 
 def _k3(log_ratio: torch.Tensor) -> torch.Tensor:
@@ -231,11 +234,11 @@ _COUNTS = ("num_loss_tokens", "num_gap_tokens")
 _OVER_GAP_TOKENS = ("logprob_gap_mean", "kl_rollout")
 
 
-def reduce_metrics(outputs: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, float]:
-    """The figures of an update from the metrics of its micro-batches: `loss` and counts (`num_...`) are sums, `*_max`
-    maxima, all others means over the update's loss tokens, but `logprob_gap_mean` and `kl_rollout` over those whose
-    log-prob the sampler gave (`num_gap_tokens`); without any, what compares with the sampler is absent. Waits for the
-    device once.
+def fetch_metrics(
+    outputs: Sequence[Mapping[str, torch.Tensor]], *others: torch.Tensor
+) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """The metrics of M micro-batches by name, [M] float64 on the host, and other scalars of the device with them. Waits for
+    the device once.
 
     Raises:
         ValueError: if there are no micro-batches.
@@ -244,11 +247,36 @@ def reduce_metrics(outputs: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, f
         raise ValueError("an update without micro-batches has no metrics")
     names = list(dict.fromkeys(name for metrics in outputs for name in metrics))
     none = torch.zeros_like(outputs[0]["loss"])  # what a row lacks: one without the sampler's log-probs has no gap
-    table = torch.stack([torch.stack([metrics.get(name, none).float() for name in names]) for metrics in outputs])
-    columns = dict(zip(names, table.double().cpu().unbind(1), strict=True))
+    values = [metrics.get(name, none) for metrics in outputs for name in names]
+    fetched = torch.stack([value.float() for value in (*values, *others)]).double().cpu()
+    table = fetched[: len(values)].view(len(outputs), len(names))
+    return dict(zip(names, table.unbind(1), strict=True)), fetched[len(values) :].tolist()
+
+
+def reduce_metrics(outputs: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, float]:
+    """The figures of an update from the metrics of its micro-batches, see `reduce_columns`. Waits for the device once.
+
+    Raises:
+        ValueError: if there are no micro-batches.
+    """
+    return reduce_columns(fetch_metrics(outputs)[0])[0]
+
+
+def reduce_columns(columns: Mapping[str, torch.Tensor]) -> tuple[dict[str, float], list[str]]:
+    """The figures of an update from those of its micro-batches, by name, and the names of those that are not finite.
+
+    `loss` and counts (`num_...`) are sums, `*_max` maxima, all others means over the update's loss tokens, but
+    `logprob_gap_mean` and `kl_rollout` over those whose log-prob the sampler gave (`num_gap_tokens`); without any, what
+    compares with the sampler is absent. So is a figure that is not finite: a NaN in a log is read as a gap or as a zero,
+    its name in the second part of the answer is not.
+    """
     tokens, gap_tokens = (float(columns[name].sum()) if name in columns else 0.0 for name in _COUNTS)
     figures: dict[str, float] = {}
     for name, column in columns.items():
+        if (
+            name == "num_nonfinite_policy_logprobs"
+        ):  # of interest where there are any, and then `nonfinite` reports them
+            continue
         if gap_tokens == 0 and name in ("num_gap_tokens", "logprob_gap_max", *_OVER_GAP_TOKENS):
             continue
         if name.endswith("_max"):
@@ -257,7 +285,8 @@ def reduce_metrics(outputs: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, f
             figures[name] = float(column.sum())
         else:
             figures[name] = float(column.sum()) / (gap_tokens if name in _OVER_GAP_TOKENS else tokens)
-    return figures
+    broken = [name for name, value in figures.items() if not math.isfinite(value)]
+    return {name: value for name, value in figures.items() if name not in broken}, broken
 
 
 def check_rollout_logprobs(samples: Sequence[TrainingSample], settings: LossSettings) -> None:

@@ -4,6 +4,9 @@
 policy; with 0, the default, each batch is sampled by the very policy that it trains. Either way training starts with the
 first groups that arrive, while the others are still being generated.
 
+An update that is not finite is skipped and counted. That an engine may lose its server, and get it back, is not seen here,
+but for `reserve_model`: it is held while the model is computed with or changed.
+
 Reproducible where generation happens in this process: the learner then waits for the whole batch and takes it in the order
 of its prompts. With a server, what is trained on in which micro-batch depends on who answers first.
 """
@@ -13,7 +16,6 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar
 
@@ -23,19 +25,21 @@ from ludic.environment import Environment
 from ludic.evaluation import EvaluationResult, evaluate
 from ludic.inference.engine import InferenceEngine, WeightSyncReport
 from ludic.prompts import encode_prompt
-from ludic.rollouts import GenerationTimes, GroupStream, Prompt, derive_seed, rollout_metrics
+from ludic.rollouts import GroupStream, Prompt, derive_seed, rollout_metrics
+from ludic.telemetry.alarms import Alarms
 from ludic.telemetry.jsonl import JsonlWriter
 from ludic.telemetry.loggers import MetricLogger
-from ludic.training.advantages import GroupStats, training_samples
+from ludic.training.advantages import training_samples
 from ludic.training.checkpoint import CheckpointError, TrainerState, load_optimizer, save_checkpoint
 from ludic.training.config import GRPOConfig, RunPaths
 from ludic.training.learner import Learner
+from ludic.training.learner_thread import LearnerThread
 from ludic.training.memory import fit_budget
 from ludic.training.schedule import DataOrder, check_same_data_order, schedule_factor
+from ludic.training.update_batch import UpdateBatch, named
 from ludic.types import RolloutGroup, SamplingParams, TrainingSample
 
 if TYPE_CHECKING:
-    from concurrent.futures import Future
     from pathlib import Path
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -48,6 +52,9 @@ Result = TypeVar("Result")
 ENOUGH_TOKENS = 12_288
 """Tokens of sequences that are worth a micro-batch while others are still being generated. Less would keep the GPU waiting
 for its host, more would be left to do when the last rollout is there."""
+
+MAX_SKIPPED = 3
+"""So many updates in a row with a NaN or an infinity end the run: it would not come right by itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +83,8 @@ class GRPOTrainer(Generic[SampleT]):
         reference_model: frozen, on the same device; needed if `config.kl_coef` is above 0.
         engine: generates with its own copy of the weights, which every update replaces.
         resume_from: a checkpoint of this run, whose model was already loaded into `model`.
+        task: further settings of the run (data set, prompt), kept in its checkpoints so that a resume can compare them.
+        wandb_run_id: kept there too, so that a resumed run goes on with it.
 
     On a GPU the model computes in bf16 from then on; `learner.masters` has its float32 weights.
 
@@ -101,6 +110,8 @@ class GRPOTrainer(Generic[SampleT]):
         model_dtype: torch.dtype = torch.float32,
         reference_model: "PreTrainedModel | None" = None,
         resume_from: "tuple[Path, TrainerState] | None" = None,
+        task: Mapping[str, Any] | None = None,
+        wandb_run_id: str | None = None,
     ) -> None:
         if not train_samples:
             raise ValueError("there are no samples to train on")
@@ -119,6 +130,7 @@ class GRPOTrainer(Generic[SampleT]):
         self._prompt_token_ids = self._tokenise(train_samples)
         self._order = DataOrder(seed=config.seed, num_samples=len(train_samples))
         self._settings = {**dataclasses.asdict(config), "num_train_samples": len(train_samples)}
+        self.alarms = Alarms()
         self.learner = Learner(config, model, reference_model=reference_model)
         self.state = TrainerState(step=0, policy_version=0, model=model_name, config=self._settings)
         self.last_checkpoint: Path | None = None
@@ -129,11 +141,14 @@ class GRPOTrainer(Generic[SampleT]):
             self.last_checkpoint, state = resume_from
             check_same_data_order(state, self._settings)
             optimizer = self.learner.optimizer
-            load_optimizer(self.last_checkpoint, optimizer, self.learner.device)
+            load_optimizer(self.last_checkpoint, optimizer, self.learner.device, model=model)
             for group in optimizer.param_groups:  # what this run was given, not what the checkpoint was made with
                 group["betas"], group["weight_decay"] = (config.adam_beta1, config.adam_beta2), config.weight_decay
                 group["fused"] = optimizer.defaults["fused"]
             self.state = dataclasses.replace(state, config=self._settings)
+        self.state = dataclasses.replace(
+            self.state, task=dict(task or {}), wandb_run_id=wandb_run_id or self.state.wandb_run_id
+        )
 
     # -- the loop --------------------------------------------------------------------------------------------------
 
@@ -145,13 +160,15 @@ class GRPOTrainer(Generic[SampleT]):
         config = self.config
         self._started, self._seconds_before = time.perf_counter(), self.state.seconds
         self._saved_step = self.state.step
-        with JsonlWriter(self.paths.rollouts) as writer, self._learner_thread() as self._executor:
+        with JsonlWriter(self.paths.rollouts) as writer, LearnerThread(self.learner.device) as self._thread:
             self._rollouts = GroupStream(
                 self.engine, self.environment, group_size=config.group_size, tokenizer=self.tokenizer, writer=writer
             )
             try:
-                await self._sync_weights()
-                if not self.state.evaluations:
+                async with self.engine.reserve_model():
+                    await self._sync_weights()
+                unfinished = self.state.step < config.train_steps
+                if not self.state.evaluations or (unfinished and self._owes_evaluation()):
                     await self._evaluate()
                 if self.state.step < config.train_steps:
                     if self.engine.overlaps_training:  # generated while the memory is tried and layers are compiled
@@ -159,21 +176,21 @@ class GRPOTrainer(Generic[SampleT]):
                     await self._on_learner(fit_budget, self.learner)
                 while self.state.step < config.train_steps:
                     await self._update()
-                    writer.flush()
+                    await asyncio.to_thread(writer.flush)
                     done = self.state.step == config.train_steps
                     if done or (config.eval_every and self.state.step % config.eval_every == 0):
                         await self._evaluate()
                     if done or (config.save_every and self.state.step % config.save_every == 0):
-                        self.save()
+                        await self.save()
                 if self._owes_evaluation():  # an earlier run was cut off in its last evaluation
                     await self._evaluate()
-                    self.save()
+                    await self.save()
             except CheckpointError:
                 raise
             except BaseException:
                 if self.state.step > self._saved_step and not self._mid_update:
                     logger.warning("stopping at update %d; writing a checkpoint first", self.state.step)
-                    self.save()
+                    await self.save()
                 raise
             finally:
                 await self._rollouts.aclose()
@@ -187,19 +204,29 @@ class GRPOTrainer(Generic[SampleT]):
         self._submit_rollouts()
         self.learner.discard()  # what an update that failed may have left
         batch = await self._gather()
-        metrics, cancelled = await self._finish_update(batch)
         report: WeightSyncReport | None = None
-        try:
-            if cancelled is not None:
-                raise cancelled
-            report = await self._sync_weights()
-        finally:  # the update is done and counted, so it is logged, whatever became of the sync
-            self._log_step(metrics, batch, report, step_s=time.perf_counter() - started)
+        async with self.engine.reserve_model():  # from the first changed weight until the engine has them all
+            metrics, cancelled = await self._finish_update(batch)
+            try:
+                if cancelled is not None:
+                    raise cancelled
+                report = await self._sync_weights()
+            finally:  # the update is done and counted, so it is logged, whatever became of the sync
+                self._log_step(metrics, batch, report, step_s=time.perf_counter() - started)
+        if metrics.get("skipped_update"):
+            self._tell_of_skipped_update()
 
     def _submit_rollouts(self) -> None:
-        """Start the rollouts of the next update, and of as many after it as the staleness allows."""
-        step = self.state.step + 1
-        for ahead in range(step, min(step + self.config.max_staleness, self.config.train_steps) + 1):
+        """Start the rollouts of the next update, and of as many after it as the staleness allows.
+
+        An engine whose runs repeat bit for bit does not generate beyond the next checkpoint: what is resumed from it has
+        nothing but the policy of that moment, and has to come to the same.
+        """
+        step, config = self.state.step + 1, self.config
+        last = min(step + config.max_staleness, config.train_steps)
+        if config.save_every and not self.engine.overlaps_training:
+            last = min(last, -(-step // config.save_every) * config.save_every)
+        for ahead in range(step, last + 1):
             self._rollouts.submit(ahead, self._prompts(ahead - 1))
 
     def _prompts(self, step: int) -> list[Prompt[SampleT]]:
@@ -220,9 +247,9 @@ class GRPOTrainer(Generic[SampleT]):
             )
         return prompts
 
-    async def _gather(self) -> "_Batch":
+    async def _gather(self) -> UpdateBatch:
         """Wait for the groups of the next update, and accumulate the gradient of those that are there meanwhile."""
-        batch, pending = _Batch(), list[TrainingSample]()
+        batch, pending = UpdateBatch(), list[TrainingSample]()
         enough = min(self.learner.token_budget, ENOUGH_TOKENS)
         waiting_since = time.perf_counter()
         async for groups in self._rollouts.groups(self.state.step + 1):
@@ -242,7 +269,7 @@ class GRPOTrainer(Generic[SampleT]):
         batch.times = self._rollouts.timings(self.state.step + 1)
         return batch
 
-    def _samples(self, batch: "_Batch", group: RolloutGroup) -> list[TrainingSample]:
+    def _samples(self, batch: UpdateBatch, group: RolloutGroup) -> list[TrainingSample]:
         """What there is to train on in one group: nothing if its rewards are all alike, or it has become too old."""
         config = self.config
         age = self.state.policy_version - min(rollout.completion.policy_version for rollout in group.rollouts)
@@ -258,13 +285,13 @@ class GRPOTrainer(Generic[SampleT]):
             return with_logprobs
         return samples
 
-    async def _accumulate(self, batch: "_Batch", samples: Sequence[TrainingSample]) -> None:
+    async def _accumulate(self, batch: UpdateBatch, samples: Sequence[TrainingSample]) -> None:
         if samples:
             started = time.perf_counter()
             await self._on_learner(self.learner.accumulate, samples)
             batch.train_s += time.perf_counter() - started
 
-    async def _finish_update(self, batch: "_Batch") -> tuple[dict[str, float], asyncio.CancelledError | None]:
+    async def _finish_update(self, batch: UpdateBatch) -> tuple[dict[str, float], asyncio.CancelledError | None]:
         """Step the optimizer and count the update; its metrics, and the cancellation that came meanwhile."""
         metrics = rollout_metrics(batch.groups, policy_version=self.state.policy_version)
         metrics |= batch.counts()
@@ -273,13 +300,14 @@ class GRPOTrainer(Generic[SampleT]):
         if metrics["trained_sequences"]:
             started = time.perf_counter()
             self._mid_update = True  # until the update is counted, the weights belong to no step
-            step = self._executor.submit(self.learner.step, learning_rate=metrics["learning_rate"])
             try:
-                figures, cancelled = await _uninterrupted(step)
+                figures, cancelled = await self._thread.finish(
+                    self.learner.step, learning_rate=metrics["learning_rate"]
+                )
             except (FloatingPointError, MemoryError) as error:
                 self._mid_update = self.learner.stepped
                 raise type(error)(f"update {self.state.step + 1}: {error}") from error
-            metrics |= _named(figures)
+            metrics |= named(figures)
             batch.train_s += time.perf_counter() - started
         elif batch.num_without_logprobs:
             raise ValueError(
@@ -287,10 +315,13 @@ class GRPOTrainer(Generic[SampleT]):
                 f"{self.config.importance_cap} corrects with them; --tis-cap 0 trains without the correction"
             )
         else:
-            self._warn_of_nothing_to_learn(batch, metrics)
+            logger.warning("update %d: nothing to learn from: %s", self.state.step + 1, batch.why_nothing_was_learned())
         rollouts = [rollout for group in batch.groups for rollout in group.rollouts]
+        skipped = int(metrics.get("skipped_update", 0))  # absent where there was nothing to train on
         self.state = dataclasses.replace(
             self.state,
+            skipped_updates=self.state.skipped_updates + skipped,
+            skipped_in_a_row=self.state.skipped_in_a_row + skipped if metrics.get("skipped_update", 1) else 0,
             step=self.state.step + 1,
             policy_version=self.state.policy_version + 1,
             rollouts=self.state.rollouts + len(rollouts),
@@ -300,34 +331,27 @@ class GRPOTrainer(Generic[SampleT]):
         self._mid_update = False
         return metrics, cancelled
 
-    def _warn_of_nothing_to_learn(self, batch: "_Batch", metrics: Mapping[str, float]) -> None:
-        masked = metrics["truncated_masked"]
-        logger.warning(
-            "update %d: nothing to learn from: %d of %d groups have no variance in their rewards%s%s",
-            self.state.step + 1,
-            metrics["zero_variance_groups"],
-            len(batch.groups),
-            f", and {masked:.0f} completions were cut off and masked" if masked else "",
-            f", and {batch.num_too_old} groups were too old" if batch.num_too_old else "",
-        )
+    def _tell_of_skipped_update(self) -> None:
+        """Log why the update was skipped.
 
-    def _learner_thread(self) -> ThreadPoolExecutor:
-        """One thread for all that the learner does: the event loop goes on talking to the server meanwhile."""
-
-        def choose_device() -> None:
-            if self.learner.device.type == "cuda":  # each thread has a current device of its own
-                torch.cuda.set_device(self.learner.device)
-
-        return ThreadPoolExecutor(max_workers=1, thread_name_prefix="ludic-learner", initializer=choose_device)
+        Raises:
+            FloatingPointError: it is the third in a row.
+        """
+        step, in_a_row = self.state.step, self.state.skipped_in_a_row
+        diagnosis = self.learner.diagnosis()
+        self.metric_logger.event(step, f"update {step} was skipped: {diagnosis}")
+        if in_a_row >= MAX_SKIPPED:
+            raise FloatingPointError(
+                f"updates {step - in_a_row + 1} to {step} were not finite and were skipped; the weights are those of before. "
+                f"{diagnosis}"
+            )
 
     async def _on_learner(
         self, function: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
     ) -> Result:
-        """Run `function` on the learner's thread. A cancellation waits for its end: the device cannot be interrupted."""
-        result, cancelled = await _uninterrupted(self._executor.submit(function, *args, **kwargs))
-        if cancelled is not None:
-            raise cancelled
-        return result
+        """Run `function` on the learner's thread, while nobody else reads the model."""
+        async with self.engine.reserve_model():
+            return await self._thread.call(function, *args, **kwargs)
 
     # -- weights, evaluation, checkpoints, log ---------------------------------------------------------------------
 
@@ -362,16 +386,20 @@ class GRPOTrainer(Generic[SampleT]):
         self.metric_logger.log(self.state.step, {f"eval/{name}": float(str(summary[name])) for name in _EVAL_METRICS})
 
     def _owes_evaluation(self) -> bool:
-        evaluates = bool(self.config.eval_limit and self.eval_samples)
-        return evaluates and self.state.evaluations[-1]["step"] != self.state.step
+        """Whether the evaluation that belongs to this update was not made: an earlier run was cut off in it."""
+        config, step = self.config, self.state.step
+        due = step in (0, config.train_steps) or (config.eval_every and step % config.eval_every == 0)
+        evaluates = bool(due and config.eval_limit and self.eval_samples)
+        return evaluates and self.state.evaluations[-1]["step"] != step
 
-    def save(self) -> "Path":
-        """Write a checkpoint of the last finished update.
+    async def save(self) -> "Path":
+        """Write a checkpoint of the last finished update; a cancellation waits until it is there.
 
         Raises:
             CheckpointError: it could not be written; the last good one is still there.
         """
-        self.last_checkpoint = save_checkpoint(
+        checkpoint, cancelled = await self._thread.finish(
+            save_checkpoint,
             self.paths.checkpoints,
             model=self.model,
             weights=self.learner.masters.state_dict(self.model),
@@ -381,19 +409,17 @@ class GRPOTrainer(Generic[SampleT]):
             model_dtype=self._model_dtype,
             keep=self.config.keep_checkpoints,
         )
-        self._saved_step = self.state.step
-        return self.last_checkpoint
+        self.last_checkpoint, self._saved_step = checkpoint, self.state.step
+        if cancelled is not None:
+            raise cancelled
+        return checkpoint
 
     def _log_step(
-        self, metrics: dict[str, float], batch: "_Batch", report: WeightSyncReport | None, *, step_s: float
+        self, metrics: dict[str, float], batch: UpdateBatch, report: WeightSyncReport | None, *, step_s: float
     ) -> None:
-        figures = dict(metrics)
+        figures = dict(metrics) | batch.times_s()
         figures |= {
             "policy_version": self.state.policy_version,
-            "generation_s": batch.times.generation_s,
-            "grading_s": batch.times.grading_s,
-            "wait_s": batch.wait_s,
-            "train_s": batch.train_s,
             "step_s": step_s,
             "tokens_per_s": metrics["total_completion_tokens"] / step_s,
         }
@@ -402,7 +428,10 @@ class GRPOTrainer(Generic[SampleT]):
             figures |= {f"sync/{name}_s": seconds for name, seconds in report.phases_s.items()}
             if report.logprob_gap is not None:
                 figures["sync/logprob_gap"] = report.logprob_gap
+        figures |= self.engine.counts()
         self.metric_logger.log(self.state.step, figures)
+        for alarm in self.alarms.observe(self.state.step, figures):
+            self.metric_logger.event(self.state.step, str(alarm))
 
     def _summary(self) -> TrainingSummary:
         evaluations: list[dict[str, Any]] = self.state.evaluations
@@ -438,49 +467,5 @@ class GRPOTrainer(Generic[SampleT]):
         return token_ids
 
 
-@dataclass(slots=True)
-class _Batch:
-    """The groups of one update as they come in, and what became of them."""
-
-    groups: list[RolloutGroup] = dataclasses.field(default_factory=list)
-    stats: list[GroupStats] = dataclasses.field(default_factory=list)
-    num_too_old: int = 0
-    num_without_logprobs: int = 0
-    wait_s: float = 0.0
-    train_s: float = 0.0
-    times: GenerationTimes = dataclasses.field(default_factory=lambda: GenerationTimes(generation_s=0.0, grading_s=0.0))
-
-    def counts(self) -> dict[str, float]:
-        zero_variance = sum(stats.num_zero_variance_groups for stats in self.stats)
-        return {
-            "zero_variance_groups": zero_variance,
-            "zero_variance_share": zero_variance / max(len(self.stats), 1),
-            "truncated_masked": sum(stats.num_truncated_masked for stats in self.stats),
-            "trained_sequences": sum(stats.num_samples for stats in self.stats) - self.num_without_logprobs,
-            "dropped_groups": self.num_too_old,
-            "dropped_without_logprobs": self.num_without_logprobs,
-        }
-
-
-async def _uninterrupted(work: "Future[Result]") -> tuple[Result, asyncio.CancelledError | None]:
-    """The result of work on another thread, and the cancellation that came meanwhile, for the caller to raise."""
-    future = asyncio.wrap_future(work)
-    cancelled: asyncio.CancelledError | None = None
-    while not future.done():
-        try:
-            await asyncio.wait([future])
-        except asyncio.CancelledError as error:
-            cancelled = error
-    return future.result(), cancelled
-
-
-_METRIC_NAMES = {"logprob_gap_mean": "logprob_gap"}
 _EVAL_METRICS = ("accuracy", "strict_accuracy", "qwen_accuracy", "correct_rate", "parse_err_rate", "truncation_rate",
                  "avg_completion_length", "num_problems", "seconds")  # fmt: skip
-
-
-def _named(metrics: Mapping[str, float]) -> dict[str, float]:
-    """The loss's metrics under their names in the log; `kl` is to the reference policy, else to the sampler."""
-    named = {_METRIC_NAMES.get(name, name): value for name, value in metrics.items()}
-    kl = named.get("kl_ref", named.get("kl_rollout"))
-    return named if kl is None else {**named, "kl": kl}
