@@ -77,7 +77,11 @@ class GSM8K:
         return sample.target
 
     async def score(self, sample: GSM8KSample, text: str) -> Score:
-        """1.0 if the boxed answer is right, else 0.0. `parts` has the three rules' verdicts, and `grader_failed`."""
+        """1.0 if the boxed answer is right, else 0.0.
+
+        `parts` has the three rules' verdicts; `grader_failed`, 1 where the grader gave up on the answer, for whatever
+        reason; and `grader_timeout`, 1 where that was because math-verify met its deadline.
+        """
         boxed = boxed_parser(text)
         answer = boxed.answer if boxed.answer is not None else last_number_parser(text).answer
         verdict = Verdict(matched=False) if answer is None else await self.grader.match(answer, sample.target)
@@ -92,6 +96,7 @@ class GSM8K:
                 "flexible": float(verdict.matched),
                 "qwen": float(_last_digits(text) == sample.target.replace(",", "")),
                 "grader_failed": float(verdict.failure is not None),
+                "grader_timeout": float(verdict.failure == "timeout"),
             },
         )
 

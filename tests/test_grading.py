@@ -1,4 +1,5 @@
 import asyncio
+import math
 import os
 import signal
 import subprocess
@@ -9,13 +10,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from ludic.grading import MAX_ANSWER_CHARS, Grader, Verdict, answers_match
-from ludic.numbers import clean_answer, read_number
+from benchmarks.faults.grader_corpus import competition
+from ludic.answer_cost import cost
+from ludic.grading import Grader, Verdict, answers_match
+from ludic.numbers import MAX_ANSWER_CHARS, clean_answer, read_number
+from tests.fuzz.fuzz_grader import check_pair
+from tests.fuzz.fuzz_parsers import decode
 
-HANGS = "9^{9^{9^{9}}}"
+HANGS = r"\int_0^{188} \frac{x^{188} \sin(x^3) e^{x^2}}{\sqrt{x^5 + 188}} dx"
 RIGHT = Verdict(matched=True)
 WRONG = Verdict(matched=False)
 
@@ -28,12 +33,20 @@ def grader() -> Iterator[Grader]:
     made.close()
 
 
+@pytest.fixture(scope="module")
+def hasty() -> Iterator[Grader]:
+    """One whose deadline is a fraction of what importing math-verify takes."""
+    made = Grader(num_workers=2, timeout_s=0.3)
+    yield made
+    made.close()
+
+
 @pytest.fixture
 def no_math_verify(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise AssertionError("a worker was started")
 
-    monkeypatch.setattr("ludic.grading._Worker.__init__", refuse)
+    monkeypatch.setattr("ludic.grading_pool._Process.__init__", refuse)
 
 
 def is_alive(pid: int) -> bool:
@@ -45,6 +58,27 @@ def is_alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def keeper(grader: Grader) -> int:
+    """The process id of what starts the grader's workers."""
+    process = grader._pool._process
+    assert process is not None
+    return process.popen.pid
+
+
+def forks(pid: int) -> list[int]:
+    """The children of a process: for a grader's, its workers."""
+    lines = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+    pairs = [line.split() for line in lines.splitlines()]
+    return [int(child) for child, parent in pairs if int(parent) == pid]
+
+
+def ended(pids: list[int]) -> bool:
+    deadline = time.monotonic() + 30.0
+    while any(map(is_alive, pids)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not any(map(is_alive, pids))
 
 
 @pytest.mark.usefixtures("no_math_verify")
@@ -196,53 +230,132 @@ def test_an_answer_beyond_the_limit_is_refused_and_counted() -> None:
     grader.close()
 
 
-async def test_a_hostile_answer_costs_its_deadline_and_is_counted() -> None:
-    grader = Grader(num_workers=1, timeout_s=1.0)
+@pytest.mark.usefixtures("no_math_verify")
+@pytest.mark.parametrize(
+    "prediction",
+    ["9^{9^{9}}", "9^9^9", r"10^{40^{601}}", "2^{999999}", "(x+1)^{99999}", "(a+b+c+d+e+f)^{50}", "1000000!", "(99!)!",
+     r"\binom{10^9}{10^8}", r"\sum_{k}^{10^9} k", r"\prod_{k}^{99999999} k", r"\Gamma(10^8)", "(" * 17 + "18" + ")" * 17,
+     "x+" * 300 + "1", r"\sqrt{" + "7" * 600 + "}", r"\frac{9^{9^9}}{9^{9^9}}", "((x+1)^{100})^{100}", "-" * 600 + "(18)"],
+)  # fmt: skip
+def test_what_is_hopeless_by_its_structure_is_not_tried(grader: Grader, prediction: str) -> None:
+    before = grader.num_too_complex
+    assert grader.match_sync(prediction, "18") == Verdict(matched=False, failure="too_complex")
+    assert grader.num_too_complex == before + 1
+
+
+def test_no_answer_of_competition_kind_is_refused_by_its_structure() -> None:
+    pairs = competition()
+    assert len(pairs) > 280
+    assert [pair for pair in pairs if math.isinf(sum(map(cost, pair)))] == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "tokens"),
+    [("(9*2)", 5), ("2^{2^{2^{2}}}", 13), ("2^{300000}", 5), (r"2^{\frac{2023}{2022}}", 11), ("3^{1+2+3+4+5+6+7+8+9}", 21),
+     (r"\frac{2023!}{2022!}", 9), ("x^{999999999999}", 5), ("(-2)^{10000}", 8), (r"\left((3!)!\right)", 9), ("(x+1)^{2023}", 9),
+     ("", 0), ("}" * 9, 9), ("!^_/", 4)],
+)  # fmt: skip
+def test_what_is_big_but_can_be_done_is_tried(answer: str, tokens: int) -> None:
+    assert cost(answer) == tokens
+
+
+async def test_starting_a_worker_does_not_count_against_the_deadline(hasty: Grader) -> None:
+    assert await hasty.match("9*2", "18") == RIGHT
+
+
+async def test_a_hostile_answer_costs_its_deadline_and_is_counted(hasty: Grader) -> None:
+    before = (hasty.num_graded, hasty.num_timeouts, hasty.num_crashes)
+    assert await hasty.match(HANGS, "18") == Verdict(matched=False, failure="timeout")
+    assert await hasty.match("9*2", "18") == RIGHT
+    assert (hasty.num_graded, hasty.num_timeouts, hasty.num_crashes) == (before[0] + 2, before[1] + 1, before[2])
+
+
+async def test_a_sample_of_competition_answers_is_graded_without_a_failure(grader: Grader) -> None:
+    sample = competition()[::10]
+    verdicts = await asyncio.gather(*(grader.match(*pair) for pair in sample))
+    assert [pair for pair, verdict in zip(sample, verdicts, strict=True) if verdict.failure] == []
+    assert sum(verdict.matched for verdict in verdicts) > len(sample) / 2
+
+
+async def test_answers_that_hang_do_not_hold_up_one_that_does_not() -> None:
+    grader = Grader(num_workers=1, timeout_s=60.0)
     try:
-        assert await grader.match("9*2", "18") == RIGHT  # The worker is up now.
-        start = time.monotonic()
-        assert await grader.match(HANGS, "18") == Verdict(matched=False, failure="timeout")
-        assert 1.0 <= time.monotonic() - start < 3.0
+        hanging = [asyncio.create_task(grader.match(f"{n} + {HANGS}", "18")) for n in range(4)]
+        await asyncio.sleep(0)
         assert await grader.match("9*2", "18") == RIGHT
-        assert (grader.num_graded, grader.num_timeouts, grader.num_crashes) == (3, 1, 0)
+        await asyncio.sleep(1.0)  # By now some have left the quick lane, and none is near its deadline.
+        assert await grader.match("2*9", "18") == RIGHT
+        assert not any(task.done() for task in hanging)
     finally:
         await grader.aclose()
+    assert all(isinstance(result, RuntimeError) for result in await asyncio.gather(*hanging, return_exceptions=True))
 
 
-async def test_starting_a_worker_does_not_count_against_the_deadline() -> None:
-    grader = Grader(num_workers=1, timeout_s=0.2)  # A fraction of what importing math-verify takes.
-    assert await grader.match("9*2", "18") == RIGHT
-    await grader.aclose()
+async def test_more_answers_that_hang_than_there_are_slow_places_all_time_out(hasty: Grader) -> None:
+    verdicts = await asyncio.gather(*(hasty.match(f"{n} + {HANGS}", "18") for n in range(8)))
+    assert verdicts == [Verdict(matched=False, failure="timeout")] * 8
+
+
+async def test_a_question_that_is_open_already_is_not_asked_twice(grader: Grader) -> None:
+    first = next(grader._pool._ids)
+    assert await asyncio.gather(*(grader.match("3 * 6 * 1", "18") for _ in range(8))) == [RIGHT] * 8
+    assert next(grader._pool._ids) == first + 2
 
 
 async def test_a_worker_that_dies_is_a_crash_for_its_answer_and_no_other(grader: Grader) -> None:
     assert await grader.match("9*2", "18") == RIGHT
-    (worker,) = grader._workers
-    pending = asyncio.create_task(grader.match(HANGS, "18"))
-    while grader._idle:
-        await asyncio.sleep(0.01)
-    worker.process.kill()
     crashes = grader.num_crashes
+    for pid in forks(keeper(grader)):
+        os.kill(pid, signal.SIGKILL)  # They have nothing to do, so that nobody notices.
+        assert ended([pid])
+    assert await grader.match("9*2", "18") == RIGHT
+    assert grader.num_crashes == crashes
+    pending = asyncio.create_task(grader.match(HANGS, "18"))
+    while not pending.done():
+        for pid in forks(keeper(grader)):
+            os.kill(pid, signal.SIGKILL)
+        await asyncio.sleep(0.1)
     assert await pending == Verdict(matched=False, failure="crash")
     assert grader.num_crashes == crashes + 1
-    (worker,) = grader._workers
-    worker.process.kill()  # This one has nothing to do, so that nobody notices.
-    worker.process.wait()
     assert await grader.match("9*2", "18") == RIGHT
-    assert grader.num_crashes == crashes + 1
+
+
+async def test_what_was_open_too_often_when_all_workers_died_is_a_crash(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ludic.grading_pool.MAX_STARTS_PER_QUESTION", 1)
+    grader = Grader(num_workers=1, timeout_s=60.0)
+    pending = asyncio.create_task(grader.match(HANGS, "18"))
+    assert await grader.match("9*2", "18") == RIGHT
+    assert not pending.done()
+    os.kill(keeper(grader), signal.SIGKILL)
+    assert await pending == Verdict(matched=False, failure="crash")
+    await grader.aclose()
+
+
+async def test_workers_that_fall_silent_are_replaced_and_what_was_open_is_asked_again() -> None:
+    grader = Grader(num_workers=1)
+    grader._pool._silence_limit_s = 1.0
+    assert await grader.match("9*2", "18") == RIGHT
+    stopped = keeper(grader)
+    os.kill(stopped, signal.SIGSTOP)
+    pending = asyncio.create_task(grader.match("9*2", "18"))
+    while is_alive(stopped):
+        await asyncio.sleep(0.02)
+    grader._pool._silence_limit_s = 60.0  # Those that come after it may be slow.
+    assert await pending == RIGHT
+    assert keeper(grader) != stopped
+    await grader.aclose()
 
 
 async def test_the_event_loop_runs_on_while_an_answer_is_graded(grader: Grader) -> None:
     await grader.match("9*2", "18")
     pending = asyncio.create_task(grader.match(HANGS, "18"))
-    turns = 0
-    while turns < 20:
+    for _ in range(20):
         await asyncio.sleep(0.01)
-        turns += 1
     assert not pending.done()
-    (worker,) = grader._workers
-    worker.process.kill()
-    await pending
+    pending.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await pending
+    assert await grader.match("9*2", "18") == RIGHT
 
 
 def test_event_loops_one_after_the_other_and_other_threads_share_a_grader(grader: Grader) -> None:
@@ -257,19 +370,17 @@ def test_event_loops_one_after_the_other_and_other_threads_share_a_grader(grader
 
 
 async def test_closing_ends_the_workers_and_what_still_waits() -> None:
-    grader = Grader(num_workers=1)
+    grader = Grader(num_workers=1, timeout_s=60.0)
     assert await grader.match("9*2", "18") == RIGHT
-    (worker,) = grader._workers
-    waiting = [asyncio.create_task(grader.match(HANGS, "18")) for _ in range(3)]
-    while grader._idle:
-        await asyncio.sleep(0.01)
-    start = time.monotonic()
+    waiting = [asyncio.create_task(grader.match(f"{n} + {HANGS}", "18")) for n in range(3)]
+    await asyncio.sleep(0.5)
+    pids = [keeper(grader), *forks(keeper(grader))]
+    assert len(pids) >= 2
     await grader.aclose()
     await grader.aclose()
     for result in await asyncio.gather(*waiting, return_exceptions=True):
         assert isinstance(result, RuntimeError)
-    assert time.monotonic() - start < 3.0
-    assert worker.process.returncode == -signal.SIGKILL
+    assert ended(pids)
     with pytest.raises(RuntimeError, match="this Grader is closed"):
         await grader.match("9*2", "18")
     assert await grader.match("18.0", "18") == RIGHT  # What needs no worker still works.
@@ -287,6 +398,12 @@ def test_a_worker_that_cannot_start_is_an_error_and_not_a_verdict(
         grader.match_sync("9*2", "18")
     assert grader.num_graded == 0
     grader.close()
+
+
+@given(st.binary(max_size=60), st.binary(max_size=20))
+@example(b"!^^_/", b"\x80")
+def test_whatever_is_graded_the_promises_of_the_exact_rules_hold(prediction: bytes, target: bytes) -> None:
+    check_pair(decode(prediction), decode(target))
 
 
 def test_limits_that_make_no_sense_are_refused() -> None:
@@ -313,11 +430,11 @@ def test_a_script_without_a_main_guard_grades_imports_no_math_verify_and_exits_q
 
 
 ORPHANS = f"""
-from ludic.grading import Grader, _Worker
-grader, idle = Grader(num_workers=1, timeout_s=3.0), _Worker()
+from ludic.grading import Grader
+grader = Grader(num_workers=1, timeout_s=60.0)
 grader.match_sync("9*2", "18")
-print(*(worker.process.pid for worker in grader._workers), idle.process.pid, flush=True)
-grader.match_sync("{HANGS}", "18")
+print(grader._pool._process.popen.pid, flush=True)
+grader.match_sync(r"{HANGS}", "18")
 """
 
 
@@ -328,14 +445,12 @@ def test_workers_of_a_killed_parent_end_by_themselves() -> None:
         assert parent.stdout is not None
         parent.stdin.write(ORPHANS)
         parent.stdin.close()
-        workers = [int(pid) for pid in parent.stdout.readline().split()]
+        first = int(parent.stdout.readline())
+        time.sleep(0.5)  # Until a fork is busy with an answer that never ends.
+        workers = [first, *forks(first)]
         assert len(workers) == 2
-        time.sleep(0.5)  # Until the one is busy with an answer that never ends.
         parent.kill()
-    deadline = time.monotonic() + 30.0
-    while any(is_alive(pid) for pid in workers) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not any(is_alive(pid) for pid in workers)
+    assert ended(workers)
 
 
 def test_answers_match_is_the_same_rule_for_scripts() -> None:

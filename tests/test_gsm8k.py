@@ -179,7 +179,8 @@ async def test_three_rules_are_reported_and_the_strict_one_is_the_reward(
     environment: GSM8K, text: str, target: str, strict: int, flexible: int, qwen: int
 ) -> None:
     score = await environment.score(sample(target), text)
-    assert score.parts == {"strict": strict, "flexible": flexible, "qwen": qwen, "grader_failed": 0.0}
+    failures = {"grader_failed": 0.0, "grader_timeout": 0.0}
+    assert score.parts == {"strict": strict, "flexible": flexible, "qwen": qwen, **failures}
     assert (score.reward, score.correct) == (float(strict), bool(strict))
     assert (score.parse.answer is None) == ("boxed" not in text or text.endswith("{18"))
 
@@ -192,9 +193,22 @@ async def test_an_answer_is_graded_once_for_both_rules(environment: GSM8K) -> No
     assert environment.grader.num_graded == 2
 
 
-async def test_an_answer_that_the_grader_gave_up_on_is_told_apart(environment: GSM8K) -> None:
-    score = await environment.score(sample("18"), r"\boxed{" + "1" * 3_000 + "}")
-    assert (score.reward, score.parts["grader_failed"]) == (0.0, 1.0)
+@pytest.mark.parametrize(
+    ("answer", "failed", "timeout"),
+    [
+        ("1" * 3_000, 1, 0),
+        ("9^{9^{9}}", 1, 0),
+        (r"\int_0^9 \frac{x^{99} \sin(x^3) e^{x^2}}{\sqrt{x^5 + 9}} dx", 1, 1),
+        ("17", 0, 0),
+    ],
+)
+async def test_an_answer_that_the_grader_gave_up_on_is_told_apart_and_a_time_out_from_the_rest(
+    answer: str, failed: int, timeout: int
+) -> None:
+    grader = Grader(num_workers=1, timeout_s=0.5)
+    score = await GSM8K(grader=grader).score(sample("18"), rf"\boxed{{{answer}}}")
+    await grader.aclose()
+    assert (score.reward, score.parts["grader_failed"], score.parts["grader_timeout"]) == (0.0, failed, timeout)
 
 
 async def test_a_grader_that_was_handed_in_is_left_open() -> None:

@@ -5,6 +5,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ludic.parsers import boxed_parser, closing_brace, last_number_parser
+from tests.fuzz.fuzz_parsers import SEEDS, check_text, decode
 
 
 @pytest.mark.parametrize(
@@ -113,6 +114,16 @@ def test_no_text_makes_a_parser_raise(text: str) -> None:
     for parser in (boxed_parser, last_number_parser):
         answer = parser(text).answer
         assert answer is None or answer
+
+
+@given(st.binary(max_size=80).map(decode))
+@example(SEEDS[0])
+@example(SEEDS[1])
+@example(SEEDS[2])
+@example(SEEDS[3])
+@example(SEEDS[4])
+def test_the_promises_about_reading_a_text_hold(text: str) -> None:
+    check_text(text)
 
 
 _BALANCED = st.recursive(

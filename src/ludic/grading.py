@@ -3,7 +3,8 @@ r"""Is an answer right? Exact arithmetic where both sides are numbers, math-veri
     prediction, target --(a) same text--> right
                        --(b) both numbers: exact, with Fraction--> right or wrong
                        --(c) one cannot be what the other is--> wrong
-                       --(d) math-verify, in a worker process under a hard deadline--> right, wrong, or a failure
+                       --(d) its structure is hopeless for algebra--> a failure
+               --(e) math-verify, in a worker process under a hard deadline--> right, wrong, or a failure
 
 What counts as a number, and as the same one (these rules are ours, not math-verify's):
 - `18`, `+18`, `18.`, `18.00`, `1.8e1`, `1.8 \times 10^1`, `36/2`, `\frac{36}{2}` and `17 2/2` are 18; `.5` is `1/2`.
@@ -20,34 +21,35 @@ What counts as a number, and as the same one (these rules are ours, not math-ver
 
 What it leaves out: partial credit, and judging prose (`I think 18` is wrong). A failure of the grader is never a mere
 False: it is in the `Verdict`, in the counters and in the log.
+
+Answers come from a model, so any of them may be meant to do harm, or as good as. (a) to (d) look at a bounded piece of
+the answer, once; (e) has limits on time and memory, and a queue in which what hangs does not hold up what does not
+(`ludic.grading_worker` says how).
 """
 
 import asyncio
-import json
 import logging
+import math
 import re
-import subprocess
-import sys
 import threading
-import time
 import weakref
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from multiprocessing.connection import Pipe
-from pathlib import Path
 from typing import Literal
 
-from ludic.numbers import Number, clean_answer, is_broken_number, read_number, same_number
+from ludic.answer_cost import cost
+from ludic.grading_pool import GradingPool, Question, Reply
+from ludic.numbers import MAX_ANSWER_CHARS, Number, clean_answer, is_broken_number, read_number, same_number
 from ludic.parsers import closing_brace
 
 logger = logging.getLogger(__name__)
 
-MAX_ANSWER_CHARS = 2_000
-"""A longer prediction or target (after stripping) is refused at once, as `too_long`."""
-WORKER_START_LIMIT_S = 180.0
+QUICK_S = 0.25
+"""CPU seconds after which an answer leaves the quick lane; nearly all need less than a tenth of that."""
 
-Failure = Literal["timeout", "crash", "too_long"]
+Failure = Literal["timeout", "crash", "too_long", "too_complex"]
+"""`timeout`: math-verify met its deadline. `crash`: it ran out of memory or stack, or died. `too_long`: more than
+`MAX_ANSWER_CHARS` characters. `too_complex`: so big or deep (`ludic.answer_cost`) that math-verify was not asked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,24 +65,16 @@ class Verdict:
     failure: Failure | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Question:
-    """For math-verify: does each of `predictions` equal `target`?"""
-
-    predictions: tuple[str, ...]
-    target: str
-
-
 # --- Exact rules, in this process -----------------------------------------------------------------------------------
 
 _INTEGER = re.compile(r"-?[1-9][0-9]{0,17}")
 _WORDS_ONLY = re.compile(r"[A-Za-z\s.,:;?!'\"_]*")
-# Two plain words before a digit. math-verify would multiply out their letters, for 50 ms, and never reach a number.
-_PROSE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]+ [A-Za-z]{2,}[^0-9]*[0-9]")
+_TWO_WORDS = re.compile(r"(?<![\\A-Za-z])[A-Za-z]++ [A-Za-z]{2}")
+_DIGIT = re.compile(r"[0-9]")
 _RELATION = re.compile(r"[<>≤≥≠≈]|!=|\\(?:leq?|geq?|neq?|lt|gt|approx|sim|equiv)(?![A-Za-z])")
 
 
-def _decide(prediction: str, target: str) -> Verdict | _Question:
+def _decide(prediction: str, target: str) -> Verdict | Question:
     """The verdict as far as it takes no algebra, else the question for math-verify."""
     prediction, target = prediction.strip(), target.strip()
     if max(len(prediction), len(target)) > MAX_ANSWER_CHARS:
@@ -102,13 +96,13 @@ def _decide(prediction: str, target: str) -> Verdict | _Question:
     if closing_brace("{" + prediction + "}", 0) != len(prediction) + 1 or ("%" in prediction) != ("%" in target):
         return Verdict(matched=False)
     if expected is None or expected.value is None:
-        return _Question(predictions=(prediction,), target=target)
+        return _question((prediction,), target)
     return _compare_with_number(prediction, expected)
 
 
-def _compare_with_number(prediction: str, expected: Number) -> Verdict | _Question:
+def _compare_with_number(prediction: str, expected: Number) -> Verdict | Question:
     """`prediction` is no number by itself; may it still be equal to one?"""
-    if _RELATION.search(prediction) or _PROSE.search(prediction):
+    if _RELATION.search(prediction) or _is_prose(prediction):
         return Verdict(matched=False)
     sides = [part.strip() for part in prediction.split("=")]
     values = [side for side in sides if not _WORDS_ONLY.fullmatch(side)]
@@ -120,73 +114,33 @@ def _compare_with_number(prediction: str, expected: Number) -> Verdict | _Questi
         elif number is None or not same_number(number, expected):
             return Verdict(matched=False)
     if questions:
-        return _Question(predictions=tuple(questions), target=str(expected.value))
+        return _question(tuple(questions), str(expected.value))
     return Verdict(matched=bool(values))
+
+
+def _is_prose(prediction: str) -> bool:
+    """Two plain words before a digit. math-verify would multiply out their letters, and never reach a number."""
+    digit = _DIGIT.search(prediction[::-1])
+    return digit is not None and _TWO_WORDS.search(prediction, 0, len(prediction) - digit.end()) is not None
+
+
+def _question(predictions: tuple[str, ...], target: str) -> Verdict | Question:
+    dear = sum(map(cost, predictions))
+    if math.isinf(dear):
+        return Verdict(matched=False, failure="too_complex")
+    return Question(predictions=predictions, target=target, cost=dear)
 
 
 # --- math-verify, in other processes --------------------------------------------------------------------------------
 
 
-class _Worker:
-    """One child process and the socket to it. Used by one thread at a time, except for `process.kill`."""
-
-    def __init__(self) -> None:
-        self.connection, child = Pipe()
-        self.ready = False
-        with child:
-            self.process = subprocess.Popen(
-                [sys.executable, "-P", str(Path(__file__).with_name("grading_worker.py")), str(child.fileno())],
-                pass_fds=[child.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-            )
-
-    def wait_until_ready(self) -> None:
-        if self.ready:
-            return
-        if not self.connection.poll(WORKER_START_LIMIT_S):
-            raise RuntimeError(f"the math-verify worker was not up after {WORKER_START_LIMIT_S:.0f} s")
-        try:
-            self.connection.recv_bytes()
-        except (EOFError, ConnectionError):
-            raise RuntimeError(
-                f"the math-verify worker ended while starting, with status {self.process.wait()}; "
-                "see why with: python -c \"import math_verify; math_verify.parse('1')\""
-            ) from None
-        self.ready = True
-
-    def ask(self, question: _Question, timeout_s: float) -> Verdict:
-        """Anything but a failure leaves the worker fit for the next question."""
-        job = {"predictions": question.predictions, "target": question.target, "limit_s": timeout_s + 1.0}
-        start = time.monotonic()
-        try:
-            self.connection.send_bytes(json.dumps(job).encode())
-            if not self.connection.poll(timeout_s):
-                return Verdict(matched=False, failure="timeout")
-            reply = json.loads(self.connection.recv_bytes())
-        except (EOFError, ConnectionError):
-            late = time.monotonic() - start >= timeout_s
-            return Verdict(matched=False, failure="timeout" if late else "crash")
-        return Verdict(matched=reply) if isinstance(reply, bool) else Verdict(matched=False, failure="crash")
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        self.connection.close()
-
-
-def _close_all(workers: set[_Worker]) -> None:
-    while workers:
-        workers.pop().close()
-
-
 class Grader:
     """Grades answers, with `num_workers` math-verify processes that start when the first answer needs one.
 
-    An answer that takes longer than `timeout_s` seconds (from when a worker takes it; starting up does not count) has
-    its worker killed and replaced. Use it from any thread and any event loop, also from several. Close it when done;
-    what is left open is closed at exit, and workers whose parent was killed end within `timeout_s` + 1 seconds.
+    An answer that takes longer than `timeout_s` CPU seconds of its worker is given up, and the worker killed and
+    replaced; twice that by the clock ends it in any case. So is one that takes longer than `QUICK_S` while many such
+    wait already: those may wait `2 * timeout_s` seconds. Use it from any thread and any event loop, also from several.
+    Close it when done; what is left open is closed at exit, and workers whose parent was killed end with it.
 
     Raises RuntimeError where workers cannot start, and after `close`.
     """
@@ -203,26 +157,23 @@ class Grader:
         self.num_timeouts = 0
         self.num_crashes = 0
         self.num_too_long = 0
+        self.num_too_complex = 0
         self._lock = threading.Lock()
-        self._closed = False
-        self._workers: set[_Worker] = set()
-        self._idle: list[_Worker] = []
-        # A thread for each worker waits for it, so nothing is bound to an event loop and none is ever blocked.
-        self._threads = ThreadPoolExecutor(num_workers, thread_name_prefix="ludic-grader")
-        self._finalizer = weakref.finalize(self, _close_all, self._workers)
+        self._pool = GradingPool(num_workers=num_workers, timeout_s=timeout_s, quick_s=min(QUICK_S, timeout_s))
+        self._finalizer = weakref.finalize(self, self._pool.close)
 
     async def match(self, prediction: str, target: str) -> Verdict:
         """Whether `prediction` is as good as `target`, by the rules at the top of this module."""
         decision = _decide(prediction, target)
-        if isinstance(decision, _Question):
-            decision = await asyncio.wrap_future(self._submit(decision))
+        if isinstance(decision, Question):
+            decision = _verdict(await asyncio.wrap_future(self._pool.ask(decision)))
         return self._count(decision, prediction)
 
     def match_sync(self, prediction: str, target: str) -> Verdict:
         """`match` for callers without an event loop; blocks."""
         decision = _decide(prediction, target)
-        if isinstance(decision, _Question):
-            decision = self._submit(decision).result()
+        if isinstance(decision, Question):
+            decision = _verdict(self._pool.ask(decision).result())
         return self._count(decision, prediction)
 
     async def aclose(self) -> None:
@@ -231,65 +182,7 @@ class Grader:
 
     def close(self) -> None:
         """End the workers now. Answers that are still waiting raise RuntimeError. Safe to call twice."""
-        with self._lock:
-            self._closed = True
-            for worker in self._workers:
-                worker.process.kill()  # Its thread, if it waits for it, sees the socket close.
-        self._threads.shutdown(wait=True)
         self._finalizer()
-
-    def _submit(self, question: _Question) -> Future[Verdict]:
-        with self._lock:
-            self._refuse_if_closed()
-            return self._threads.submit(self._ask_a_worker, question)
-
-    def _ask_a_worker(self, question: _Question) -> Verdict:
-        worker = self._take_worker()
-        try:
-            worker.wait_until_ready()
-            verdict = worker.ask(question, self.timeout_s)
-        except RuntimeError:
-            self._discard(worker)
-            with self._lock:
-                self._refuse_if_closed()
-            raise
-        if verdict.failure is None:
-            self._give_back(worker)
-            return verdict
-        self._discard(worker)
-        with self._lock:
-            self._refuse_if_closed()
-            self._idle.append(self._start_worker())  # It gets ready while the threads are busy elsewhere.
-        return verdict
-
-    def _take_worker(self) -> _Worker:
-        with self._lock:
-            self._refuse_if_closed()
-            while self._idle:
-                worker = self._idle.pop()
-                if worker.process.poll() is None:
-                    return worker
-                self._workers.discard(worker)  # It died with nothing to do: no answer's fault.
-                worker.close()
-            return self._start_worker()
-
-    def _start_worker(self) -> _Worker:
-        worker = _Worker()
-        self._workers.add(worker)
-        return worker
-
-    def _give_back(self, worker: _Worker) -> None:
-        with self._lock:
-            self._idle.append(worker)
-
-    def _discard(self, worker: _Worker) -> None:
-        with self._lock:
-            self._workers.discard(worker)
-        worker.close()
-
-    def _refuse_if_closed(self) -> None:
-        if self._closed:
-            raise RuntimeError("this Grader is closed; make a new one")
 
     def _count(self, verdict: Verdict, prediction: str) -> Verdict:
         with self._lock:
@@ -297,9 +190,18 @@ class Grader:
             self.num_timeouts += verdict.failure == "timeout"
             self.num_crashes += verdict.failure == "crash"
             self.num_too_long += verdict.failure == "too_long"
-        if verdict.failure is not None:
-            logger.warning("the grader gave up on an answer (%s): %.80r", verdict.failure, prediction[:80])
+            self.num_too_complex += verdict.failure == "too_complex"
+            failures = self.num_timeouts + self.num_crashes + self.num_too_long + self.num_too_complex
+        # A policy that has taken to hostile answers must not fill the log with them.
+        if verdict.failure is not None and (failures <= 20 or failures % 100 == 0):
+            logger.warning(
+                "the grader gave up on an answer (%s, number %d): %.80r", verdict.failure, failures, prediction[:80]
+            )
         return verdict
+
+
+def _verdict(reply: Reply) -> Verdict:
+    return Verdict(matched=reply) if isinstance(reply, bool) else Verdict(matched=False, failure=reply)
 
 
 @cache

@@ -1,7 +1,7 @@
 r"""Read the number that a short answer is, exactly: `$1,234.50`, `\frac{36}{2}`, `x = 18`, `18 apples per day`.
 
 The rules are listed in `ludic.grading`, which uses them. They are exact (Fraction, never float) and bounded: no answer
-within `grading.MAX_ANSWER_CHARS` costs more than arithmetic on a few thousand digits. Algebra is left to math-verify.
+within `MAX_ANSWER_CHARS` costs more than arithmetic on a few thousand digits. Algebra is left to math-verify.
 """
 
 import re
@@ -11,6 +11,8 @@ from typing import Literal
 
 from ludic.parsers import closing_brace
 
+MAX_ANSWER_CHARS = 2_000
+"""A longer prediction or target (after stripping) is refused at once, as `too_long`."""
 MAX_EXPONENT = 1_000
 """`1e1001` is a number that equals nothing but itself, written the same way: it is never multiplied out."""
 
@@ -71,7 +73,12 @@ _TWO_NUMBERS = re.compile(r"[0-9.] +[0-9.]")
 
 
 def clean_answer(answer: str) -> str:
-    """`answer` without wrappings, text commands and typographic spaces; one space for any white space."""
+    """`answer` without wrappings, text commands and typographic spaces; one space for any white space.
+
+    Beyond `MAX_ANSWER_CHARS` it comes back as it is.
+    """
+    if len(answer) > MAX_ANSWER_CHARS:
+        return answer
     answer = _TEXT.sub(r" \1 ", answer.replace("\u2212", "-").replace("{,}", ",").replace(r"\!", ""))
     answer = " ".join(_SPACING.sub(" ", answer).split())
     for _ in range(8):
@@ -100,7 +107,9 @@ def clean_answer(answer: str) -> str:
 
 
 def read_number(answer: str) -> Number | None:
-    """The number that a cleaned answer is, or None. Never costs more than a few thousand digits of arithmetic."""
+    """The number that a cleaned answer of at most `MAX_ANSWER_CHARS` is, or None."""
+    if len(answer) > MAX_ANSWER_CHARS:
+        return None
     name = ""
     if named := _NAME.fullmatch(answer):
         name, answer = named["name"].strip(), named["rest"]

@@ -8,10 +8,11 @@ and scoring runs between two steps of generation.
 
 import re
 from collections import deque
+from collections.abc import Iterator
 
 from ludic.types import ParseResult
 
-_BOX_COMMAND = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])")
+_BOX_COMMAND_BACKWARDS = re.compile(r"(?<![A-Za-z])(?:dexob|xobf)\\")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 # The argument of a box without braces ends at white space, at the end of math mode, or at a brace that is not its own.
 _BARE_ARGUMENT = re.compile(r"(?:\\[^()\[\]\s]|\{[^{}\s]*+\}|[^\\{}$\s])++")
@@ -53,7 +54,7 @@ def boxed_parser(text: str) -> ParseResult:
         ParseResult(answer=None, error='no \\boxed{...} in the text')
     """
     end = len(text)
-    for start, argument_start in reversed([(m.start(), m.end()) for m in _BOX_COMMAND.finditer(text)]):
+    for start, argument_start in _boxes_from_behind(text):
         argument_start = _end_of(_SPACE, text, argument_start, end)
         if text[argument_start : argument_start + 1] == "{" and argument_start < end:
             return _braced_content(text, argument_start)
@@ -106,6 +107,12 @@ def closing_brace(text: str, start: int) -> int | None:
             if depth == 0:
                 return match.start()
     return None
+
+
+def _boxes_from_behind(text: str) -> Iterator[tuple[int, int]]:
+    """(start, end) of each box command, the last first: what stands before the one that decides is not looked at."""
+    for command in _BOX_COMMAND_BACKWARDS.finditer(text[::-1]):
+        yield len(text) - command.end(), len(text) - command.start()
 
 
 def _braced_content(text: str, start: int) -> ParseResult:

@@ -92,7 +92,8 @@ class Score:
     parse: ParseResult
     parts: Mapping[str, float] = field(default_factory=dict)
     """Named figures that are averaged into metrics: components of the reward, other rules' verdicts as 0 or 1, and
-    `grader_failed`, 1 where the grader gave up on the answer (a deadline, a crash), so that such a 0 is never silent."""
+    `grader_failed`, 1 where the grader gave up on the answer (a deadline, a crash), so that such a 0 is never silent,
+    and `grader_timeout`, 1 where that was a deadline."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
