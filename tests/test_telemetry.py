@@ -1,10 +1,14 @@
 """Metrics reach every logger, and JSON lines files survive kills, full disks and odd text."""
 
+import contextlib
 import errno
 import io
 import json
 import math
+import os
 import re
+import shutil
+import struct
 import subprocess
 import sys
 import types
@@ -57,7 +61,9 @@ class Terminal(io.StringIO):
 # -- JSON lines ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", ["\ud800 alone", "a\x00b\x1b\x07", "two\nlines\u2028and\r\nmore", 'quote " \\', "🐍"])
+@pytest.mark.parametrize(
+    "text", ["\ud800 alone", "a\x00b\x1b\x07", "two\nlines\u2028and\r\nmore", "\x7f\x9b\u202e", 'quote " \\', "🐍"]
+)
 def test_odd_text_survives_a_round_trip_as_one_ascii_line(tmp_path: Path, text: str) -> None:
     with JsonlWriter(tmp_path / "a.jsonl") as writer:
         writer.write({"text": text})
@@ -184,6 +190,8 @@ def test_reading_leaves_out_a_torn_last_line_and_says_so(tmp_path: Path, caplog:
         (b'{"n": ', "not valid JSON"),
         (b"", "not valid JSON"),
         (b"[1]", "a JSON object was expected, not list"),
+        (b"[" * 100_000, "not valid JSON: nested too deeply"),
+        (b'{"n": ' + b"9" * 5_000 + b"}", "not valid JSON"),
         (b'{"n": "\xff"}', "not valid JSON: 'utf-8'"),
     ],
 )
@@ -270,16 +278,28 @@ def test_rich_on_a_terminal_shows_bar_table_and_line_and_gives_the_cursor_back(
 
 
 class FakeRun:
+    id = "a1b2c3"
+
     def __init__(self) -> None:
         self.calls: list[tuple[object, ...]] = []
+        self.broken = False
 
-    def log(self, metrics: dict[str, float], step: int) -> None:
-        self.calls.append(("log", step, metrics))
+    def define_metric(self, name: str, step_metric: str | None = None) -> None:
+        self.calls.append(("metric", name, step_metric))
+
+    def log(self, metrics: dict[str, float]) -> None:
+        if self.broken:
+            raise ConnectionResetError("Connection\x1b[2J lost")
+        self.calls.append(("log", metrics))
 
     def alert(self, title: str, text: str) -> None:
+        if self.broken:
+            raise LookupError("what nobody expects")
         self.calls.append(("alert", title, text))
 
     def finish(self) -> None:
+        if self.broken:
+            raise ConnectionResetError("Connection lost")
         self.calls.append(("finish",))
 
 
@@ -289,33 +309,251 @@ def fake_wandb(monkeypatch: pytest.MonkeyPatch, run: FakeRun | None) -> None:
     class Error(Exception):
         pass
 
-    def init(name: str, config: dict[str, object]) -> FakeRun:
+    class Settings:
+        model_fields = ("finish_timeout",)
+
+        def __init__(self, finish_timeout: float) -> None:
+            self.finish_timeout = finish_timeout
+
+    def init(
+        name: str, config: dict[str, object], id: str | None, resume: str | None, settings: Settings, **_: object
+    ) -> FakeRun:
         if run is None:
             raise Error("No API key\n  configured.")
-        run.calls.append(("init", name, config))
+        run.calls.append(("init", name, config, id, resume, settings.finish_timeout))
         return run
 
-    module.Error = Error  # type: ignore[attr-defined]
-    module.init = init  # type: ignore[attr-defined]
-    module.__spec__ = types.SimpleNamespace()  # type: ignore[assignment]
+    vars(module).update(Error=Error, Settings=Settings, init=init, __spec__=types.SimpleNamespace())
     monkeypatch.setitem(sys.modules, "wandb", module)
 
 
-def test_wandb_gets_the_name_the_settings_the_metrics_at_their_steps_and_the_end(
+def test_wandb_gets_the_name_the_settings_the_metrics_of_their_updates_and_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = FakeRun()
     fake_wandb(monkeypatch, run)
     logger = make_logger("wandb,jsonl", metrics_path=tmp_path / "m", run_name="r", config={"lr": 1}, total_steps=None)
+    assert logger.run_id == "a1b2c3"
     logger.log(4, {"loss": 0.5})
-    logger.event(4, "alarm")
+    logger.event(4, "alarm\x1b[2J\r\n\u202eend")
     logger.close()
     assert run.calls == [
-        ("init", "r", {"lr": 1}),
-        ("log", 4, {"loss": 0.5}),
-        ("alert", "step 4", "alarm"),
+        ("init", "r", {"lr": 1}, None, None, 60.0),
+        ("metric", "update", None),
+        ("metric", "*", "update"),
+        ("log", {"loss": 0.5, "update": 4, "started_from": 0}),
+        ("alert", "step 4", r"alarm\x1b[2J\r\n\u202eend"),
         ("finish",),
     ]
+
+
+def test_a_resumed_run_goes_on_with_its_wandb_run_and_marks_what_it_makes_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = FakeRun()
+    fake_wandb(monkeypatch, run)
+    logger = make_logger("wandb", metrics_path=tmp_path / "m", run_name="r", config={}, total_steps=9,
+                         run_id="a1b2c3", started_from=2)  # fmt: skip
+    logger.log(3, {"loss": 0.5})
+    logger.close()
+    assert run.calls[0] == ("init", "r", {}, "a1b2c3", "allow", 60.0)
+    assert run.calls[3] == ("log", {"loss": 0.5, "update": 3, "started_from": 2})
+
+
+REAL_WANDB = """
+import os, sys
+from ludic.telemetry.loggers import make_logger
+for started_from, updates in ((0, (1, 2, 3)), (1, (2, 3, 4))):
+    logger = make_logger("wandb", metrics_path="m.jsonl", run_name="r", config={"lr": started_from}, total_steps=4,
+                         run_id=None if not started_from else run_id, started_from=started_from)
+    run_id = logger.run_id
+    for update in updates:
+        logger.log(update, {"loss": update / 2})
+        logger.log(update, {"eval/accuracy": 0.5})
+    logger.event(update, "\x1b[31mred [red]")
+    logger.close()
+"""
+
+
+def wandb_history(path: Path) -> list[dict[str, object]]:
+    """The rows of a run that was logged offline, as W&B will read them: a log of blocks of 32 KiB, as LevelDB has it."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, place, rows, begun = path.read_bytes(), 7, [], b""
+    while place + 7 <= len(data):
+        if (left := -place % 32_768) and left < 7:
+            place += left
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, place)
+        begun += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            record = Record()
+            record.ParseFromString(begun)
+            begun = b""
+            items = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+            rows += [{key: value for key, value in items.items() if not key.startswith("_")}] if items else []
+    return rows
+
+
+@pytest.mark.slow
+def test_the_real_wandb_keeps_every_update_of_a_run_that_was_resumed_from_an_earlier_one(tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    quiet = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_DIR": str(tmp_path), "WANDB_CONSOLE": "off"}
+    subprocess.run([sys.executable, "-c", REAL_WANDB], check=True, cwd=tmp_path, env={**os.environ, **quiet})
+    assert {record.get("event") for record in read_jsonl(tmp_path / "m.jsonl")} == {None, "\x1b[31mred [red]"}
+    files = sorted(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
+    assert len({path.name for path in files}) == 1 and len(files) == 2  # two pieces of one run
+    for path, started_from in zip(files, (0, 1), strict=True):
+        rows = [(row["update"], row["started_from"], row.get("loss")) for row in wandb_history(path)]
+        updates = range(started_from + 1, started_from + 4)
+        assert rows == [(u, started_from, loss) for u in updates for loss in (u / 2, None)]
+
+
+# -- a logger that fails -------------------------------------------------------------------------------------------
+
+
+def test_wandb_that_fails_in_mid_run_is_switched_off_with_one_event_and_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, stream = FakeRun(), io.StringIO()
+    fake_wandb(monkeypatch, run)
+    path = tmp_path / "m.jsonl"
+    logger = make_logger("wandb,print", metrics_path=path, run_name="r", config={}, total_steps=None, stream=stream)
+    logger.log(1, {"loss": 0.5})
+    run.broken = True
+    for step in (2, 3):
+        logger.log(step, {"loss": 0.5})
+    logger.close()
+    said = (
+        r"the log at W&B failed (ConnectionResetError: Connection\x1b[2J lost); it is switched off, and the run goes on"
+    )
+    records = read_jsonl(path)
+    assert [record.get("event") for record in records] == [None, None, said, None]
+    assert [record["step"] for record in records] == [1, 2, 2, 3]
+    assert stream.getvalue().splitlines() == [
+        "step 1  loss 0.5000", f"step 2  {said}", "step 2  loss 0.5000", "step 3  loss 0.5000",
+    ]  # fmt: skip
+
+
+def test_wandb_that_fails_only_at_the_end_or_at_an_alert_costs_nothing_but_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number, method in enumerate(("close", "event")):
+        run = FakeRun()
+        fake_wandb(monkeypatch, run)
+        path = tmp_path / f"{number}.jsonl"
+        logger = make_logger("wandb", metrics_path=path, run_name="r", config={}, total_steps=None)
+        logger.log(7, {"loss": 0.5})
+        run.broken = True
+        if method == "event":
+            logger.event(7, "an alarm")
+        logger.close()
+        events = [record["event"] for record in read_jsonl(path) if "event" in record]
+        assert [event for event in events if "W&B failed" in str(event)] == events[-1:]
+
+
+class Gone(Terminal):
+    """A terminal that was closed: what is written to it fails from some moment on."""
+
+    gone = False
+
+    def write(self, text: str) -> int:
+        if self.gone:
+            raise OSError(errno.EIO, "Input/output error")
+        return super().write(text)
+
+    def flush(self) -> None:
+        if self.gone:
+            raise OSError(errno.EIO, "Input/output error")
+
+
+@pytest.mark.parametrize("name", ["rich", "print"])
+def test_a_terminal_that_is_closed_stops_no_run(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    stream, path = Gone(), tmp_path / "m.jsonl"
+    logger = make_logger(name, metrics_path=path, run_name="r", config={}, total_steps=9, stream=stream)
+    logger.log(1, STEP)
+    stream.gone = True
+    for step in (2, 3):
+        logger.log(step, STEP)
+        logger.event(step, "checkpoint written")
+    logger.close()
+    events = [str(record["event"]) for record in read_jsonl(path) if "event" in record]
+    what = "the live display" if name == "rich" else "the log on standard output"
+    assert (
+        events[0] == f"{what} failed (OSError: [Errno 5] Input/output error); it is switched off, and the run goes on"
+    )
+    assert events[1:] == ["checkpoint written"] * 2
+    assert [record["step"] for record in read_jsonl(path) if "loss" in record] == [1, 2, 3]
+    assert (
+        sys.stdout.write("") == 0 and capfd.readouterr().err == ""
+    )  # rich gave the streams back, no thread complained
+
+
+def test_a_pipe_whose_reader_is_gone_and_a_closed_stream_stop_no_run(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    stream = os.fdopen(writing, "w")
+    path = tmp_path / "m.jsonl"
+    logger = make_logger("rich", metrics_path=path, run_name="r", config={}, total_steps=9, stream=stream)
+    logger.log(1, STEP)
+    logger.close()
+    assert "BrokenPipeError" in str(read_jsonl(path)[1]["event"])
+    with contextlib.suppress(BrokenPipeError):
+        stream.close()
+    logger = make_logger("print", metrics_path=path, run_name="r", config={}, total_steps=9, stream=stream)
+    logger.log(2, STEP)
+    logger.close()
+    assert "closed file" in str(read_jsonl(path)[3]["event"])
+
+
+def test_an_ascii_locale_shows_escapes_and_fails_nothing(tmp_path: Path) -> None:
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, encoding="ascii")
+    logger = make_logger("print", metrics_path=tmp_path / "m", run_name="r", config={}, total_steps=9, stream=stream)
+    logger.event(1, "größer 🐍 \ud800")
+    logger.close()
+    assert raw.getvalue() == b"step 1/9  gr\\xf6\\xdfer \\U0001f40d \\ud800\n"
+    assert len(read_jsonl(tmp_path / "m")) == 1
+
+
+def test_the_metrics_file_is_the_record_and_what_it_raises_ends_the_run(tmp_path: Path) -> None:
+    path = tmp_path / "out" / "m.jsonl"
+    logger = make_logger("none", metrics_path=path, run_name="r", config={}, total_steps=9)
+    logger.log(1, STEP)
+    shutil.rmtree(tmp_path / "out")
+    with pytest.raises(OSError, match=f"cannot write {re.escape(str(path))}: it was removed while the run wrote to it"):
+        logger.log(2, STEP)
+    logger.close()
+
+
+# -- what others wrote is inert --------------------------------------------------------------------------------------
+
+HOSTILE = "\x1b]0;owned\x07\x1b[2J\x9b31m\r\nstep 99/99  reward 1.000\u202egnp.exe\x08\x7f\u2028\ud800[red]x[/red][link=http://x]y[/link]"
+ACTING = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+@pytest.mark.parametrize("name", ["rich", "print"])
+def test_hostile_text_is_inert_on_the_console_and_in_the_file(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    path = tmp_path / "m.jsonl"
+    for stream in (io.StringIO(), Terminal()):
+        logger = make_logger(name, metrics_path=path, run_name=HOSTILE, config={}, total_steps=9, stream=stream)
+        logger.event(1, HOSTILE)
+        logger.log(1, {HOSTILE: 1.0, "loss": 0.5, "eval/" + HOSTILE: 2.0})
+        logger.close()
+        shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "", stream.getvalue())  # rich's own, on a terminal
+        assert not ACTING.search(shown)
+        assert "\nstep 99/99" not in shown and "[red]x[/red][link=http://x]" in shown.replace("\n", "")
+        assert "]0;owned" in shown and "\x1b[2J" not in stream.getvalue() and "\x1b[31m" not in stream.getvalue()
+    raw = path.read_bytes()
+    assert not re.search(rb"[^\n\x20-\x7e]", raw) and raw.count(b"\n") == 4
+    assert read_jsonl(path)[0]["event"] == HOSTILE  # nothing is lost
 
 
 def test_wandb_that_does_not_start_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -451,7 +689,9 @@ def test_nothing_of_telemetry_writes_through_print() -> None:
     folder = Path(__file__).parents[1] / "src" / "ludic" / "telemetry"
     sources = sorted(folder.glob("*.py"))
     assert sources
-    assert [path.name for path in sources if re.search(r"(?<![\w.])print\(", path.read_text())] == []
+    examples = re.compile(r"^ *(>>>|\.\.\.) .*$", re.MULTILINE)
+    code = {path.name: examples.sub("", path.read_text()) for path in sources}
+    assert [name for name in code if re.search(r"(?<![\w.])print\(", code[name])] == []
 
 
 def test_a_metrics_file_that_cannot_be_opened_is_one_line_with_its_path(tmp_path: Path) -> None:
@@ -470,6 +710,45 @@ def test_two_appenders_of_one_file_do_not_tear_each_other(tmp_path: Path) -> Non
     records = read_jsonl(path)
     for letter in "ab":
         assert [record["n"] for record in records if str(record["text"])[0] == letter] == list(range(200))
+
+
+def test_a_torn_line_that_is_nested_too_deeply_is_cut_off_too(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"n": 1}\n{"n": ' + b"[" * 100_000)
+    with JsonlWriter(path) as writer:
+        writer.write({"n": 2})
+    assert read_jsonl(path) == [{"n": 1}, {"n": 2}]
+
+
+def test_a_file_that_is_removed_under_a_writer_is_an_error_and_not_a_silent_loss(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    writer = JsonlWriter(path)
+    writer.write({"n": 1})
+    writer.flush()
+    path.unlink()
+    path.write_text("another file of that name")
+    with pytest.raises(OSError, match="was removed while the run wrote to it"):
+        writer.write({"n": 2})
+        writer.flush()
+    with pytest.raises(OSError, match="was removed"):
+        writer.close()
+    assert path.read_text() == "another file of that name"
+
+
+def test_dropping_steps_on_a_full_disk_leaves_the_file_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n')
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=f"cannot replace {re.escape(str(path))}: No space left on device"):
+        drop_steps_after(path, 1)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    assert [file.name for file in tmp_path.iterdir()] == ["m.jsonl"]
 
 
 def test_steps_after_a_checkpoint_are_dropped_and_the_others_keep_their_lines(tmp_path: Path) -> None:

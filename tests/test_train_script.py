@@ -84,6 +84,7 @@ def test_a_run_leaves_the_files_that_the_readme_names(finished: tuple[Path, str]
         "gsm8k_train_reward.png",
         "gsm8k_train_rollouts.jsonl",
         "gsm8k_train_summary.json",
+        "run.lock",
     }
     assert [path.name for path in (out_dir / "checkpoints_gsm8k").iterdir()] == ["step_2"]
     assert (out_dir / "gsm8k_train_reward.png").read_bytes().startswith(b"\x89PNG")
@@ -99,7 +100,7 @@ def test_every_rollout_is_a_line_with_all_its_fields(finished: tuple[Path, str],
         text = tokenizer.decode(row["completion_token_ids"], skip_special_tokens=True)
         assert row["completion"] == text and re.match(r"Question \d+: which one\?", row["prompt"])
         assert row["target"] == "7" and row["reward"] == float(row["answer"] == "7") == row["reward_parts"]["strict"]
-        assert set(row["reward_parts"]) == {"strict", "flexible", "qwen", "grader_failed"}
+        assert set(row["reward_parts"]) == {"strict", "flexible", "qwen", "grader_failed", "grader_timeout"}
         assert row["policy_version"] == row["step"] - 1
         assert row["completion_tokens"] == len(row["completion_token_ids"])
         assert row["prompt_tokens"] > len(DEFAULT_SYSTEM_PROMPT)  # a byte is a token
@@ -213,7 +214,11 @@ def wait_until(condition: Callable[[], bool], process: "subprocess.Popen[str]", 
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != "run.lock"
+    }
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------

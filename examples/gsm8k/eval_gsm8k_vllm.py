@@ -21,10 +21,10 @@ from ludic.cli import (
     add_engine_arguments,
     check_engine_arguments,
     hide_loading_bars,
-    open_engine,
     prepare_out_dir,
     run_script,
 )
+from ludic.engines import open_engine
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -135,10 +135,14 @@ def check_same_settings(sidecar: Path, settings: dict[str, object]) -> None:
         raise ValueError(
             f"{sidecar} is missing, so what the records were made with is not known: --overwrite"
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{sidecar} is not valid JSON ({error}): --overwrite") from None
+    if not isinstance(before, dict):
+        raise ValueError(f"{sidecar} does not hold the settings of an evaluation: --overwrite")
     changed = [
-        f"{key} {before.get(key)!r}, now {settings[key]!r}" for key in settings if before.get(key) != settings[key]
+        f"{key} {before.get(key)!r:.200}, now {settings[key]!r:.200}"
+        for key in settings
+        if before.get(key) != settings[key]
     ]
     if changed:
         raise ValueError(f"the records were made with other settings: {'; '.join(changed)}; use another --out")
@@ -175,7 +179,7 @@ async def run(args: argparse.Namespace) -> int:
         temperature=args.temperature, top_p=args.top_p, max_tokens=args.max_tokens, seed=args.seed
     )
     samples = load(args.split, dataset=args.dataset, limit=args.limit)
-    tokenizer = load_tokenizer(args.model, args.chat_template)
+    tokenizer = load_tokenizer(args.model, args.chat_template, trust_remote_code=args.trust_remote_code)
     settings = settings_of(args, tokenizer)
     check_out(args, out, settings)
 
@@ -220,9 +224,8 @@ def keep_or_explain(out: Path) -> Iterator[None]:
 
 
 def resume_command() -> str:
-    """The command that was given, with what finishes it, and without the key."""
+    """The command that was given, with what finishes it."""
     hidden = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    hidden.add_argument("--api-key")
     hidden.add_argument("--overwrite", action="store_true")
     hidden.add_argument("--resume-eval", action="store_true")
     flags = hidden.parse_known_args(sys.argv[1:])[1]

@@ -14,6 +14,7 @@ import itertools
 import json
 import logging
 import os
+import random
 import shlex
 import shutil
 import sys
@@ -29,16 +30,29 @@ from ludic.cli import (
     add_engine_arguments,
     check_engine_arguments,
     hide_loading_bars,
-    open_engine,
     prepare_out_dir,
     run_script,
 )
-from ludic.prompts import encode_prompt, load_tokenizer
-from ludic.telemetry.jsonl import drop_steps_after
+from ludic.doctor import quick_checks
+from ludic.engines import open_engine
+from ludic.pretrained import load_config, load_model
+from ludic.prompts import chat_template_fingerprint, encode_prompt, load_tokenizer
+from ludic.telemetry.formatting import InertFormatter
+from ludic.telemetry.jsonl import drop_steps_after, read_jsonl
 from ludic.telemetry.loggers import make_logger, parse_logger_names
 from ludic.telemetry.report import ComparisonRow, comparison_table, reward_curve_text, save_reward_curve
-from ludic.training.checkpoint import TrainerState, latest_checkpoint, list_checkpoints, read_state
+from ludic.training.checkpoint import (
+    TrainerState,
+    checkpoint_step,
+    find_checkpoint,
+    list_checkpoints,
+    read_state,
+    recover_folder,
+    verify_checkpoint,
+)
 from ludic.training.config import GRPOConfig, RunPaths, add_arguments, from_arguments
+from ludic.training.resume import changed_settings
+from ludic.training.run_lock import RunLock, identity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -73,6 +87,9 @@ def build_parser() -> argparse.ArgumentParser:
                        help="comma-separated: rich, print, jsonl, wandb; or none (default: rich)")  # fmt: skip
     files.add_argument("--resume", nargs="?", const="latest", default=None, metavar="CHECKPOINT",
                        help="continue from the last checkpoint in --out-dir, or from the one given")  # fmt: skip
+    files.add_argument(
+        "--no-checks", action="store_true", help="leave out the quick checks of `python -m ludic.doctor`"
+    )
     files.add_argument("--verbose", action="store_true", help="also log each weight sync with its proof")
     return parser
 
@@ -101,14 +118,24 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 async def main() -> int:
     started = time.perf_counter()
     args = parse_arguments()
-    logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(name)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(InertFormatter("%(name)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, handlers=[handler])
     parse_logger_names(args.logger)
     check_engine_arguments(args)
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"--limit must be at least 1, not {args.limit}")
     config = from_arguments(args)
     paths = RunPaths(out_dir=prepare_out_dir(args.out_dir))
+    with RunLock(paths.out_dir, identity(paths.out_dir)):  # until the end: two runs would write the same files
+        await _run(args, config, paths, started)
+    return 0
+
+
+async def _run(args: argparse.Namespace, config: GRPOConfig, paths: RunPaths, started: float) -> None:
     hide_loading_bars()
+    for line in recover_folder(paths.checkpoints):
+        _say(line)
     resume_from = _find_checkpoint(args, paths)
     if resume_from is None and Path(args.model).resolve().is_relative_to(paths.checkpoints.resolve()):
         raise ValueError(
@@ -119,22 +146,32 @@ async def main() -> int:
         _build_demo(args, paths, config)
 
     _say(f"loading {args.model}")
-    tokenizer = load_tokenizer(args.model, args.chat_template)
+    tokenizer = load_tokenizer(args.model, args.chat_template, trust_remote_code=args.trust_remote_code)
     train_samples = load("train", dataset=args.dataset, limit=args.limit)
     eval_samples = _load_eval_samples(args, config)
     environment = GSM8K(system_prompt=args.system_prompt)
     _check_prompts(environment, tokenizer, config, train_samples)
+    task = _task(args, tokenizer, eval_samples)
+    if resume_from is not None:
+        given = {**dataclasses.asdict(config), "num_train_samples": len(train_samples), **task}
+        stored = {**resume_from[1].config, **resume_from[1].task}
+        for line in changed_settings(stored, given, step=resume_from[1].step):
+            _say(f"changed since the checkpoint, so this is not the run that was interrupted: {line}")
+
+    if not args.no_checks:
+        _check_this_machine(args, config)
 
     from ludic.training.trainer import GRPOTrainer
 
+    _seed_generators(config.seed)
     async with open_engine(
         args, tokenizer, out_dir=paths.out_dir, max_seq_len=config.max_seq_len, say=_say, trains=True
     ) as engine:
-        policy, dtype = load_policy(str(resume_from[0]) if resume_from else args.model, _training_device(args))
+        policy, dtype = load_policy(str(resume_from[0]) if resume_from else args.model, _training_device(args), args)
         if hasattr(engine, "enable_weight_sync"):
             probe = encode_prompt(tokenizer, environment.messages(train_samples[0]))[:64]
             await engine.enable_weight_sync(probe)
-        reference = load_policy(args.model, policy.device)[0] if config.kl_coef > 0 else None
+        reference = load_policy(args.model, policy.device, args)[0] if config.kl_coef > 0 else None
         if resume_from is None:
             # Not before there is a run that takes the place of the earlier one.
             _set_aside(paths, [paths.metrics, paths.rollouts, paths.summary, paths.curve, paths.checkpoints])
@@ -142,7 +179,9 @@ async def main() -> int:
             for path in (paths.metrics, paths.rollouts):  # what came after the checkpoint is made again
                 drop_steps_after(path, resume_from[1].step)
             later = [
-                path for path in list_checkpoints(paths.checkpoints) if read_state(path).step > resume_from[1].step
+                path
+                for path in list_checkpoints(paths.checkpoints)
+                if (step := checkpoint_step(path)) is not None and step > resume_from[1].step
             ]
             _set_aside(paths, later)
         metric_logger = make_logger(
@@ -151,6 +190,8 @@ async def main() -> int:
             run_name=f"GRPO {Path(args.model).name}",
             config={**dataclasses.asdict(config), "model": args.model, "dataset": args.dataset or "openai/gsm8k"},
             total_steps=config.train_steps,
+            run_id=resume_from[1].wandb_run_id if resume_from else None,
+            started_from=resume_from[1].step if resume_from else 0,
         )
         with contextlib.closing(metric_logger):
             trainer = GRPOTrainer(
@@ -168,30 +209,45 @@ async def main() -> int:
                 model_dtype=dtype,
                 reference_model=reference,
                 resume_from=resume_from,
+                task=task,
+                wandb_run_id=metric_logger.run_id,
             )
+            if resume_from is not None and paths.metrics.exists():
+                trainer.alarms.replay(read_jsonl(paths.metrics))
             try:
                 summary = await trainer.run()
             finally:
                 await environment.aclose()
     _finish(args, config, paths, summary, time.perf_counter() - started)
-    return 0
 
 
-def load_policy(path: str, device: Any) -> tuple["PreTrainedModel", Any]:
+def load_policy(path: str, device: Any, args: argparse.Namespace) -> tuple["PreTrainedModel", Any]:
     """The model with fp32 masters on `device`, and the dtype that it came in.
 
     Raises:
         ValueError: there is no such model; one line.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
 
-    try:
-        stored = AutoConfig.from_pretrained(path).dtype or torch.float32
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    except OSError as error:
-        raise ValueError(f"--model {path} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
-    return model.to(device), stored
+    stored = load_config(path, trust_remote_code=args.trust_remote_code).dtype or torch.float32
+    model = load_model(path, dtype=torch.float32, trust_remote_code=args.trust_remote_code)
+    return torch.nn.Module.to(model, device), stored
+
+
+def _task(
+    args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase", eval_samples: list[GSM8KSample]
+) -> dict[str, Any]:
+    """What makes this run the one that it is, beside its configuration: compared when it is resumed."""
+    return {
+        "dataset": args.dataset or "openai/gsm8k",
+        "eval_dataset": args.eval_dataset,
+        "num_eval_samples": len(eval_samples),
+        "limit": args.limit,
+        "system_prompt": args.system_prompt,
+        "chat_template": chat_template_fingerprint(tokenizer),
+        "engine": args.engine,
+        "seed_requests": args.seed_requests,
+    }
 
 
 def _training_device(args: argparse.Namespace) -> Any:
@@ -214,7 +270,14 @@ def _find_checkpoint(args: argparse.Namespace, paths: RunPaths) -> tuple[Path, T
     """
     if args.resume is None:
         return None
-    found = latest_checkpoint(paths.checkpoints) if args.resume == "latest" else Path(args.resume)
+    if args.resume == "latest":
+        newest = find_checkpoint(paths.checkpoints)
+        for line in newest.passed_over:
+            _say(f"passed over: {line}")
+        found = newest.path
+    else:
+        found = Path(args.resume)
+        verify_checkpoint(found)
     if found is None:
         raise ValueError(f"--resume: there is no checkpoint in {paths.checkpoints}; leave the flag out to start a run")
     state = read_state(found)
@@ -245,6 +308,29 @@ def _check_prompts(
                 f"a prompt is {length} tokens, more than --max-seq-len {config.max_seq_len} allows "
                 f"with one token for an answer: {sample.question[:60]!r}..."
             )
+
+
+def _seed_generators(seed: int) -> None:
+    """Nothing of ours draws from the global generators, but checkpoints hold them: they begin alike in every process."""
+    import numpy
+    import torch
+
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def _check_this_machine(args: argparse.Namespace, config: GRPOConfig) -> None:
+    """The quick checks of `python -m ludic.doctor`: a warning is said, a failure ends the run before it costs anything.
+
+    Raises:
+        ValueError: a check failed.
+    """
+    for finding in quick_checks(args, config):
+        if finding.status == "failed":
+            raise ValueError(f"{finding.name}: {finding.found}; {finding.fix} (--no-checks goes on all the same)")
+        if finding.status == "warning":
+            _say(str(finding))
 
 
 def _set_aside(paths: RunPaths, old: list[Path]) -> None:

@@ -3,11 +3,13 @@
 `JsonlFile` appends in the caller's thread; `JsonlWriter` does it in a background thread, off the hot path; `read_jsonl`
 reads such a file back. A line goes out in a single `write` on a descriptor opened with O_APPEND, so a `kill -9` can
 tear the last line at most, and the next run that opens the file cuts the torn piece off. When a disk is full, the half
-line that still fitted is taken back.
+line that still fitted is taken back. A file that was removed while it is written to is an error, not a silent loss.
 
 It does not compress, rotate or lock: two runs that append to one file mix their lines, each of them whole.
 """
 
+import contextlib
+import errno
 import json
 import logging
 import math
@@ -30,13 +32,14 @@ def encode_line(record: Mapping[str, object]) -> bytes:
     """`record` as one line of ASCII JSON with its newline.
 
     NaN and the infinities, which JSON does not have, become null. Everything outside ASCII is escaped, so that lone
-    surrogates (which a model may well emit) and control characters survive, and no reader splits at U+2028.
+    surrogates (which a model may well emit) and control characters survive, no reader splits at U+2028, and no text acts
+    on the terminal that shows the file.
     """
     try:
         text = json.dumps(record, allow_nan=False)
     except ValueError:
         text = json.dumps(_finite(record), allow_nan=False)
-    return text.encode("ascii") + b"\n"
+    return text.encode("ascii").replace(b"\x7f", b"\\u007f") + b"\n"  # DEL, which json lets through
 
 
 def _finite(value: object) -> object:
@@ -71,6 +74,9 @@ class JsonlFile:
         if self._is_regular:
             try:
                 _mend_last_line(self._descriptor, self.path)
+            except OSError as error:
+                os.close(self._descriptor)
+                raise _named(error, self.path, "mend") from error
             except BaseException:
                 os.close(self._descriptor)
                 raise
@@ -78,14 +84,17 @@ class JsonlFile:
     def append(self, record: Mapping[str, object]) -> None:
         """Append one line. When this returns, a kill of the process no longer loses it."""
         line = encode_line(record)
-        start = os.fstat(self._descriptor).st_size
+        status = os.fstat(self._descriptor)
+        if self._is_regular and status.st_nlink == 0:
+            raise OSError(errno.ENOENT, f"cannot write {self.path}: it was removed while the run wrote to it")
         try:
             written = os.write(self._descriptor, line)
             while written < len(line):  # a full disk takes a part first and then refuses
                 written += os.write(self._descriptor, line[written:])
         except OSError as error:
             if self._is_regular:
-                os.ftruncate(self._descriptor, start)
+                with contextlib.suppress(OSError):  # a torn line is cut off when the file is opened again
+                    os.ftruncate(self._descriptor, status.st_size)
             raise _named(error, self.path, "write") from error
 
     def sync(self) -> None:
@@ -170,7 +179,7 @@ class JsonlWriter:
             if self._error is None:  # after an error the queue is still emptied, so that nobody waits for ever
                 try:
                     self._file.append(record)
-                except (OSError, TypeError, ValueError, RecursionError) as error:
+                except (OSError, TypeError, ValueError, RecursionError, MemoryError) as error:
                     self._error = error
             self._queue.task_done()
         self._queue.task_done()
@@ -185,15 +194,7 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, object]]:
         OSError: the file cannot be read.
         ValueError: `file:line: reason` for a line that is not one JSON object.
     """
-    path = Path(path)
-    *lines, tail = path.read_bytes().split(b"\n")
-    records = [_decode_line(line, path, number) for number, line in enumerate(lines, start=1)]
-    if tail:
-        try:
-            records.append(_decode_line(tail, path, len(lines) + 1))
-        except ValueError:
-            logger.warning("%s:%d: left out a torn last line of %d bytes", path, len(lines) + 1, len(tail))
-    return records
+    return [record for _, record in _read_lines(Path(path))]
 
 
 def drop_steps_after(path: str | os.PathLike[str], step: int) -> int:
@@ -209,13 +210,38 @@ def drop_steps_after(path: str | os.PathLike[str], step: int) -> int:
     path = Path(path)
     if not path.exists():
         return 0
-    records = read_jsonl(path)
-    kept = [record for record in records if not isinstance(at := record.get("step"), int) or at <= step]
-    if len(kept) < len(records):
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_bytes(b"".join(encode_line(record) for record in kept))
+    lines = _read_lines(path)
+    kept = [line for line, record in lines if not isinstance(at := record.get("step"), int) or at <= step]
+    if len(kept) < len(lines):
+        _replace(path, b"".join(line + b"\n" for line in kept))  # as they were written, byte for byte
+    return len(lines) - len(kept)
+
+
+def _read_lines(path: Path) -> list[tuple[bytes, dict[str, object]]]:
+    """Each line without its newline, and the object in it; a torn last line is left out."""
+    *lines, tail = path.read_bytes().split(b"\n")
+    read = [(line, _decode_line(line, path, number)) for number, line in enumerate(lines, start=1)]
+    if tail:
+        try:
+            read.append((tail, _decode_line(tail, path, len(lines) + 1)))
+        except ValueError:
+            logger.warning("%s:%d: left out a torn last line of %d bytes", path, len(lines) + 1, len(tail))
+    return read
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Put `data` in the place of the file, as a whole or not at all, whatever ends the process or the power."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(partial, path)
-    return len(records) - len(kept)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise _named(error, path, "replace") from error
 
 
 def _decode_line(line: bytes, path: Path, number: int) -> dict[str, object]:
@@ -223,6 +249,8 @@ def _decode_line(line: bytes, path: Path, number: int) -> dict[str, object]:
         record = json.loads(line)
     except ValueError as error:  # UnicodeDecodeError is one as well
         raise ValueError(f"{path}:{number}: not valid JSON: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{path}:{number}: not valid JSON: nested too deeply") from None
     if not isinstance(record, dict):
         raise ValueError(f"{path}:{number}: a JSON object was expected, not {type(record).__name__}")
     return cast("dict[str, object]", record)
@@ -238,7 +266,7 @@ def _mend_last_line(descriptor: int, path: Path) -> None:
         raise ValueError(f"{path} is no JSON lines file (its last line starts with {tail[:20]!r}): name another file")
     try:
         json.loads(tail)
-    except ValueError:
+    except (ValueError, RecursionError):
         os.ftruncate(descriptor, size - len(tail))
         logger.warning("%s: cut off a torn last line of %d bytes, left by a run that was killed", path, len(tail))
     else:
@@ -262,4 +290,4 @@ def _tail(descriptor: int, size: int) -> bytes:
 
 def _named(error: OSError, path: Path, verb: str) -> OSError:
     """`error` as one line that names the file: `[Errno 28] cannot write run.jsonl: No space left on device`."""
-    return OSError(error.errno, f"cannot {verb} {path}: {error.strerror}")
+    return OSError(error.errno, f"cannot {verb} {path}: {error.strerror or error}")

@@ -14,10 +14,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from ludic.telemetry.formatting import format_evaluation, format_metric, format_step, format_step_line
+from ludic.telemetry.formatting import format_evaluation, format_metric, format_step, format_step_line, inert
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _SPARKLINE_WIDTH = 60
+_LINE_LIMIT = 2_000
 
 _TABLE: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
     (
@@ -104,6 +105,9 @@ class LiveLogger:
         self._live = Live(self._view(), console=console, refresh_per_second=4)
         self._live.start()
 
+    def __repr__(self) -> str:
+        return "the live display"
+
     def log(self, step: int, metrics: Mapping[str, float], /) -> None:
         """Print the step's line above the display and put its figures into the table."""
         self._metrics.update(metrics)
@@ -111,12 +115,13 @@ class LiveLogger:
             self._rewards.append(metrics["reward_mean"])
         if not all(name.startswith("eval/") for name in metrics):
             self._progress.update(self._task, completed=step)
-        self._console.print(Text(format_step_line(step, self._total_steps, metrics)))
+        self._console.print(Text(inert(format_step_line(step, self._total_steps, metrics), _LINE_LIMIT)))
         self._live.update(self._view())
 
     def event(self, step: int, message: str, /) -> None:
         """Print the message above the display, in yellow."""
-        self._console.print(Text(f"{format_step(step, self._total_steps)}  {message}", style="yellow"))
+        line = inert(f"{format_step(step, self._total_steps)}  {message}", _LINE_LIMIT)
+        self._console.print(Text(line, style="yellow"))
 
     def close(self) -> None:
         """Draw the display once more and leave it standing."""
@@ -127,11 +132,11 @@ class LiveLogger:
         if self._metrics:
             parts += [_metrics_table(self._metrics), Text()]
         if evaluation := {name: value for name, value in self._metrics.items() if name.startswith("eval/")}:
-            parts.append(Text.assemble(("last eval  ", "bold"), format_evaluation(evaluation)))
+            parts.append(Text.assemble(("last eval  ", "bold"), inert(format_evaluation(evaluation))))
         if len(self._rewards) > 1:
             parts.append(Text.assemble(("reward     ", "bold"), (sparkline(self._rewards), "green")))
         parts.append(self._progress)
-        return Panel(Group(*parts), title=Text(self._run_name), border_style="dim")
+        return Panel(Group(*parts), title=Text(inert(self._run_name)), border_style="dim")
 
 
 def _metrics_table(metrics: Mapping[str, float]) -> Table:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from ludic.telemetry.formatting import count, percent, seconds
+from ludic.telemetry.formatting import count, inert, percent, seconds
 
 if TYPE_CHECKING:
     from ludic.evaluation import EvaluationProgress
@@ -27,7 +27,7 @@ class EvaluationDisplay:
     """
 
     def __init__(self, title: str, *, stream: TextIO | None = None) -> None:
-        self._title = title
+        self._title = inert(title)
         self._stream = sys.stdout if stream is None else stream
         self._progress: Progress | None = None
         self._task = TaskID(0)
@@ -41,7 +41,7 @@ class EvaluationDisplay:
                 TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=None),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[figures]}"),
+                TextColumn("{task.fields[figures]}", markup=False),
                 TextColumn("left"),
                 TimeRemainingColumn(),
                 console=console,

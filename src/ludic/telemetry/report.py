@@ -11,7 +11,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from ludic.telemetry.formatting import count, figure, percent, seconds
+from ludic.telemetry.formatting import count, figure, inert, percent, seconds
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,18 +46,24 @@ def comparison_table(rows: Sequence[ComparisonRow], *, title: str = "") -> Table
 
     A rate with intervals is shown as `52.0% (45.1 to 58.8)`; its change is in percentage points.
     """
-    table = Table(title=title or None, box=box.SIMPLE_HEAD, title_style="bold", title_justify="left")
+    table = _table(title)
     table.add_column("")
     for heading in ("before", "after", "change"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
-            row.name,
+            Text(inert(row.name)),
             _value(row.before, row.kind, row.before_ci95),
             _value(row.after, row.kind, row.after_ci95),
             _change(row),
         )
     return table
+
+
+def _table(title: str) -> Table:
+    """An empty table. Its title may hold the name of somebody's model, so it is text and not markup."""
+    heading = Text(inert(title)) if title else None
+    return Table(title=heading, box=box.SIMPLE_HEAD, title_style="bold", title_justify="left")
 
 
 def evaluation_rows(before: "EvaluationResult", after: "EvaluationResult") -> list[ComparisonRow]:
@@ -89,7 +95,7 @@ def evaluation_rows(before: "EvaluationResult", after: "EvaluationResult") -> li
 
 def evaluation_table(result: "EvaluationResult", *, title: str = "") -> Table:
     """One evaluation's figures, to be printed with a rich `Console`."""
-    table = Table(title=title or None, box=box.SIMPLE_HEAD, title_style="bold", title_justify="left")
+    table = _table(title)
     table.add_column("")
     table.add_column("figure", justify="right", no_wrap=True)
     table.add_column("95% interval", no_wrap=True)
@@ -200,7 +206,7 @@ def save_reward_curve(
     axes.plot(steps, rewards, color="#9db8d9", linewidth=1, marker="o", markersize=3, label="mean reward of an update")
     if len(steps) > 2:
         axes.plot(steps, smoothed(rewards), color="#1f4e8c", linewidth=2.4, label="smoothed")
-    axes.set_title(title, loc="left", fontsize=13, fontweight="bold")
+    axes.set_title(inert(title), loc="left", fontsize=13, fontweight="bold", parse_math=False)
     axes.set_xlabel("update")
     axes.set_ylabel("mean reward")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 5, 10], integer=True))
