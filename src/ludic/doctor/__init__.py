@@ -1,0 +1,20 @@
+"""`python -m ludic.doctor`: in under a minute, before money is spent, what would keep a training run from working.
+
+It takes the flags of the training script and says one line a check: ok, warning or failed, with the fix. It starts no
+server; with --start-server it looks at what one would need. Left out: whether a run will learn, which `telemetry.alarms`
+watches for.
+"""
+
+import argparse
+from collections.abc import Iterator
+
+from ludic.doctor.findings import Finding, run_checks
+from ludic.doctor.here import quick_local_checks
+from ludic.training.config import GRPOConfig
+
+__all__ = ["Finding", "quick_checks"]
+
+
+def quick_checks(args: argparse.Namespace, config: GRPOConfig) -> Iterator[Finding]:
+    """What every training run looks at before it loads anything: versions, GPUs, memory, disk."""
+    return run_checks(quick_local_checks(args, config))

@@ -1,0 +1,72 @@
+"""What a check found: one line each, with what to do about it."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from ludic.inference.errors import EngineError
+from ludic.telemetry.formatting import inert
+
+Status = Literal["ok", "warning", "failed"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """What one check found.
+
+    Example:
+        >>> print(Finding(name="port", status="failed", found="8000 is taken", fix="choose another --port"))
+        failed   port: 8000 is taken; choose another --port
+    """
+
+    name: str
+    status: Status
+    found: str
+    fix: str = ""
+    """What to do; empty for what is ok."""
+
+    def __str__(self) -> str:
+        line = f"{self.status:<8} {self.name}: {self.found}" + (f"; {self.fix}" if self.fix else "")
+        return inert(line)
+
+
+Check = Callable[[], "Finding | list[Finding]"]
+"""Looks at one thing. It may raise what a user can mend (`FAILURES`): that is a finding too."""
+
+FAILURES = (OSError, ValueError, EngineError, RuntimeError, ImportError, MemoryError)
+
+
+def ok(name: str, found: str) -> Finding:
+    return Finding(name=name, status="ok", found=found)
+
+
+def warning(name: str, found: str, fix: str) -> Finding:
+    return Finding(name=name, status="warning", found=found, fix=fix)
+
+
+def failed(name: str, found: str, fix: str) -> Finding:
+    return Finding(name=name, status="failed", found=found, fix=fix)
+
+
+def run_checks(checks: Sequence[tuple[str, Check]]) -> Iterator[Finding]:
+    """The findings of named checks, each as soon as it is there. One that raises has failed, with its own words."""
+    for name, check in checks:
+        started = time.perf_counter()
+        try:
+            found = check()
+        except FAILURES as error:
+            yield failed(name, " ".join(str(error).split()) or type(error).__name__, "")
+            continue
+        for finding in found if isinstance(found, list) else [found]:
+            seconds = time.perf_counter() - started
+            yield (
+                finding
+                if seconds < 2
+                else Finding(
+                    name=finding.name,
+                    status=finding.status,
+                    found=f"{finding.found} ({seconds:.0f} s)",
+                    fix=finding.fix,
+                )
+            )

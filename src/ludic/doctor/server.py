@@ -1,0 +1,216 @@
+"""The checks of the server: is it there, whose is it, does it fit this run, does it generate, does it take weights?"""
+
+import argparse
+import asyncio
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ludic.doctor.findings import Check, Finding, failed, ok, warning
+from ludic.doctor.here import trainer_device
+from ludic.inference import handshake
+from ludic.inference.errors import EngineError, ServerLostError, ServerUnreachableError
+from ludic.inference.server_control import ServerControl
+from ludic.inference.server_process import ServerStartError, require_free_port
+from ludic.keys import read_api_key
+from ludic.training.config import GRPOConfig
+from ludic.training.run_lock import identity
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SYNC_DEADLINE_S = 45.0
+
+
+def server_checks(args: argparse.Namespace, config: GRPOConfig) -> list[tuple[str, Check]]:
+    """The checks of a server that runs, or of the port of one that is to be started."""
+    if args.start_server:
+        return [("port", lambda: check_free_port(args))]
+    checks = ServerChecks(args, config)
+    return [
+        ("server", checks.reachable),
+        ("tokenizer", checks.tokenizer),
+        ("settings", checks.settings),
+        ("same GPU", checks.gpus),
+        ("holder", checks.holder),
+        ("generation", checks.generation),
+        ("weight sync", checks.weight_sync),
+    ]
+
+
+def check_free_port(args: argparse.Namespace) -> Finding:
+    """Is the port free on which a server is to be started?"""
+    try:
+        require_free_port(args.host, args.port)
+    except ServerStartError as error:
+        return failed("port", str(error), "")
+    return ok("port", f"{args.host}:{args.port} is free for the server")
+
+
+class ServerChecks:
+    """The checks of one running server; what the first finds out, the others go by."""
+
+    def __init__(self, args: argparse.Namespace, config: GRPOConfig) -> None:
+        self._args = args
+        self._config = config
+        self._trainer = uuid.uuid4().hex
+        self._key = read_api_key(args.api_key_file)
+        self._url = f"http://{args.host}:{args.port}"
+        self._control = ServerControl(self._url, api_key=self._key, trainer=self._trainer, timeout_s=30.0)
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._up = False
+        self._held = False
+        self._info: Mapping[str, Any] = {}
+
+    def reachable(self) -> Finding:
+        """Does it answer, serve this model, and in a context that is long enough?"""
+        try:
+            served = handshake.served_model(self._control, self._args.model)
+        except ServerUnreachableError as error:
+            return failed("server", str(error), "")
+        self._up = True
+        handshake.check_context(served, self._config.max_seq_len)
+        return ok("server", f"{self._url} serves {self._args.model}, context {served.get('max_model_len')} tokens")
+
+    def tokenizer(self) -> Finding:
+        """Do both sides make the same ids of a text and of a chat?"""
+        if not self._up:
+            return _skipped("tokenizer")
+        from ludic.prompts import load_tokenizer
+
+        self._tokenizer = load_tokenizer(
+            self._args.model, self._args.chat_template, trust_remote_code=self._args.trust_remote_code
+        )
+        handshake.check_tokenizer(self._control, self._args.model, self._tokenizer)
+        handshake.check_chat_template(self._control, self._args.model, self._tokenizer)
+        return ok("tokenizer", "the server's ids of a text and of a chat are the trainer's")
+
+    def settings(self) -> list[Finding]:
+        """Log-prob mode, weight transfer, generation_config, version."""
+        if not self._up:
+            return [_skipped("settings")]
+        self._info = info = handshake.weight_sync_info(self._control, self._args.model)
+        findings = [
+            ok(
+                "settings",
+                f"vLLM {info['vllm_version']}, {info['dtype']}, processed log-probs, weights over {info['transfer_backend']}",
+            )
+        ]
+        chosen = info.get("generation_config", "vllm")
+        if chosen != "vllm":
+            findings.append(
+                warning(
+                    "generation_config",
+                    f"the server reads {chosen!r}, which may change the sampling behind the trainer's back",
+                    "start it without --generation-config",
+                )
+            )
+        if not handshake.has_generate_route(self._control):
+            findings.append(
+                warning("route", "the server has no ludic route for rollouts, or another version's",
+                        "start it with this version's `python -m ludic.inference.vllm_server`")
+            )  # fmt: skip
+        return findings
+
+    def gpus(self) -> Finding:
+        """Is the server's GPU another one than the trainer's?"""
+        import torch
+
+        theirs = self._info.get("device_uuid")
+        if not self._info or not theirs or not torch.cuda.is_available():
+            return ok("same GPU", "nothing to compare: at least one side is on the CPU, or does not say")
+        ours = str(torch.cuda.get_device_properties(trainer_device(self._args)).uuid)
+        if ours != theirs:
+            return ok("same GPU", "no: server and trainer have one each")
+        if "nccl" in str(self._info.get("transfer_backend")):
+            return failed(
+                "same GPU",
+                "yes, and NCCL does not join a GPU with itself",
+                "give the two sides different CUDA_VISIBLE_DEVICES, or start the server with "
+                """--weight-transfer-config '{"backend": "ludic_shm"}'""",
+            )
+        return warning("same GPU", "yes: both share its memory and its time", "give each side a GPU of its own")
+
+    def holder(self) -> Finding:
+        """Has another trainer the server?"""
+        if not self._up:
+            return _skipped("holder")
+        try:
+            other = handshake.holder(self._control)
+        except ServerLostError:
+            raise
+        except EngineError:
+            return warning("holder", "the server cannot say whose it is", "start it with this version of ludic")
+        if other is None:
+            return ok("holder", "no trainer has the server")
+        self._held = True
+        return warning(
+            "holder",
+            f"another trainer has it ({handshake.describe(other['identity'])}), so no weights are sent here",
+            "wait for it, stop it, or start another server",
+        )
+
+    def generation(self) -> Finding:
+        """Does one completion come back, with log-probs?"""
+        if self._tokenizer is None:
+            return _skipped("generation")
+        return asyncio.run(self._generate())
+
+    async def _generate(self) -> Finding:
+        from ludic.inference.vllm_client import VLLMEngine
+        from ludic.types import SamplingParams
+
+        assert self._tokenizer is not None
+        if handshake.stays_paused(self._control):
+            return warning(
+                "generation", "the server is paused", "the first sync of a run sets that right; or restart it"
+            )
+        engine = VLLMEngine(self._url, model=self._args.model, api_key=self._key)
+        try:
+            await engine.connect(self._tokenizer)
+            prompt = self._tokenizer.encode("What is 2 + 2?", add_special_tokens=False)
+            async with asyncio.timeout(30):
+                (completion,) = await engine.generate(
+                    prompt, num_completions=1, sampling=SamplingParams(temperature=1.0, max_tokens=8)
+                )
+        except TimeoutError:
+            return failed("generation", "8 tokens were not there after 30 s", "read the server's log")
+        finally:
+            await engine.aclose()
+        if completion.logprobs is None:
+            return warning("generation", "the completion has no log-probs", "read the server's log for the reason")
+        return ok("generation", f"{len(completion.token_ids)} tokens with their log-probs")
+
+    def weight_sync(self) -> Finding:
+        """Do the model's weights get there, proven as in training?"""
+        if not self._info or self._tokenizer is None or self._held:
+            return _skipped("weight sync")
+        import torch
+
+        from ludic.inference.weight_sync import WeightSync
+        from ludic.pretrained import load_model
+
+        device = torch.device("cuda", trainer_device(self._args)) if torch.cuda.is_available() else torch.device("cpu")
+        model = load_model(self._args.model, dtype=torch.float32, trust_remote_code=self._args.trust_remote_code)
+        torch.nn.Module.to(model, device)
+        probe = self._tokenizer.encode("Tom has 3 boxes of 12 eggs. How many eggs has he?", add_special_tokens=False)
+        handshake.claim(self._control, self._trainer, identity(Path(self._args.out_dir)))
+        sync = WeightSync(
+            self._control,
+            transport=self._info["transfer_backend"],
+            served_model=self._args.model,
+            dtype=getattr(torch, self._info["dtype"]),
+            probe_token_ids=probe[:64],
+            deadline_s=SYNC_DEADLINE_S,
+        )
+        try:
+            report = sync.sync(model, 0)
+        finally:
+            sync.close()
+            handshake.release(self._control, self._trainer)
+        return ok("weight sync", f"{report.seconds:.2f} s; {report.proof}")
+
+
+def _skipped(name: str) -> Finding:
+    return warning(name, "not looked at, since a check before it failed or forbade it", "mend that first")

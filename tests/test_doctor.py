@@ -1,0 +1,363 @@
+"""`python -m ludic.doctor`: each thing that it looks at is broken in turn, and it says so in one line with the fix."""
+
+import argparse
+import asyncio
+import importlib.metadata
+import json
+import shutil
+import socket
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from aiohttp import web
+
+from ludic.doctor import here
+from ludic.doctor.__main__ import build_parser, main
+from ludic.doctor.findings import Finding, failed, ok, run_checks
+from ludic.doctor.server import ServerChecks, check_free_port, server_checks
+from ludic.grading import Grader, Verdict
+from ludic.inference import handshake
+from ludic.inference.engine import WeightSyncReport
+from ludic.inference.errors import WeightSyncError
+from ludic.inference.server_control import ServerControl
+from ludic.prompts import load_tokenizer
+from ludic.training.config import from_arguments
+from tests.fake_vllm import FakeServer, serving
+from tests.vllm_helpers import make_tiny_tokenizer
+
+
+def arguments(*flags: str) -> argparse.Namespace:
+    return build_parser().parse_args(list(flags))
+
+
+@pytest.fixture
+def args(tiny_model_dir: Path, digit_problems: Path, tmp_path: Path) -> argparse.Namespace:
+    return arguments(
+        *("--model", str(tiny_model_dir), "--dataset", str(digit_problems), "--out-dir", str(tmp_path)),
+        *("--max-seq-len", "128"),
+    )
+
+
+def only(finding: Finding | list[Finding]) -> Finding:
+    if isinstance(finding, list):
+        (finding,) = finding
+    return finding
+
+
+# --- this machine -----------------------------------------------------------------------------------------------------
+
+
+def test_a_machine_with_nothing_wrong_passes_every_local_check(args: argparse.Namespace) -> None:
+    args.engine = "local"
+    findings = list(run_checks(here.local_checks(args, from_arguments(args))))
+    assert [finding.status for finding in findings] == ["ok"] * len(findings), [str(finding) for finding in findings]
+    assert {finding.name for finding in findings} >= {
+        "versions",
+        "GPUs",
+        "memory",
+        "disk",
+        "network",
+        "hub",
+        "data",
+        "grader",
+    }
+
+
+@pytest.mark.parametrize(
+    ("installed", "said"),
+    [
+        ({"vllm": "0.25.1"}, "vllm 0.25.1; ludic is made for 0.26 to 0.32"),
+        ({"vllm": "0.33.0"}, "vllm 0.33.0"),
+        ({"torch": "2.10.0"}, "torch 2.10.0; ludic is made for 2.11 or later"),
+        ({"transformers": None}, "transformers is not installed; run uv sync"),
+    ],
+)
+def test_a_version_out_of_range_is_named_with_the_range(
+    monkeypatch: pytest.MonkeyPatch, installed: dict[str, str | None], said: str
+) -> None:
+    versions = {"torch": "2.13.0", "transformers": "5.19.0", "vllm": "0.32.0"} | installed
+
+    def version(name: str) -> str:
+        found = versions.get(name)
+        if found is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return found
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    finding = only(here.check_versions())
+    assert finding.status == "failed" and said in str(finding)
+
+
+def test_no_gpu_is_a_warning_and_one_gpu_for_both_sides_too(
+    args: argparse.Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert here.check_gpus(args).status == "warning"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: "H200")
+    assert here.check_gpus(args).status == "ok"
+    args.start_server = True
+    finding = here.check_gpus(args)
+    assert finding.status == "warning" and "--gpu-memory-utilization" in finding.fix
+
+
+@pytest.mark.parametrize(("free", "status"), [(1_000, "failed"), (6_000_000, "warning"), (2**40, "ok")])
+def test_memory_that_does_not_suffice_is_said_with_what_is_needed(
+    args: argparse.Namespace, monkeypatch: pytest.MonkeyPatch, free: int, status: str
+) -> None:
+    monkeypatch.setattr(here, "_free_memory", lambda: free)
+    finding = here.check_memory(args, from_arguments(args))
+    assert finding.status == status and "GiB needed" in finding.found
+
+
+def test_too_small_a_disk_and_a_folder_that_cannot_be_written_are_found(
+    args: argparse.Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = from_arguments(args)
+    assert here.check_disk(args, config).status == "ok"
+    with monkeypatch.context() as patch:
+        patch.setattr("os.access", lambda path, mode: False)
+        assert "cannot be written" in here.check_disk(args, config).found
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    finding = here.check_disk(args, config)
+    assert finding.status == "failed" and "--keep-checkpoints" in finding.fix
+
+
+def test_proxy_variables_without_an_exemption_are_a_warning(
+    args: argparse.Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    assert here.check_proxies(args).status == "ok"
+    monkeypatch.setenv("HTTP_PROXY", "http://proxy:3128")
+    assert here.check_proxies(args).status == "warning"
+    monkeypatch.setenv("NO_PROXY", "localhost, 127.0.0.1")
+    assert here.check_proxies(args).status == "ok"
+
+
+def test_a_hub_that_cannot_be_reached_is_a_warning_only_where_it_is_needed(
+    args: argparse.Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert here.check_hub(args).status == "ok"
+    args.model = "somebody/some-model"
+    finding = here.check_hub(args)  # the tests are offline
+    assert finding.status == "warning" and "the model" in finding.found
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    with socket.socket() as taken:  # bound, and nobody listens
+        taken.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{taken.getsockname()[1]}")
+        finding = here.check_hub(args)
+    assert finding.status == "warning" and "cannot be reached" in finding.found and "HF_HUB_OFFLINE=1" in finding.fix
+
+
+def test_data_that_cannot_be_read_is_named_with_its_line(args: argparse.Namespace, tmp_path: Path) -> None:
+    args.dataset = str(tmp_path / "missing")
+    (finding,) = run_checks([("data", lambda: here.check_data(args))])
+    assert finding.status == "failed" and "missing" in finding.found
+    folder = tmp_path / "data"
+    folder.mkdir()
+    args.dataset = str(folder)
+    assert here.check_data(args).status == "failed"
+    (folder / "train.jsonl").write_text('{"question": "1?", "answer": "#### 1"}\n{"question": \n')
+    assert "train.jsonl:2: not valid JSON" in here.check_data(args).found
+    (folder / "train.jsonl").write_text("[1]\n")
+    assert "train.jsonl:1: not a JSON object" in here.check_data(args).found
+
+
+@pytest.mark.parametrize("verdict", [Verdict(matched=False), Verdict(matched=False, failure="crash")])
+def test_a_grader_that_does_not_work_is_found(monkeypatch: pytest.MonkeyPatch, verdict: Verdict) -> None:
+    monkeypatch.setattr(Grader, "match_sync", lambda self, prediction, target: verdict)
+    assert here.check_grader().status == "failed"
+
+
+def test_a_port_that_is_taken_is_found_before_a_server_is_started(args: argparse.Namespace) -> None:
+    args.start_server = True
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        args.port = taken.getsockname()[1]
+        finding = check_free_port(args)
+        assert finding.status == "failed" and str(args.port) in finding.found and "--port" in finding.found
+    assert check_free_port(args).status == "ok"
+    assert [name for name, _ in server_checks(args, from_arguments(args))] == ["port"]
+
+
+# --- the server -------------------------------------------------------------------------------------------------------
+
+
+class Sync:
+    """Stands in for `WeightSync`."""
+
+    error: Exception | None = None
+
+    def __init__(self, control: ServerControl, **settings: Any) -> None:
+        assert settings["deadline_s"] < 60
+
+    def sync(self, model: torch.nn.Module, policy_version: int) -> WeightSyncReport:
+        if self.error is not None:
+            raise self.error
+        return WeightSyncReport(policy_version=0, num_tensors=1, num_bytes=4, seconds=0.1, proof="all tensors held")
+
+    def close(self) -> None: ...
+
+
+@pytest.fixture
+async def server(args: argparse.Namespace, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[FakeServer]:
+    monkeypatch.setattr("ludic.inference.weight_sync.WeightSync", Sync)
+    monkeypatch.setattr(Sync, "error", None)
+    monkeypatch.setattr(handshake, "PAUSED_LOOKS", 1)
+    fake = FakeServer(tokenizer=load_tokenizer(args.model), model=args.model)  # type: ignore[arg-type]
+    fake.server_info |= {"vllm_version": "0.32.0", "generation_config": "vllm"}
+    async with serving(fake) as running:
+        args.port = int(running.base_url.rpartition(":")[2])
+        yield running
+
+
+async def findings_of(args: argparse.Namespace) -> dict[str, Finding]:
+    """Of all server checks by name, made on a thread: the server is on this one's loop."""
+    checks = server_checks(args, from_arguments(args))
+    found = await asyncio.to_thread(lambda: list(run_checks(checks)))
+    return {finding.name: finding for finding in found}
+
+
+async def test_a_server_that_fits_passes_every_check_and_belongs_to_nobody_afterwards(
+    args: argparse.Namespace, server: FakeServer
+) -> None:
+    found = await findings_of(args)
+    assert {finding.status for finding in found.values()} == {"ok"}, [str(finding) for finding in found.values()]
+    assert "all tensors held" in found["weight sync"].found and "8 tokens" not in found["generation"].found
+    control = ServerControl(server.base_url)
+    assert await asyncio.to_thread(handshake.holder, control) is None
+
+
+async def test_no_server_is_one_failure_with_the_command_that_starts_one(args: argparse.Namespace) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        args.port = free.getsockname()[1]
+        found = await findings_of(args)
+    assert found["server"].status == "failed" and "ludic.inference.vllm_server --model" in found["server"].found
+    assert sum(finding.status == "failed" for finding in found.values()) == 1
+
+
+def other_tokenizer(server: FakeServer) -> None:
+    server.tokenizer = make_tiny_tokenizer()
+    server.tokenizer.add_tokens(["boxes"])
+
+
+def other_template(server: FakeServer) -> None:
+    server.tokenizer = make_tiny_tokenizer()
+    server.tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("broken", "name", "said"),
+    [
+        (lambda server: setattr(server, "model", "another"), "server", "serves another, not"),
+        (lambda server: setattr(server, "max_model_len", 64), "server", "--max-model-len 128"),
+        (other_tokenizer, "tokenizer", "tokenizer is not the trainer's"),
+        (other_template, "tokenizer", "chat template is not the trainer's"),
+        (lambda server: server.server_info.update(logprobs_mode="raw_logprobs"), "settings", "raw_logprobs"),
+        (lambda server: server.server_info.update(transfer_backend=""), "settings", "without weight transfer"),
+        (lambda server: server.server_info.clear(), "settings", "worker extension"),
+    ],
+)
+async def test_what_does_not_fit_this_run_has_failed(
+    args: argparse.Namespace, server: FakeServer, broken: Callable[[FakeServer], None], name: str, said: str
+) -> None:
+    broken(server)
+    finding = (await findings_of(args))[name]
+    assert finding.status == "failed" and said in str(finding)
+
+
+async def test_a_generation_config_that_is_read_is_a_warning(args: argparse.Namespace, server: FakeServer) -> None:
+    server.server_info["generation_config"] = "auto"
+    finding = (await findings_of(args))["generation_config"]
+    assert finding.status == "warning" and "auto" in finding.found
+
+
+async def test_a_server_of_another_trainer_is_a_warning_and_gets_no_weights(
+    args: argparse.Namespace, server: FakeServer
+) -> None:
+    control = ServerControl(server.base_url, trainer="2" * 32)
+    other = {"host": "node-9", "pid": 77, "pid_started": "1", "user": "eve", "out_dir": "/x", "since": "now"}
+    await asyncio.to_thread(handshake.claim, control, "2" * 32, other)
+    found = await findings_of(args)
+    assert found["holder"].status == "warning" and "eve@node-9" in found["holder"].found
+    assert "not looked at" in found["weight sync"].found
+
+
+async def test_a_paused_server_a_failing_one_and_one_without_log_probs_are_told_apart(
+    args: argparse.Namespace, server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("random.uniform", lambda low, high: 0.0)
+    server.paused = True
+    assert "paused" in (await findings_of(args))["generation"].found
+    server.paused = False
+    server.faults = [web.Response(status=500, text="out of blocks") for _ in range(6)]
+    finding = (await findings_of(args))["generation"]
+    assert finding.status == "failed" and "out of blocks" in finding.found
+    completions = server.completions
+
+    def without_logprobs(body: dict[str, Any]) -> Sequence[Any]:
+        return completions(body | {"logprobs": False})
+
+    monkeypatch.setattr(server, "completions", without_logprobs)
+    finding = (await findings_of(args))["generation"]
+    assert finding.status == "warning" and "no log-probs" in finding.found
+
+
+async def test_a_sync_that_is_not_proven_has_failed_and_the_server_is_given_back(
+    args: argparse.Namespace, server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Sync, "error", WeightSyncError("2 of 26 tensors on the server differ"))
+    finding = (await findings_of(args))["weight sync"]
+    assert finding.status == "failed" and "2 of 26 tensors" in finding.found
+    assert await asyncio.to_thread(handshake.holder, ServerControl(server.base_url)) is None
+
+
+@pytest.mark.parametrize(
+    ("backend", "theirs", "status"),
+    [("ludic_nccl", "GPU-a", "failed"), ("ludic_shm", "GPU-a", "warning"), ("ludic_nccl", "GPU-b", "ok")],
+)
+def test_one_gpu_on_both_sides_is_found(
+    args: argparse.Namespace, monkeypatch: pytest.MonkeyPatch, backend: str, theirs: str, status: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="GPU-a"))
+    checks = ServerChecks(args, from_arguments(args))
+    checks._info = {"transfer_backend": backend, "device_uuid": theirs}
+    assert checks.gpus().status == status
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_says_one_line_a_check_and_its_exit_code_says_whether_one_failed(
+    args: argparse.Namespace, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ["--model", args.model, "--dataset", args.dataset, "--out-dir", args.out_dir, "--max-seq-len", "128"]
+    assert main([*flags, "--engine", "local"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert all(line.startswith("ok ") for line in lines[:-1]) and lines[-1].endswith("0 warning, 0 failed")
+    monkeypatch.setattr(here, "_free_memory", lambda: 1000)
+    assert main([*flags, "--engine", "local"]) == 1
+    assert main([*flags, "--group-size", "1"]) == 2
+    assert "--group-size must be at least 2" in capsys.readouterr().err
+
+
+def test_what_a_server_says_of_itself_cannot_act_on_the_terminal() -> None:
+    assert "\x1b" not in str(failed("server", "\x1b]0;owned\x07", "look\x1b[2J"))
+    assert str(ok("server", "fine")) == "ok       server: fine"
+
+
+def test_a_check_that_raises_has_failed_with_its_own_words() -> None:
+    def broken() -> Finding:
+        raise OSError("the disk\nis gone")
+
+    (finding,) = run_checks([("disk", broken)])
+    assert (finding.status, finding.found) == ("failed", "the disk is gone")
+    assert json.dumps(str(finding))
