@@ -15,6 +15,7 @@ import shlex
 import sys
 import tempfile
 from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 import torch
@@ -108,6 +109,12 @@ class LimitedEngine:
 
     async def update_weights(self, model: torch.nn.Module, *, policy_version: int) -> WeightSyncReport:
         return await self._engine.update_weights(model, policy_version=policy_version)
+
+    def reserve_model(self) -> AbstractAsyncContextManager[None]:
+        return self._engine.reserve_model()
+
+    def counts(self) -> dict[str, float]:
+        return self._engine.counts()
 
     async def aclose(self) -> None:
         await self._engine.aclose()

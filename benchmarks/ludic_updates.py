@@ -20,7 +20,8 @@ import torch
 
 from benchmarks.harness import HashRewardGSM8K, Record, emit, versions
 from environments.gsm8k import GSM8KSample, load
-from ludic.cli import add_engine_arguments, check_engine_arguments, hide_loading_bars, open_engine, run_script
+from ludic.cli import add_engine_arguments, check_engine_arguments, hide_loading_bars, run_script
+from ludic.engines import open_engine
 from ludic.inference.engine import InferenceEngine
 from ludic.prompts import encode_prompt, load_tokenizer
 from ludic.training.config import GRPOConfig, RunPaths, add_arguments, from_arguments
@@ -84,7 +85,7 @@ def _rss_gib() -> float:
 class BenchmarkTrainer(GRPOTrainer[GSM8KSample]):
     """The trainer without its checkpoints: 6 GB written at the end of each run measure a disk."""
 
-    def save(self) -> Path:
+    async def save(self) -> Path:
         return self.paths.checkpoints
 
 
