@@ -9,10 +9,13 @@ import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from signal import SIGHUP, SIGINT, SIGTERM
 
 import pytest
 
 from ludic.evaluation import CompletionRecord, ProblemRecord, summarise
+from ludic.signals import SIGNALS
+from ludic.telemetry.alarms import ALARM_NAMES, AlarmThresholds
 from ludic.training.config import RunPaths, from_arguments
 from ludic.training.trainer import TrainingSummary
 from scripts import write_docs
@@ -20,7 +23,8 @@ from scripts import write_docs
 ROOT = write_docs.ROOT
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [
-    ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "AGENTS.md", "examples/gsm8k/README.md")
+    ROOT / name
+    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "AGENTS.md", "SECURITY.md", "examples/gsm8k/README.md")
 ]
 
 
@@ -80,7 +84,7 @@ def test_the_example_task_trains_two_updates_and_leaves_a_checkpoint(example_run
 
 
 def test_every_logged_metric_is_explained_and_every_explained_metric_is_logged(example_run: ExampleRun) -> None:
-    logged = {name for row in example_run.metrics for name in row if name not in ("step", "time")}
+    logged = {name for row in example_run.metrics for name in row if name not in ("step", "time", "event")}
     logged = {re.sub(r"^sync/\w+_s$", "sync/PHASE_s", name) for name in logged}
     explained = dict(_first_cells(_section("## Metrics\n")))
     conditional = {name for name, meaning in explained.items() if "only with" in meaning}
@@ -179,6 +183,57 @@ def test_the_functions_on_a_samples_way_are_in_the_files_that_are_named() -> Non
         text = "".join((ROOT / link).read_text(encoding="utf-8") for link in re.findall(r"\]\(([^)]+)\)", links))
         for function in re.findall(r"`(\w+)`", functions):
             assert re.search(rf"def {function}\b", text), f"{function} is not in {links}"
+
+
+def test_every_alarm_is_in_the_table_of_alarms_with_metrics_and_flags_that_exist() -> None:
+    rows = [line.strip("| ").split(" | ") for line in _section("## Why isn't it learning?").splitlines()]
+    rows = [row for row in rows if len(row) == 5 and row[0].startswith("`")]
+    assert [row[0].strip("`") for row in rows] == list(ALARM_NAMES)
+    explained = dict(_first_cells(_section("## Metrics\n")))
+    assert {row[1].strip("`") for row in rows} <= explained.keys()
+    flags = {flag for row in rows for flag in re.findall(r"`(--[a-z-]+)", row[4])}
+    assert len(flags) >= 10 and flags <= write_docs.train_parser()._option_string_actions.keys()
+
+
+def test_the_thresholds_in_the_table_of_alarms_are_the_defaults() -> None:
+    t = AlarmThresholds()
+    rows = {name: rest.split(" | ")[1] for name, rest in _first_cells(_section("## Why isn't it learning?"))}
+    said = {
+        "truncated": [t.window, t.truncated_share],
+        "zero_variance": [t.window, t.zero_variance_share],
+        "parse_rate": [t.window, t.parse_rate_fall, 2],
+        "entropy": [t.window, t.window],
+        "logprob_gap": [t.window, t.logprob_gap_rise, t.window, t.logprob_gap_nats],
+        "changed_weights": [t.window, t.changed_weights_share],
+        "reward_flat": [t.flat_updates, t.solved_rate],
+        "clipping": [t.clipped_updates],
+        "grader": [100 * t.grader_failure_share, t.window, t.grader_failures],
+        "queue": [t.queue_updates, t.generation_slowdown, t.generation_slowdown_s],
+    }
+    found = {name: [float(figure) for figure in re.findall(r"\d+(?:\.\d+)?", rows[name])] for name in said}
+    assert found == said and "a fifth" in rows["entropy"] and t.entropy_share == 1 / 5
+
+
+def test_the_exit_codes_of_signals_are_those_of_the_code() -> None:
+    codes = ", ".join(str(128 + number) for number in (SIGINT, SIGTERM, SIGHUP))
+    assert {SIGINT, SIGTERM, SIGHUP} == set(SIGNALS)
+    assert f"| {codes} | ended by SIGINT (Ctrl-C), SIGTERM, SIGHUP |" in _section("### Exit codes")
+
+
+def test_what_the_section_on_faults_quotes_is_said_by_the_code() -> None:
+    text = _section("## When something breaks")
+    quoted = ["continuing from", "the server was lost:", "changed since the checkpoint, so this is not the run"]
+    strings = _strings_of_the_code()
+    assert all(words in text and any(words in string for string in strings) for words in quoted)
+    counted = {
+        "server_recoveries",
+        "request_retries",
+        "bad_replies",
+        "grader_failures",
+        "grader_timeouts",
+        "skipped_update",
+    }
+    assert counted <= set(re.findall(r"`(\w+)`", text)) & dict(_first_cells(_section("## Metrics\n"))).keys()
 
 
 def _strings_of_the_code() -> list[str]:

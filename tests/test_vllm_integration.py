@@ -25,7 +25,7 @@ from ludic.inference.errors import EngineError, ServerMismatchError, WeightSyncE
 from ludic.inference.server_control import ServerControl
 from ludic.inference.server_process import RunningServer, free_port
 from ludic.inference.vllm_client import VLLMEngine, stop_token_ids
-from ludic.inference.weight_sync import WeightSync
+from ludic.inference.weight_sync import _Proof
 from ludic.inference.weight_transport import SharedMemoryTransport, WireWeights
 from ludic.prompts import decode_completion, encode_prompt, load_tokenizer
 from ludic.training.attention import prepare_packed_attention
@@ -379,10 +379,11 @@ async def test_other_weights_than_the_policys_are_caught_by_digests_and_by_log_p
 
     monkeypatch.setattr(SharedMemoryTransport, "send", send_stale)
     if not with_digests:
-        monkeypatch.setattr(WeightSync, "_prove_digests", lambda self, weights, sent: 0)
+        nothing = _Proof(total=1, compared=0, in_memory=0, inexact="")
+        monkeypatch.setattr(_Proof, "of", classmethod(lambda cls, weights, control, sent: nothing))
     with pytest.raises(WeightSyncError, match="differ from those sent" if with_digests else "log-probs of the probe"):
         await engine.update_weights(policy(digit_policy_dir, random_seed=5), policy_version=1)
-    assert not is_paused(server)
+    assert is_paused(server), "what it holds is not the policy: nobody is to generate with it"
 
 
 async def test_a_model_of_another_shape_is_refused_in_the_servers_words(
@@ -392,7 +393,7 @@ async def test_a_model_of_another_shape_is_refused_in_the_servers_words(
     prepare_packed_attention(other)
     with pytest.raises(WeightSyncError, match=r"embed_tokens\.weight"):
         await engine.update_weights(other, policy_version=1)
-    assert not is_paused(server)
+    assert is_paused(server)
 
 
 # --- the scripts ------------------------------------------------------------------------------------------------------

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from ludic.inference.engine import InferenceEngine, WeightSyncReport
     from ludic.inference.errors import EngineError
     from ludic.inference.local import LocalEngine
-    from ludic.inference.server_process import RunningServer, start_server
+    from ludic.inference.recovery import RecoveringEngine
+    from ludic.inference.server_process import ServerProcess, start_server
     from ludic.inference.vllm_client import VLLMEngine
     from ludic.parsers import boxed_parser, last_number_parser
     from ludic.prompts import load_tokenizer
@@ -49,12 +50,13 @@ __all__ = [
     "LocalEngine",
     "MetricLogger",
     "ParseResult",
+    "RecoveringEngine",
     "Rollout",
     "RolloutGroup",
     "RunPaths",
-    "RunningServer",
     "SamplingParams",
     "Score",
+    "ServerProcess",
     "TrainingSample",
     "TrainingSummary",
     "VLLMEngine",
@@ -82,12 +84,13 @@ _HOMES = {
     "LocalEngine": "inference.local",
     "MetricLogger": "telemetry.loggers",
     "ParseResult": "types",
+    "RecoveringEngine": "inference.recovery",
     "Rollout": "types",
     "RolloutGroup": "types",
     "RunPaths": "training.config",
-    "RunningServer": "inference.server_process",
     "SamplingParams": "types",
     "Score": "types",
+    "ServerProcess": "inference.server_process",
     "TrainingSample": "types",
     "TrainingSummary": "training.trainer",
     "VLLMEngine": "inference.vllm_client",
