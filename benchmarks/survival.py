@@ -119,7 +119,12 @@ def main() -> int:
     if unknown := set(rows) - COUNTS.keys():
         parser.error(f"--rows {', '.join(sorted(unknown))}: choose among {', '.join(COUNTS)}")
     args.out.mkdir(parents=True, exist_ok=True)
-    injections = [Injection(**json.loads(line)) for path in args.add for line in path.read_text().splitlines()]
+    injections = [
+        Injection(**json.loads(line))
+        for path in args.add
+        for line in path.read_text().splitlines()
+        if line.startswith("{")
+    ]
     with (args.out / "survival.jsonl").open("a") as record:
         for row in rows:
             count, started = max(1, round(COUNTS[row] * args.scale)), time.monotonic()

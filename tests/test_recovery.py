@@ -372,3 +372,47 @@ async def test_a_caller_that_is_cancelled_takes_its_request_with_it(
     with pytest.raises(asyncio.CancelledError):
         await task
     assert not engine._in_flight and engine.counts()["server_recoveries"] == 0
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_what_ends_while_a_sync_is_under_way_is_returned_only_if_that_is_proven(
+    server: FakeServer, syncs: Syncs, connect: Callable[..., Any], fails: bool
+) -> None:
+    engine, _ = await connect()
+    server.hold, syncs.hold = asyncio.Event(), threading.Event()
+    in_flight = asyncio.create_task(one(engine))
+    await until(lambda: server.requests)
+    syncing = asyncio.create_task(engine.update_weights(WEIGHTS, policy_version=2))
+    server.hold.set()
+    await until(lambda: not server.in_flight)
+    await asyncio.sleep(0.1)
+    assert not in_flight.done(), "the server may have computed its end with weights that nobody has proven"
+    syncs.failures = int(fails)
+    syncs.hold.set()
+    assert (await syncing).policy_version == 2
+    assert (await in_flight).policy_version == (2 if fails else 1)
+    assert engine.counts()["discarded_completions"] == int(fails)
+
+
+async def test_a_server_that_is_half_dead_is_another_attempt_and_not_the_end(
+    server: FakeServer, syncs: Syncs, connect: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = OwnServer(server)
+    engine, _ = await connect(server=own)
+    check, answers = handshake.weight_sync_info, [EngineError("/is_paused answered 500: EngineCore died")]
+
+    def half_dead(*args: Any) -> dict[str, Any]:
+        if answers:
+            raise answers.pop()
+        return check(*args)
+
+    monkeypatch.setattr(handshake, "weight_sync_info", half_dead)
+    syncs.failures = 1
+    assert (await engine.update_weights(WEIGHTS, policy_version=2)).policy_version == 2
+    assert len(own.reasons) == 1, "left running after the refused sync, started again after the dead engine"
+
+
+async def test_an_answer_that_no_vllm_server_gives_is_a_lost_server_and_no_bug(server: FakeServer) -> None:
+    control = ServerControl(server.base_url)
+    with pytest.raises(ServerLostError, match="answered without renewed"):
+        await asyncio.to_thread(control.ask, "GET", "/ludic/v1/trainer", "renewed")

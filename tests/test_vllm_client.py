@@ -8,6 +8,7 @@ import copy
 import dataclasses
 import random
 import socket
+import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -242,6 +243,36 @@ def syncing_client(open_client: Callable[..., VLLMEngine]) -> VLLMEngine:
 async def generated(client: VLLMEngine) -> Completion:
     (completion,) = await client.generate(PROMPT, num_completions=1, sampling=SamplingParams(max_tokens=4))
     return completion
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+async def test_an_interrupted_sync_is_let_to_its_end_and_one_that_hangs_is_torn_down(
+    syncing_client: VLLMEngine, monkeypatch: pytest.MonkeyPatch, hangs: bool
+) -> None:
+    monkeypatch.setattr(vllm_client, "SYNC_GRACE_S", 0.2 if hangs else 20.0)
+    started, go_on, ended = threading.Event(), threading.Event(), threading.Event()
+    aborted: list[str] = []
+
+    def sync(model: torch.nn.Module, policy_version: int) -> WeightSyncReport:
+        started.set()
+        go_on.wait(20)
+        ended.set()
+        raise WeightSyncError("broken off")
+
+    def abort(reason: str) -> None:
+        aborted.append(reason)
+        go_on.set()
+
+    monkeypatch.setattr(syncing_client._sync, "sync", sync)
+    monkeypatch.setattr(syncing_client._sync, "abort", abort, raising=False)
+    task = asyncio.create_task(syncing_client.update_weights(torch.nn.Linear(1, 1), policy_version=1))
+    await asyncio.to_thread(started.wait, 20)
+    task.cancel()
+    if not hangs:
+        asyncio.get_running_loop().call_later(0.1, go_on.set)
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert ended.is_set() and aborted == (["the run was interrupted"] if hangs else [])
 
 
 async def test_a_completion_has_the_version_at_which_its_request_started(

@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from ludic.inference import handshake
 from ludic.inference.errors import EngineError, ServerMismatchError, WeightSyncError
 from ludic.inference.server_control import ServerControl
 from ludic.inference.server_process import RunningServer, free_port
@@ -384,16 +385,21 @@ async def test_other_weights_than_the_policys_are_caught_by_digests_and_by_log_p
     with pytest.raises(WeightSyncError, match="differ from those sent" if with_digests else "log-probs of the probe"):
         await engine.update_weights(policy(digit_policy_dir, random_seed=5), policy_version=1)
     assert is_paused(server), "what it holds is not the policy: nobody is to generate with it"
+    monkeypatch.undo()
+    await engine.update_weights(policy(digit_policy_dir), policy_version=2)
+    assert not is_paused(server), "the next sync sets it right"
 
 
 async def test_a_model_of_another_shape_is_refused_in_the_servers_words(
-    engine: VLLMEngine, server: RunningServer, tmp_path: Path
+    engine: VLLMEngine, server: RunningServer, digit_policy_dir: Path, tmp_path: Path
 ) -> None:
     other = make_tiny_model(tmp_path, tie_word_embeddings=True, vocab_size=640)
     prepare_packed_attention(other)
     with pytest.raises(WeightSyncError, match=r"embed_tokens\.weight"):
         await engine.update_weights(other, policy_version=1)
     assert is_paused(server)
+    await engine.update_weights(policy(digit_policy_dir), policy_version=2)
+    assert not is_paused(server)
 
 
 # --- the scripts ------------------------------------------------------------------------------------------------------
@@ -466,3 +472,24 @@ def test_the_training_script_starts_its_own_server_for_an_untied_policy_and_ends
     assert "max_model_len" in (tmp_path / "vllm_server.log").read_text()
     with pytest.raises(requests.ConnectionError):
         requests.get(f"http://127.0.0.1:{port}/health", timeout=5)
+
+
+def test_the_doctor_finds_nothing_wrong_with_a_server_that_fits_and_gives_it_back(
+    server: RunningServer, digit_policy_dir: Path, digit_problems: Path, tmp_path: Path
+) -> None:
+    port = server.base_url.rpartition(":")[2]
+    flags = ["--model", str(digit_policy_dir), "--dataset", str(digit_problems), "--port", port]
+    flags += ["--max-seq-len", "256", "--out-dir", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "ludic.doctor", *flags],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env={**os.environ, **CPU_SERVER_ENV},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    (sync,) = (line for line in lines if "weight sync" in line)
+    assert sync.startswith("ok ") and "digests of those sent" in sync
+    assert [line.split(":")[0] for line in lines if line.startswith("warning")] == ["warning  GPUs"], lines
+    assert handshake.holder(ServerControl(server.base_url)) is None

@@ -807,7 +807,8 @@ def test_the_workers_tell_what_a_trainer_must_know(tied: tuple[RunningServer, Pa
         Client(server, folder, "the-key").post("/collective_rpc", {"method": "ludic_server_info"}).json()["results"]
     )
     assert info["dtype"] == "float32" and info["device"] == "cpu" and info["transfer_backend"] == "ludic_shm"
-    assert info["logprobs_mode"] == "processed_logprobs" and info["tp_size"] == 1
+    assert info["logprobs_mode"] == "processed_logprobs" and info["generation_config"] == "vllm"
+    assert info["tp_size"] == 1 and info["device_uuid"] == ""
 
 
 @pytest.mark.vllm

@@ -38,7 +38,7 @@ from benchmarks.faults.outcome import Injection
 from benchmarks.harness import HashRewardGSM8K
 from environments.gsm8k import load
 from ludic.cli import hide_loading_bars
-from ludic.inference import recovery
+from ludic.inference import handshake, recovery
 from ludic.inference.engine import WeightSyncReport
 from ludic.inference.recovery import RecoveringEngine
 from ludic.inference.server_process import ServerProcess, start_server
@@ -292,6 +292,8 @@ async def opened(
         yield client, engine
     finally:
         await engine.aclose()
+        if not by_hand:  # a run ends its own server and need not let go of it; this one may be used again
+            await asyncio.to_thread(handshake.release, client.control, trainer_id)
 
 
 def make_trainer(

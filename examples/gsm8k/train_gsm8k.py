@@ -8,6 +8,7 @@
 """
 
 import argparse
+import asyncio
 import contextlib
 import dataclasses
 import itertools
@@ -20,8 +21,9 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 from rich.console import Console
 
@@ -58,6 +60,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ludic.training.trainer import TrainingSummary
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 DEFAULT_MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
 
@@ -167,17 +172,21 @@ async def _run(args: argparse.Namespace, config: GRPOConfig, paths: RunPaths, st
     async with open_engine(
         args, tokenizer, out_dir=paths.out_dir, max_seq_len=config.max_seq_len, say=_say, trains=True
     ) as engine:
-        policy, dtype = load_policy(str(resume_from[0]) if resume_from else args.model, _training_device(args), args)
+        # What takes long is done aside: the event loop tells the server meanwhile that this trainer lives.
+        device = _training_device(args)
+        policy, dtype = await _aside(
+            device, load_policy, str(resume_from[0]) if resume_from else args.model, device, args
+        )
         if hasattr(engine, "enable_weight_sync"):
             probe = encode_prompt(tokenizer, environment.messages(train_samples[0]))[:64]
             await engine.enable_weight_sync(probe)
-        reference = load_policy(args.model, policy.device, args)[0] if config.kl_coef > 0 else None
+        reference = (await _aside(device, load_policy, args.model, device, args))[0] if config.kl_coef > 0 else None
         if resume_from is None:
             # Not before there is a run that takes the place of the earlier one.
             _set_aside(paths, [paths.metrics, paths.rollouts, paths.summary, paths.curve, paths.checkpoints])
         else:
             for path in (paths.metrics, paths.rollouts):  # what came after the checkpoint is made again
-                drop_steps_after(path, resume_from[1].step)
+                await _aside(device, drop_steps_after, path, resume_from[1].step)
             later = [
                 path
                 for path in list_checkpoints(paths.checkpoints)
@@ -194,7 +203,9 @@ async def _run(args: argparse.Namespace, config: GRPOConfig, paths: RunPaths, st
             started_from=resume_from[1].step if resume_from else 0,
         )
         with contextlib.closing(metric_logger):
-            trainer = GRPOTrainer(
+            trainer = await _aside(
+                device,
+                GRPOTrainer,
                 config=config,
                 model=policy,
                 model_name=args.model,
@@ -232,6 +243,21 @@ def load_policy(path: str, device: Any, args: argparse.Namespace) -> tuple["PreT
     stored = load_config(path, trust_remote_code=args.trust_remote_code).dtype or torch.float32
     model = load_model(path, dtype=torch.float32, trust_remote_code=args.trust_remote_code)
     return torch.nn.Module.to(model, device), stored
+
+
+async def _aside(
+    device: Any, function: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
+) -> Result:
+    """`function` on another thread, with this one's GPU."""
+
+    def work() -> Result:
+        if device.type == "cuda":  # each thread has a current device of its own
+            import torch
+
+            torch.cuda.set_device(device)
+        return function(*args, **kwargs)
+
+    return await asyncio.to_thread(work)
 
 
 def _task(

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ludic.doctor.findings import Check, Finding, failed, ok, warning
-from ludic.training.config import GRPOConfig
+from ludic.training.checkpoint import list_checkpoints
+from ludic.training.config import GRPOConfig, RunPaths
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -261,11 +262,10 @@ def check_disk(args: argparse.Namespace, config: GRPOConfig) -> Finding:
     while not folder.exists():
         folder = folder.parent
     _, parameters = _model_shape(args.model, args.trust_remote_code)
-    need = (config.keep_checkpoints + 1) * CHECKPOINT_BYTES * parameters
+    there = len(list_checkpoints(RunPaths(out_dir=Path(args.out_dir)).checkpoints)) if vars(args).get("resume") else 0
+    need = (1 + max(0, config.keep_checkpoints - there)) * CHECKPOINT_BYTES * parameters
     free = shutil.disk_usage(folder).free
-    said = (
-        f"{_gib(need)} for {config.keep_checkpoints} checkpoints and the next one, {_gib(free)} free in {args.out_dir}"
-    )
+    said = f"{_gib(need)} for the checkpoints that stay and the next one, {_gib(free)} free in {args.out_dir}"
     if not os.access(folder, os.W_OK):
         return failed("disk", f"{folder} cannot be written", "choose another --out-dir")
     if need > free:

@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 LOOK_S = 15.0
 """Deadline of a question that a healthy server answers at once."""
+RELEASE_S = 3.0
+"""Of a last word, which a server that is gone must not make an ending run wait for."""
 PAUSED_LOOKS = 5
 
 _PROBE_CHAT: list[ChatMessage] = [
@@ -63,7 +65,7 @@ def served_model(control: ServerControl, model: str) -> dict[str, Any]:
         ServerMismatchError: the server serves something else.
     """
     try:
-        answer = control.request("GET", "/v1/models", timeout_s=LOOK_S)
+        answer = control.ask("GET", "/v1/models", "data", timeout_s=LOOK_S)
     except ServerUnreachableError as error:
         raise ServerUnreachableError(
             f"nothing listens at {control.base_url}: start the server with `{start_command(control.base_url, model)}`, "
@@ -97,7 +99,7 @@ def check_tokenizer(control: ServerControl, model: str, tokenizer: "PreTrainedTo
         ServerMismatchError: the ids differ.
     """
     request = {"model": model, "prompt": _PROBE_TEXT, "add_special_tokens": False}
-    theirs = control.request("POST", "/tokenize", json_body=request)["tokens"]
+    theirs = control.ask("POST", "/tokenize", "tokens", json_body=request)["tokens"]
     ours = tokenizer.encode(_PROBE_TEXT, add_special_tokens=False)
     if theirs != ours:
         raise ServerMismatchError(
@@ -116,7 +118,7 @@ def check_chat_template(control: ServerControl, model: str, tokenizer: "PreTrain
         return
     request = {"model": model, "messages": _PROBE_CHAT, "add_generation_prompt": True}
     try:
-        answer = control.request("POST", "/tokenize", json_body=request)
+        answer = control.ask("POST", "/tokenize", "tokens", json_body=request)
     except ServerLostError:
         raise
     except EngineError:
@@ -146,7 +148,7 @@ def stays_paused(control: ServerControl) -> bool:
         if attempt:
             time.sleep(1.0)
         try:
-            answer = control.request("GET", "/is_paused", timeout_s=LOOK_S)
+            answer = control.ask("GET", "/is_paused", "is_paused", timeout_s=LOOK_S)
         except RouteMissingError:  # a server without RL routes cannot be paused
             return False
         if not answer["is_paused"]:
@@ -196,7 +198,7 @@ def weight_sync_info(control: ServerControl, model: str) -> dict[str, Any]:
 def boot_id(control: ServerControl) -> str | None:
     """Names this start of the server; None for a server that is not ludic's."""
     try:
-        answer = control.request("GET", TRAINER_PATH, timeout_s=LOOK_S)
+        answer = control.ask("GET", TRAINER_PATH, "boot", timeout_s=LOOK_S)
     except RouteMissingError:
         return None
     return str(answer["boot"])
@@ -220,7 +222,7 @@ def claim(control: ServerControl, trainer: str, identity: Mapping[str, Any], *, 
     """
     body = {"trainer": trainer, "identity": dict(identity), "takes_over": takes_over}
     try:
-        answer = control.request("POST", TRAINER_PATH, json_body=body, timeout_s=LOOK_S)
+        answer = control.ask("POST", TRAINER_PATH, "boot", "renewed", json_body=body, timeout_s=LOOK_S)
     except RouteMissingError:
         return Hold(boot=None, renewed=True)
     return Hold(boot=str(answer["boot"]), renewed=bool(answer["renewed"]))
@@ -228,7 +230,7 @@ def claim(control: ServerControl, trainer: str, identity: Mapping[str, Any], *, 
 
 def holder(control: ServerControl) -> dict[str, Any] | None:
     """The trainer that holds the server: {"trainer", "identity", "seconds_since_seen"}; None where none does."""
-    answer = control.request("GET", TRAINER_PATH, timeout_s=LOOK_S)
+    answer = control.ask("GET", TRAINER_PATH, timeout_s=LOOK_S)
     found: dict[str, Any] | None = answer.get("holder")
     return found
 
@@ -277,7 +279,7 @@ def claim_or_wait(
 
 def release(control: ServerControl, trainer: str) -> None:
     """Let go of the server, so that the next trainer need not wait."""
-    control.request("DELETE", TRAINER_PATH, json_body={"trainer": trainer}, timeout_s=LOOK_S)
+    control.request("DELETE", TRAINER_PATH, json_body={"trainer": trainer}, timeout_s=RELEASE_S)
 
 
 def describe(identity: Mapping[str, Any]) -> str:

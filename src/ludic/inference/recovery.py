@@ -16,6 +16,7 @@ Left out: several servers, and a server that is slow rather than gone: its reque
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -27,13 +28,14 @@ from ludic.inference import handshake
 from ludic.inference.engine import WeightSyncReport
 from ludic.inference.errors import (
     EngineError,
+    RouteMissingError,
     ServerInUseError,
     ServerLostError,
     ServerRestartedError,
     ServerUnauthorizedError,
     WeightSyncError,
 )
-from ludic.inference.server_process import ServerProcess, ServerStartError
+from ludic.inference.server_process import ServerProcess
 from ludic.training.run_lock import identity, is_alive
 from ludic.types import Completion, SamplingParams
 
@@ -56,6 +58,10 @@ MAX_LOSSES_AT_START = 1
 COUNTDOWN_S = 30.0
 """Between two lines that say for how long it is still waited."""
 LOOK_S = 1.0
+
+
+class GivenUpError(EngineError):
+    """The server cannot be got back, after all that could be tried."""
 
 
 class RecoveringEngine:
@@ -93,6 +99,9 @@ class RecoveringEngine:
         self._weights: tuple[torch.nn.Module, int] | None = None
         """What the server is to hold: the model, and its version."""
         self._model_lock = asyncio.Lock()
+        self._proven = asyncio.Event()
+        """Not set while a sync is under way: the server may compute with new weights that are not proven yet."""
+        self._proven.set()
 
         # A life of the server is numbered. What was begun in one life counts only if it ends in the same.
         self._life = 0
@@ -178,6 +187,7 @@ class RecoveringEngine:
                 self._engine.generate(prompt_token_ids, num_completions=num_completions, sampling=sampling)
             )
             completions = await self._outcome(task, life)
+            await self._proven.wait()  # what ends in the middle of a sync counts only once that is proven
             if completions is not None and life == self._life:
                 return completions
             self._num_discarded += num_completions
@@ -228,11 +238,14 @@ class RecoveringEngine:
         while True:
             await self._revived()
             life = self._life
+            self._proven.clear()
             try:
                 report = await self._engine.update_weights(model, policy_version=policy_version)
             except ServerLostError as error:
                 self._lost(error, life)
                 continue
+            finally:
+                self._proven.set()  # those who wait for it run after this, and after `_lost`
             if life == self._life:
                 if self._losses:
                     self._say(f"the server is back, with the weights of version {policy_version}: {report.proof}")
@@ -267,7 +280,7 @@ class RecoveringEngine:
         assert self._reason is not None
         try:
             if self._losses > self._max_losses:
-                raise EngineError(
+                raise GivenUpError(
                     f"the server was lost {self._losses} times without a weight sync in between: {self._reason}"
                 )
             if self._losses > 1:
@@ -277,12 +290,12 @@ class RecoveringEngine:
             else:
                 await self._wait_for_server()
             await self._connect()
-        except (ServerLostError, ServerStartError) as error:
-            self._lost(error, life)  # another attempt, counted
-            return
-        except EngineError as error:
+        except (GivenUpError, ServerInUseError, ServerUnauthorizedError) as error:
             self._fatal = error
             raise
+        except EngineError as error:  # lost again, half dead, or not the right one: another attempt, counted
+            self._lost(error, life)
+            return
         self._revived_life = life
 
     async def _restart(self, server: ServerProcess) -> None:
@@ -297,14 +310,14 @@ class RecoveringEngine:
         """Wait for a server that is not ours, and tell a person how to start it.
 
         Raises:
-            EngineError: it did not come back within `wait_s`.
+            GivenUpError: it did not come back within `wait_s`.
         """
         command = handshake.start_command(self._engine.base_url, self._engine.model)
         deadline, say_at = time.monotonic() + self._wait_s, 0.0
         while not await asyncio.to_thread(self._answers):
             left = deadline - time.monotonic()
             if left <= 0:
-                raise EngineError(
+                raise GivenUpError(
                     f"the server at {self._engine.base_url} did not come back within --server-wait {self._wait_s:g} s; "
                     f"start it with `{command}`, and continue this run with --resume"
                 )
@@ -316,9 +329,14 @@ class RecoveringEngine:
             await asyncio.sleep(LOOK_S)
 
     def _answers(self) -> bool:
+        """Whether somebody is there, and his engine too: the first question is answered by the front end alone."""
         try:
             handshake.boot_id(self._engine.control)
-        except ServerLostError:
+            with contextlib.suppress(RouteMissingError):
+                self._engine.control.request("GET", "/is_paused", timeout_s=handshake.LOOK_S)
+        except (ServerInUseError, ServerUnauthorizedError):
+            return True  # and says what `_connect` will say again
+        except EngineError:
             return False
         return True
 

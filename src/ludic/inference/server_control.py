@@ -181,6 +181,19 @@ class ServerControl:
                 raise
             return send()
 
+    def ask(self, method: str, path: str, *names: str, **options: Any) -> dict[str, Any]:
+        """`request`, whose answer must be an object with these names.
+
+        Raises:
+            ServerLostError: it is something else, so that what answers there is no server of ours, or none that works.
+        """
+        answer = self.request(method, path, **options)
+        if not isinstance(answer, dict) or not answer.keys() >= set(names):
+            raise ServerLostError(
+                f"{path} on {self.base_url} answered without {', '.join(names)}: no vLLM server does that"
+            )
+        return answer
+
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         self._take_part("/init_weight_transfer_engine", {"init_info": init_info})
 

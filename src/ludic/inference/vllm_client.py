@@ -62,6 +62,8 @@ MAX_RETRY_AFTER_S = 60.0
 MAX_ERROR_BYTES = 2**20
 """Of a reply that is an error."""
 WARN_EVERY_S = 5.0
+SYNC_GRACE_S = 2.5
+"""What a weight sync may still take once the run is interrupted, and again what tearing it down may take."""
 TRANSIENT_STATUS = frozenset({408, 425, 429})
 """Of those from 400 to 499, which blame the request. Any other is a server's, or somebody's between, who may think again."""
 
@@ -354,11 +356,26 @@ class VLLMEngine:
             raise EngineError("weight sync was not set up: call enable_weight_sync first")
         policy: PreTrainedModel = model  # type: ignore[assignment]
         try:
-            report = await asyncio.to_thread(self._sync.sync, policy, policy_version)
+            report = await self._to_its_end(self._sync, policy, policy_version)
         finally:
             self._num_syncs += 1  # a sync that failed may have replaced weights too
         self._policy_version = policy_version
         return report
+
+    async def _to_its_end(self, sync: WeightSync, policy: "PreTrainedModel", policy_version: int) -> WeightSyncReport:
+        """Run the sync on a thread. A cancellation leaves it some seconds: one that is broken off leaves a paused server."""
+        syncing = asyncio.ensure_future(asyncio.to_thread(sync.sync, policy, policy_version))
+        try:
+            return await asyncio.shield(syncing)
+        except asyncio.CancelledError:
+            if not syncing.cancelled():
+                await asyncio.wait([syncing], timeout=SYNC_GRACE_S)
+                if not syncing.done():
+                    sync.abort("the run was interrupted")
+                    await asyncio.wait([syncing], timeout=SYNC_GRACE_S)
+                if syncing.done():
+                    syncing.exception()  # seen, and of no interest any more
+            raise
 
     async def aclose(self) -> None:
         if self._session is not None:

@@ -174,6 +174,8 @@ class LudicWorkerExtension:
             "vllm_version": vllm.__version__,
             "model": config.model_config.model,
             "logprobs_mode": str(config.model_config.logprobs_mode),
+            "generation_config": str(config.model_config.generation_config),
+            "device_uuid": _device_uuid(self.device),
             "tp_size": config.parallel_config.tensor_parallel_size,
             "pp_size": config.parallel_config.pipeline_parallel_size,
             "rank": self.rank,
@@ -262,6 +264,11 @@ class LudicWorkerExtension:
 
 def _row_of(digests: Mapping[str, str], names: Iterable[str], unread: Container[str]) -> str:
     return "".join((digests.get(name) if name not in unread else "") or NOT_HELD for name in names)
+
+
+def _device_uuid(device: torch.device) -> str:
+    """Names the GPU, whatever number each process gives it; "" on the CPU."""
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
 
 
 def _held_digests(model: torch.nn.Module, specs: Mapping[str, TensorSpec]) -> list[str]:

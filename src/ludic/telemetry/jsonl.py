@@ -17,7 +17,7 @@ import os
 import queue
 import stat
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import cast
@@ -210,38 +210,40 @@ def drop_steps_after(path: str | os.PathLike[str], step: int) -> int:
     path = Path(path)
     if not path.exists():
         return 0
-    lines = _read_lines(path)
-    kept = [line for line, record in lines if not isinstance(at := record.get("step"), int) or at <= step]
-    if len(kept) < len(lines):
-        _replace(path, b"".join(line + b"\n" for line in kept))  # as they were written, byte for byte
-    return len(lines) - len(kept)
-
-
-def _read_lines(path: Path) -> list[tuple[bytes, dict[str, object]]]:
-    """Each line without its newline, and the object in it; a torn last line is left out."""
-    *lines, tail = path.read_bytes().split(b"\n")
-    read = [(line, _decode_line(line, path, number)) for number, line in enumerate(lines, start=1)]
-    if tail:
-        try:
-            read.append((tail, _decode_line(tail, path, len(lines) + 1)))
-        except ValueError:
-            logger.warning("%s:%d: left out a torn last line of %d bytes", path, len(lines) + 1, len(tail))
-    return read
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Put `data` in the place of the file, as a whole or not at all, whatever ends the process or the power."""
+    dropped = 0
     partial = path.with_name(f".{path.name}.partial")
     try:
         with partial.open("wb") as file:
-            file.write(data)
+            for line, record in _read_lines(path):  # a line at a time: a night's rollouts need not fit into memory
+                if isinstance(at := record.get("step"), int) and at > step:
+                    dropped += 1
+                else:
+                    file.write(line + b"\n")  # as it was written, byte for byte
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
+        if dropped:
+            os.replace(partial, path)
     except OSError as error:
+        raise _named(error, path, "replace") from error
+    finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
-        raise _named(error, path, "replace") from error
+    return dropped
+
+
+def _read_lines(path: Path) -> Iterator[tuple[bytes, dict[str, object]]]:
+    """Each line without its newline, and the object in it; a torn last line is left out."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            whole, text = line.endswith(b"\n"), line.removesuffix(b"\n")
+            try:
+                record = _decode_line(text, path, number)
+            except ValueError:
+                if whole:
+                    raise
+                logger.warning("%s:%d: left out a torn last line of %d bytes", path, number, len(text))
+            else:
+                yield text, record
 
 
 def _decode_line(line: bytes, path: Path, number: int) -> dict[str, object]:
