@@ -13,6 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may look anything up
 
 import itertools
 import json
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +27,11 @@ from tests.vllm_helpers import cpu_server, make_tiny_model, make_tiny_tokenizer
 
 if TYPE_CHECKING:
     from ludic.inference.server_process import RunningServer
+
+# As in a terminal: who runs the tests in the background, or under nohup, has these ignored, and children inherit that.
+for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _handler)
 
 TARGET = 7
 """The answer to every question of the digit problems."""
