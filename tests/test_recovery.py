@@ -115,7 +115,7 @@ def connect(
     async def make(trainer: str = "1" * 32, **settings: Any) -> tuple[RecoveringEngine, list[str]]:
         said: list[str] = []
         client = VLLMEngine(server.base_url, model=MODEL, trainer=trainer)
-        engine = RecoveringEngine(client, trainer=trainer, say=said.append, **settings)
+        engine = RecoveringEngine(client, say=said.append, **settings)
         opened.push_async_callback(engine.aclose)
         await engine.connect(tokenizer)
         await engine.enable_weight_sync(PROMPT)
@@ -205,7 +205,7 @@ async def test_a_server_of_somebody_else_is_waited_for_with_the_command_that_sta
     await site.start()
     port = runner.addresses[0][1]
     client = VLLMEngine(f"http://127.0.0.1:{port}", model=MODEL, trainer="1" * 32)
-    engine = RecoveringEngine(client, trainer="1" * 32, say=said.append)
+    engine = RecoveringEngine(client, say=said.append)
     opened.push_async_callback(engine.aclose)
     await engine.connect(tokenizer)
     await engine.enable_weight_sync(PROMPT)
@@ -233,7 +233,7 @@ async def test_a_server_that_does_not_come_back_ends_the_run_with_what_to_do(
     async with serving(FakeServer(tokenizer=tokenizer)) as fake:
         monkeypatch.setattr(vllm_client, "WeightSync", Syncs(fake))
         client = VLLMEngine(fake.base_url, model=MODEL, trainer="1" * 32)
-        engine = RecoveringEngine(client, trainer="1" * 32, wait_s=0.2, say=lambda line: None)
+        engine = RecoveringEngine(client, wait_s=0.2, say=lambda line: None)
         await engine.connect(tokenizer)
         await engine.enable_weight_sync(PROMPT)
         await engine.update_weights(WEIGHTS, policy_version=1)
@@ -310,7 +310,7 @@ async def test_a_silent_server_is_lost_and_a_sync_that_waits_for_it_is_ended(
 
 
 async def test_a_server_that_another_trainer_has_taken_ends_the_run_with_its_name(
-    server: FakeServer, syncs: Syncs, connect: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    server: FakeServer, syncs: Syncs, connect: Callable[..., Any]
 ) -> None:
     engine, _ = await connect()
     control = ServerControl(server.base_url, trainer="2" * 32)
@@ -318,7 +318,6 @@ async def test_a_server_that_another_trainer_has_taken_ends_the_run_with_its_nam
     await asyncio.to_thread(handshake.claim, control, "2" * 32, other, takes_over="1" * 32)
     with pytest.raises(ServerInUseError, match=r"eve@node-9.*77"):
         await one(engine)
-    monkeypatch.setattr(recovery, "WATCH_S", 0.01)
 
 
 async def test_the_weights_are_not_read_while_the_trainer_holds_the_model(

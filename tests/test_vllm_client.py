@@ -31,6 +31,7 @@ from ludic.inference.errors import (
 from ludic.inference.generate_wire import PATH, Generated
 from ludic.inference.handshake import start_command
 from ludic.inference.vllm_client import VLLMEngine, stop_token_ids
+from ludic.inference.weighted_semaphore import WeightedSemaphore
 from ludic.pretrained import load_config
 from ludic.types import Completion, SamplingParams
 from tests.fake_vllm import MODEL, FakeServer, error_body, serving
@@ -627,7 +628,7 @@ class Queue:
     """Tasks that each hold some permits until they are let go; `entered` is who is in, in order."""
 
     def __init__(self, permits: int) -> None:
-        self.semaphore = vllm_client._WeightedSemaphore(permits)
+        self.semaphore = WeightedSemaphore(permits)
         self.entered: list[str] = []
         self._leave: dict[str, asyncio.Event] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}

@@ -118,7 +118,7 @@ def _runs(count: int, rng: random.Random, folder: Path, flags: list[str], plain:
                 out_dir = folder / names[what != "everything at once" and rng.random() < 0.5]
                 run = server.run([*flags, "--out-dir", str(out_dir)], surroundings=SURROUNDINGS[what])
                 ended = "" if run.returncode == 0 else f"ended with {run.returncode}"
-                yield f"{name}; {what}", ended or "; ".join(differences(plain.out_dir, out_dir, generators=False))
+                yield f"{name}; {what}", ended or "; ".join(differences(plain.out_dir, out_dir))
                 shutil.rmtree(out_dir, ignore_errors=True)
     for method in methods:
         yield f"started by {method}", _started_by(method, folder, flags, plain.out_dir)
@@ -133,7 +133,7 @@ def _started_by(method: str, folder: Path, flags: list[str], reference: Path) ->
     done = subprocess.run(command, env={**os.environ, **fixed}, capture_output=True, text=True, errors="replace")
     if done.returncode != 0:
         return f"ended with {done.returncode}: {done.stderr[-300:]}"
-    return "; ".join(differences(reference, out_dir, generators=False))
+    return "; ".join(differences(reference, out_dir))
 
 
 def main() -> None:

@@ -284,9 +284,7 @@ async def opened(
         vocab_size=load_config(model).get_text_config().vocab_size,
         trainer=trainer_id,
     )
-    engine = RecoveringEngine(
-        client, trainer=trainer_id, server=None if by_hand else server, out_dir=folder, wait_s=600.0, say=log.append
-    )
+    engine = RecoveringEngine(client, server=None if by_hand else server, out_dir=folder, wait_s=600.0, say=log.append)
     try:
         await engine.connect(tokenizer)
         yield client, engine

@@ -73,9 +73,7 @@ async def open_engine(
             await client.connect(tokenizer, max_seq_len=max_seq_len)
             yield client
             return
-        recovering = RecoveringEngine(
-            client, trainer=trainer, server=server, out_dir=out_dir, wait_s=args.server_wait, say=say
-        )
+        recovering = RecoveringEngine(client, server=server, out_dir=out_dir, wait_s=args.server_wait, say=say)
         stack.push_async_callback(recovering.aclose)
         await recovering.connect(tokenizer, max_seq_len=max_seq_len)
         yield recovering

@@ -15,7 +15,7 @@ from ludic.inference.server_control import ServerControl
 from ludic.inference.server_process import ServerStartError, require_free_port
 from ludic.keys import read_api_key
 from ludic.training.config import GRPOConfig
-from ludic.training.run_lock import identity
+from ludic.training.run_lock import describe, identity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -147,7 +147,7 @@ class ServerChecks:
         self._held = True
         return warning(
             "holder",
-            f"another trainer has it ({handshake.describe(other['identity'])}), so no weights are sent here",
+            f"another trainer has it ({describe(other['identity'])}), so no weights are sent here",
             "wait for it, stop it, or start another server",
         )
 

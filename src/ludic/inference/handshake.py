@@ -24,6 +24,7 @@ from ludic.inference.server_control import ServerControl
 from ludic.inference.server_guard import TRAINER_PATH
 from ludic.inference.trainer_lease import LEASE_S
 from ludic.prompts import encode_prompt
+from ludic.training.run_lock import describe
 from ludic.types import ChatMessage
 
 if TYPE_CHECKING:
@@ -280,12 +281,3 @@ def claim_or_wait(
 def release(control: ServerControl, trainer: str) -> None:
     """Let go of the server, so that the next trainer need not wait."""
     control.request("DELETE", TRAINER_PATH, json_body={"trainer": trainer}, timeout_s=RELEASE_S)
-
-
-def describe(identity: Mapping[str, Any]) -> str:
-    """A trainer's identity in words, on one line."""
-    parts = [f"{identity.get('user', '?')}@{identity.get('host', '?')}", f"pid {identity.get('pid', '?')}"]
-    parts += [
-        f"{label} {identity[name]}" for label, name in (("in", "out_dir"), ("since", "since")) if identity.get(name)
-    ]
-    return ascii(" ".join(parts))[1:-1][:300]

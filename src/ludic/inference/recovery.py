@@ -52,7 +52,7 @@ WATCH_S = 5.0
 SILENT_S = 60.0
 """A server that has answered nothing for so long, generation or not, is lost."""
 MAX_LOSSES = 5
-"""More losses of the server over one request, or without one successful weight sync in between, end the run."""
+"""So many losses of the server over one request end the run, and more without a successful weight sync in between."""
 MAX_LOSSES_AT_START = 1
 """The same before the first weight sync of a run has succeeded: a person still looks, and the settings may be wrong."""
 COUNTDOWN_S = 30.0
@@ -68,7 +68,7 @@ class RecoveringEngine:
     """`InferenceEngine` over a `VLLMEngine`, whose server it gets back when it is lost.
 
     Args:
-        engine: not connected yet; its `trainer` id must be `trainer`.
+        engine: not connected yet, with a `trainer` id, under which the server is held.
         server: the server's process, where it is ours to start again; None for one that somebody else launched.
         out_dir: of the run, for the identity that a second trainer is shown.
         wait_s: how long, in seconds, a server that is not ours may take to come back.
@@ -81,14 +81,15 @@ class RecoveringEngine:
         self,
         engine: "VLLMEngine",
         *,
-        trainer: str,
         server: ServerProcess | None = None,
         out_dir: Path = Path(),
         wait_s: float = 1800.0,
         say: Callable[[str], None] = logger.warning,
     ) -> None:
         self._engine = engine
-        self._trainer = trainer
+        if engine.trainer is None:
+            raise ValueError("an engine that recovers its server must hold it: give the VLLMEngine a trainer id")
+        self._trainer = engine.trainer
         self._server = server
         self._identity = identity(out_dir)
         self._wait_s = wait_s
@@ -113,6 +114,7 @@ class RecoveringEngine:
         self._synced_life = 0
         self._reviving: asyncio.Task[None] | None = None
         self._watching: asyncio.Task[None] | None = None
+        self._claiming: asyncio.Future[handshake.Hold] | None = None
         self._in_flight: set[asyncio.Task[list[Completion]]] = set()
         self._fatal: EngineError | None = None
         self._num_recoveries = 0
@@ -220,13 +222,13 @@ class RecoveringEngine:
         if self._fatal is not None:
             raise self._fatal
 
-    async def _push(self) -> WeightSyncReport | None:
+    async def _push(self) -> None:
         """Send the weights to a server that came back."""
         if self._weights is None:  # none were sent yet: it is as good as the one before
             self._synced_life = self._life
-            return None
+            return
         model, version = self._weights
-        return await self.update_weights(model, policy_version=version)
+        await self.update_weights(model, policy_version=version)
 
     async def update_weights(self, model: "torch.nn.Module", *, policy_version: int) -> WeightSyncReport:
         """As `VLLMEngine.update_weights`; a sync that failed is made again, with a server that was got back.
@@ -352,7 +354,10 @@ class RecoveringEngine:
                 heard = time.monotonic()
                 continue
             try:
-                hold = await asyncio.to_thread(handshake.claim, self._engine.control, self._trainer, self._identity)
+                self._claiming = asyncio.ensure_future(
+                    asyncio.to_thread(handshake.claim, self._engine.control, self._trainer, self._identity)
+                )
+                hold = await asyncio.shield(self._claiming)
                 heard = time.monotonic()
                 self._engine.check_boot(hold.boot)
                 if not hold.renewed:
@@ -375,6 +380,8 @@ class RecoveringEngine:
         await asyncio.gather(*tasks, return_exceptions=True)
         if self._watching is not None:
             self._watching = None
+            if self._claiming is not None:  # on a thread, which cannot be cancelled: it must not come after the release
+                await asyncio.gather(self._claiming, return_exceptions=True)
             if self._server is None:
                 try:
                     await asyncio.to_thread(handshake.release, self._engine.control, self._trainer)

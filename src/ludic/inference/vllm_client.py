@@ -9,21 +9,20 @@ Left out: streaming, several servers. Getting a lost server back is the business
 """
 
 import asyncio
-import collections
 import contextlib
 import dataclasses
 import logging
 import random
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
 import torch
 
-from ludic.inference import generate_wire, handshake
+from ludic.inference import handshake
 from ludic.inference.engine import WeightSyncReport
 from ludic.inference.errors import (
     EngineError,
@@ -34,10 +33,11 @@ from ludic.inference.errors import (
     ServerUnauthorizedError,
     ServerUnreachableError,
 )
-from ludic.inference.generate_wire import BadReplyError, Generated, GenerateRequest
+from ludic.inference.generate_wire import COMPLETIONS_ROUTE, OWN_ROUTE, BadReplyError, Generated, GenerateRequest
 from ludic.inference.server_control import ServerControl, error_text
 from ludic.inference.server_guard import BOOT_HEADER, TRAINER_HEADER
 from ludic.inference.weight_sync import WeightSync
+from ludic.inference.weighted_semaphore import WeightedSemaphore
 from ludic.pretrained import load_config
 from ludic.types import Completion, SamplingParams
 
@@ -104,6 +104,7 @@ class VLLMEngine:
             raise ValueError(f"concurrency must be at least 1, not {concurrency}")
         self.base_url = base_url.rstrip("/")
         self.model = model
+        self.trainer = trainer
         self.num_retries = 0
         """Requests that were sent again after a transient failure."""
         self.num_bad_replies = 0
@@ -117,7 +118,7 @@ class VLLMEngine:
             self._headers["Authorization"] = f"Bearer {api_key}"
         self.control = ServerControl(base_url, api_key=api_key, trainer=trainer)
         self._session: aiohttp.ClientSession | None = None
-        self._in_flight = _WeightedSemaphore(concurrency)
+        self._in_flight = WeightedSemaphore(concurrency)
         self._policy_version = 0
         self._has_generate_route = False
         self._warn_at = 0.0
@@ -168,7 +169,7 @@ class VLLMEngine:
         """
         info = await asyncio.to_thread(handshake.weight_sync_info, self.control, self.model)
         if self._sync is not None:
-            self._sync.close()
+            await asyncio.to_thread(self._sync.close)  # NCCL may take seconds to let go of a server that is gone
         self._sync = WeightSync(
             self.control,
             transport=info["transfer_backend"],
@@ -282,19 +283,19 @@ class VLLMEngine:
             BadReplyError, _TransientError, aiohttp.ClientError, TimeoutError: another attempt may succeed.
             EngineError: it would not.
         """
-        path, encode, decode, max_bytes = _GENERATE_ROUTE if self._has_generate_route else _COMPLETIONS_ROUTE
+        route = OWN_ROUTE if self._has_generate_route else COMPLETIONS_ROUTE
         timeout = aiohttp.ClientTimeout(total=_deadline_s(request), sock_connect=CONNECT_TIMEOUT_S)
         # No redirects: they would carry prompts and the key to wherever a reply says.
         async with self._http().post(
-            path, data=encode(request), headers=_JSON, timeout=timeout, allow_redirects=False
+            route.path, data=route.encode(request), headers=_JSON, timeout=timeout, allow_redirects=False
         ) as response:
             if response.status == 200:
                 boot = response.headers.get(BOOT_HEADER)
                 if boot is None and self._boot is not None:  # not our server's words, whoever's they are
                     raise BadReplyError("it does not say which start of the server it comes from")
                 self.check_boot(boot)
-                body = await _read(response, max_bytes(request))
-                return decode(body, request, vocab_size=self._vocab_size)
+                body = await _read(response, route.max_reply_bytes(request))
+                return route.decode(body, request, vocab_size=self._vocab_size)
             text = (await _read(response, MAX_ERROR_BYTES)).decode(errors="replace")
         failure = f"{response.status}: {error_text(text)}"
         if response.status in (401, 403):
@@ -308,6 +309,7 @@ class VLLMEngine:
         raise EngineError(f"the server refused a request with {failure}")
 
     def check_boot(self, boot: str | None) -> None:
+        """Raise ServerRestartedError if `boot` names another start of the server than the one that was connected to."""
         if self._boot is not None and boot != self._boot:
             raise ServerRestartedError(
                 f"the server at {self.base_url} was started again since this run gave it its weights: what it generates now "
@@ -382,8 +384,8 @@ class VLLMEngine:
             await self._session.close()
             self._session = None
         if self._sync is not None:
-            self._sync.close()
-            self._sync = None
+            sync, self._sync = self._sync, None
+            await asyncio.to_thread(sync.close)
 
 
 class _TransientError(Exception):
@@ -418,18 +420,6 @@ def _deadline_s(request: GenerateRequest) -> float:
 
 
 _JSON = {"Content-Type": "application/json"}
-_GENERATE_ROUTE = (
-    generate_wire.PATH,
-    generate_wire.encode_request,
-    generate_wire.decode_reply,
-    generate_wire.max_reply_bytes,
-)
-_COMPLETIONS_ROUTE = (
-    generate_wire.COMPLETIONS_PATH,
-    generate_wire.encode_completions_request,
-    generate_wire.decode_completions_reply,
-    generate_wire.max_completions_reply_bytes,
-)
 
 
 def stop_token_ids(
@@ -450,48 +440,3 @@ def stop_token_ids(
         eos = getattr(source, "eos_token_id", None)
         ids.update([eos] if isinstance(eos, int) else eos or [])
     return sorted(ids)
-
-
-class _WeightedSemaphore:
-    """A first-come-first-served semaphore that hands out several permits at once."""
-
-    def __init__(self, permits: int) -> None:
-        self._free = permits
-        self._waiting: collections.deque[tuple[int, asyncio.Future[None]]] = collections.deque()
-
-    @contextlib.asynccontextmanager
-    async def hold(self, count: int) -> AsyncIterator[None]:
-        await self._acquire(count)
-        try:
-            yield
-        finally:
-            self._release(count)
-
-    async def _acquire(self, count: int) -> None:
-        if not self._waiting and self._free >= count:
-            self._free -= count
-            return
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        entry = (count, turn)
-        self._waiting.append(entry)
-        try:
-            await turn
-        except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():
-                self._release(count)
-            else:
-                with contextlib.suppress(ValueError):
-                    self._waiting.remove(entry)
-                self._wake()  # those behind it may be small enough
-            raise
-
-    def _release(self, count: int) -> None:
-        self._free += count
-        self._wake()
-
-    def _wake(self) -> None:
-        while self._waiting and self._free >= self._waiting[0][0]:
-            wanted, turn = self._waiting.popleft()
-            if not turn.done():
-                self._free -= wanted
-                turn.set_result(None)

@@ -210,19 +210,22 @@ def drop_steps_after(path: str | os.PathLike[str], step: int) -> int:
     path = Path(path)
     if not path.exists():
         return 0
-    dropped = 0
+
+    def goes(record: Mapping[str, object]) -> bool:
+        return isinstance(at := record.get("step"), int) and at > step
+
+    # A line at a time: a night's rollouts need not fit into memory. Most often nothing goes, and nothing is written.
+    dropped = sum(goes(record) for _, record in _read_lines(path))
+    if not dropped:
+        return 0
     partial = path.with_name(f".{path.name}.partial")
     try:
         with partial.open("wb") as file:
-            for line, record in _read_lines(path):  # a line at a time: a night's rollouts need not fit into memory
-                if isinstance(at := record.get("step"), int) and at > step:
-                    dropped += 1
-                else:
-                    file.write(line + b"\n")  # as it was written, byte for byte
+            # As they were written, byte for byte.
+            file.writelines(line + b"\n" for line, record in _read_lines(path) if not goes(record))
             file.flush()
             os.fsync(file.fileno())
-        if dropped:
-            os.replace(partial, path)
+        os.replace(partial, path)
     except OSError as error:
         raise _named(error, path, "replace") from error
     finally:
