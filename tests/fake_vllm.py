@@ -70,6 +70,7 @@ class FakeServer:
     def app(self) -> web.Application:
         app = web.Application(middlewares=[self._check_key, self._pass_guard])
         app.on_response_prepare.append(self._add_boot)
+        app.router.add_get("/health", self._health)
         app.router.add_get("/v1/models", self._models)
         app.router.add_post("/tokenize", self._tokenize)
         app.router.add_post("/v1/completions", self._completions)
@@ -130,6 +131,9 @@ class FakeServer:
         except web.HTTPNotFound:
             return web.json_response({"detail": "Not Found"}, status=404)
         return answer
+
+    async def _health(self, request: web.Request) -> web.Response:
+        return web.Response()
 
     async def _models(self, request: web.Request) -> web.Response:
         entry = {"id": self.model, "object": "model", "max_model_len": self.max_model_len}

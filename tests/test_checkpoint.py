@@ -1,6 +1,8 @@
 """Checkpoints: whole or not there, loadable by others, and exact."""
 
 import errno
+import functools
+import hashlib
 import json
 import math
 import os
@@ -15,9 +17,16 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    PreTrainedModel,
+)
 
+from ludic.pretrained import load_model, serving_files
 from ludic.training import checkpoint as checkpoint_module
 from ludic.training import optimizer_state
 from ludic.training.checkpoint import (
@@ -27,12 +36,16 @@ from ludic.training.checkpoint import (
     latest_checkpoint,
     list_checkpoints,
     load_optimizer,
+    masters_folder,
     read_state,
     recover_folder,
     save_checkpoint,
+    training_folder,
     verify_checkpoint,
 )
 from ludic.training.config import GRPOConfig
+from ludic.training.model_folder import _name_dtype
+from ludic.training.optimizer_state import save_optimizer
 from ludic.training.resume import _HARMLESS, changed_settings
 from tests.vllm_helpers import make_tiny_model, make_tiny_tokenizer
 
@@ -74,6 +87,7 @@ def save(
     keep: int = 2,
     dtype: torch.dtype = torch.float32,
     state: TrainerState | None = None,
+    source_files: dict[str, bytes] | None = None,
 ) -> Path:
     return save_checkpoint(
         folder,
@@ -83,6 +97,7 @@ def save(
         optimizer=adamw(model) if optimizer is None else optimizer,
         state=state or state_at(step),
         model_dtype=dtype,
+        source_files=source_files or {},
         keep=keep,
     )
 
@@ -93,6 +108,11 @@ def embeddings(model: PreTrainedModel) -> torch.Tensor:
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
+
+
+def files(folder: Path) -> set[str]:
+    """The names of all files below `folder`, with their folders."""
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_checkpoint_is_a_model_folder_that_transformers_loads(folder: Path, model: PreTrainedModel) -> None:
@@ -106,32 +126,213 @@ def test_a_checkpoint_is_a_model_folder_that_transformers_loads(folder: Path, mo
     assert tokenizer.chat_template == make_tiny_tokenizer().chat_template
 
 
-def test_config_json_names_the_dtype_that_the_model_came_in_and_the_masters_stay_fp32(
-    folder: Path, model: PreTrainedModel
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_the_model_is_stored_in_the_dtype_that_its_config_names_and_the_masters_exactly(
+    folder: Path, model: PreTrainedModel, dtype: torch.dtype
 ) -> None:
     with torch.no_grad():
-        embeddings(model).add_(1e-4)  # what bf16 would round away
+        embeddings(model).add_(1e-5)  # what bf16 and fp16 round away
+    checkpoint = save(folder, model, 1, dtype=dtype)
+    name = str(dtype).removeprefix("torch.")
+    assert json.loads((checkpoint / "config.json").read_text())["dtype"] == name
+    served = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto")
+    for key, tensor in load_file(checkpoint / "model.safetensors").items():
+        assert tensor.dtype == dtype, key
+        assert torch.equal(served.state_dict()[key], model.state_dict()[key].to(dtype)), key
+    masters = AutoModelForCausalLM.from_pretrained(masters_folder(checkpoint), dtype="auto")
+    assert masters.dtype == torch.float32
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(masters.state_dict()[key], tensor), key
+
+
+def test_weights_in_float32_are_not_stored_twice(folder: Path, model: PreTrainedModel) -> None:
+    checkpoint = save(folder, model, 1, dtype=torch.float32)
+    assert masters_folder(checkpoint) == checkpoint
+    assert {name for name in files(checkpoint) if name.endswith(".safetensors")} == {
+        "model.safetensors",
+        "training/optimizer.safetensors",
+    }
+
+
+def test_no_loader_meets_what_is_not_the_model(folder: Path, model: PreTrainedModel) -> None:
     checkpoint = save(folder, model, 1, dtype=torch.bfloat16)
-    assert json.loads((checkpoint / "config.json").read_text())["dtype"] == "bfloat16"
-    assert AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto").dtype == torch.bfloat16
-    masters = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-    assert torch.equal(embeddings(masters), embeddings(model))
+    assert {path.name for path in checkpoint.glob("*.safetensors")} == {"model.safetensors"}  # what vLLM reads
+    training = {"trainer_state.json", "optimizer.safetensors", "generators.json", "masters"}
+    assert set(names(checkpoint / "training")) == training
+    assert not training & set(names(checkpoint))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_a_tied_head_is_stored_once_and_an_untied_one_too_and_both_in_shards(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tied: bool, dtype: torch.dtype
+) -> None:
+    model = make_tiny_model(tmp_path / "source", tie_word_embeddings=tied)
+    monkeypatch.setattr(model, "save_pretrained", functools.partial(model.save_pretrained, max_shard_size="100KB"))
+    checkpoint = save(folder, model, 1, dtype=dtype)
+    verify_checkpoint(checkpoint)
+    index = json.loads((checkpoint / "model.safetensors.index.json").read_text())["weight_map"]
+    assert len(set(index.values())) > 1 and set(index.values()) == {p.name for p in checkpoint.glob("*.safetensors")}
+    assert ("lm_head.weight" in index) is not tied
+    masters = AutoModelForCausalLM.from_pretrained(masters_folder(checkpoint))
+    served = AutoModelForCausalLM.from_pretrained(checkpoint)
+    assert (masters.dtype, served.dtype) == (torch.float32, dtype)
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(masters.state_dict()[key], tensor), key
+        assert torch.equal(served.state_dict()[key], tensor.to(dtype)), key
+
+
+def test_nested_configurations_name_the_dtype_too(folder: Path) -> None:
+    text = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1}
+    text |= {"num_key_value_heads": 1, "head_dim": 32, "vocab_size": 64, "dtype": "float32"}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    vision |= {"image_size": 32, "patch_size": 16, "dtype": "float32"}
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, dtype="float32")
+    model = Gemma3ForConditionalGeneration(config)
+    checkpoint = save(folder, model, 1, dtype=torch.bfloat16)
+    stored = json.loads((checkpoint / "config.json").read_text())
+    named = [part["dtype"] for part in (stored, stored["text_config"], stored["vision_config"])]
+    assert named == ["bfloat16"] * 3
+    loaded = Gemma3ForConditionalGeneration.from_pretrained(checkpoint, dtype="auto")
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+    masters = Gemma3ForConditionalGeneration.from_pretrained(masters_folder(checkpoint), dtype="auto")
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(masters.state_dict()[key], tensor), key
+
+
+def test_a_word_of_a_table_that_is_spelt_dtype_is_left_alone() -> None:
+    config = {
+        "dtype": "float32",
+        "vocabulary": {"dtype": 7},
+        "text_config": {"model_type": "t", "torch_dtype": "float32"},
+    }
+    _name_dtype(config, "bfloat16")
+    assert config == {
+        "dtype": "bfloat16",
+        "vocabulary": {"dtype": 7},
+        "text_config": {"model_type": "t", "torch_dtype": "bfloat16"},
+    }
+
+
+def test_what_the_source_has_for_serving_is_in_the_checkpoint(folder: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    make_tiny_model(source, tie_word_embeddings=True)
+    generation = {"eos_token_id": [1, 2], "temperature": 0.6, "do_sample": True, "top_k": 20}
+    (source / "generation_config.json").write_text(json.dumps(generation))
+    for name in ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"):
+        (source / name).write_text(json.dumps({"image_size": 32, "of": name}))
+    (source / "modeling_tiny.py").write_text("raise RuntimeError('read, never run')\n")
+    (source / "pytorch_model.bin").write_text("weights of another form")
+    checkpoint = save(folder, load_model(source), 1, source_files=serving_files(source))
+    for name in (
+        "preprocessor_config.json",
+        "processor_config.json",
+        "video_preprocessor_config.json",
+        "modeling_tiny.py",
+    ):
+        assert (checkpoint / name).read_bytes() == (source / name).read_bytes()
+    stored = json.loads((checkpoint / "generation_config.json").read_text())
+    assert {name: stored[name] for name in generation} == generation
+    assert (checkpoint / "chat_template.jinja").read_text() == make_tiny_tokenizer().chat_template
+    assert "pytorch_model.bin" not in names(checkpoint)
+    verify_checkpoint(checkpoint)
+
+
+def test_a_file_of_the_source_never_takes_the_place_of_what_was_trained_with(
+    folder: Path, model: PreTrainedModel
+) -> None:
+    checkpoint = save(folder, model, 1, source_files={"config.json": b"{}", "chat_template.jinja": b"another"})
+    assert AutoModelForCausalLM.from_pretrained(checkpoint).config.hidden_size == 64
+    assert (checkpoint / "chat_template.jinja").read_text() == make_tiny_tokenizer().chat_template
+
+
+def test_a_name_that_is_no_folder_and_not_on_the_hub_has_no_files_for_serving() -> None:
+    assert serving_files("nobody/of-this-name") == {}
+
+
+def test_a_model_that_brings_its_code_is_loaded_from_its_checkpoint_and_from_its_masters(
+    folder: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    make_tiny_model(source, tie_word_embeddings=True)
+    (source / "helper_of_own.py").write_text("FACTOR = 1\n")
+    (source / "modeling_own.py").write_text(
+        "from transformers import Qwen2Config, Qwen2ForCausalLM\nfrom .helper_of_own import FACTOR\n"
+        "class OwnConfig(Qwen2Config):\n    model_type = 'own'\n    factor: int = FACTOR\n"
+        "class OwnModel(Qwen2ForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    config = json.loads((source / "config.json").read_text())
+    names_of_code = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnModel"}
+    config |= {"model_type": "own", "auto_map": names_of_code}
+    (source / "config.json").write_text(json.dumps(config))
+    model = load_model(source, trust_remote_code=True, dtype=torch.float32)
+    checkpoint = save(folder, model, 1, dtype=torch.bfloat16, source_files=serving_files(source))
+    for place in (checkpoint, masters_folder(checkpoint)):
+        loaded = load_model(place, trust_remote_code=True, dtype=torch.float32)
+        assert type(loaded).__name__ == "OwnModel"
+    assert torch.equal(embeddings(loaded), embeddings(model))
+    with pytest.raises(ValueError, match="--trust-remote-code"):
+        load_model(checkpoint)
+
+
+def save_in_the_old_form(
+    folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, dtype: torch.dtype
+) -> Path:
+    """A checkpoint as earlier versions wrote it: float32 masters under the model's dtype, everything side by side."""
+    checkpoint = folder / "step_1"
+    model.save_pretrained(checkpoint)
+    make_tiny_tokenizer().save_pretrained(checkpoint)
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {"dtype": str(dtype).removeprefix("torch.")}))
+    save_optimizer(checkpoint, optimizer, [name for name, _ in model.named_parameters()])
+    (checkpoint / "trainer_state.json").write_text(json.dumps(asdict(state_at(1))))
+    content = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
+    entries = {name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in content.items()}
+    (checkpoint / "manifest.json").write_text(json.dumps({"format": 1, "files": entries}))
+    return checkpoint
+
+
+def test_a_checkpoint_of_the_old_form_is_found_verified_and_resumed_exactly(
+    folder: Path, model: PreTrainedModel
+) -> None:
+    optimizer = adamw(model)
+    train_one_step(model, optimizer)
+    old = save_in_the_old_form(folder, model, optimizer, torch.bfloat16)
+    assert find_checkpoint(folder).path == old and read_state(old) == state_at(1)
+    again = AutoModelForCausalLM.from_pretrained(masters_folder(old), dtype=torch.float32)
+    restored = adamw(again)
+    load_optimizer(training_folder(old), restored, CPU, model=again)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+    torch.manual_seed(3)
+    train_one_step(model, optimizer)
+    torch.manual_seed(3)
+    train_one_step(again, restored)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+    verify_checkpoint(save(folder, again, 1, optimizer=restored))  # which takes its place
+    assert masters_folder(folder / "step_1") == folder / "step_1" and (folder / "step_1" / "training").is_dir()
+    flip_one_bit(save_in_the_old_form(folder / "other", model, optimizer, torch.bfloat16) / "optimizer.safetensors")
+    assert "optimizer.safetensors was altered" in find_checkpoint(folder / "other").passed_over[0]
 
 
 def test_the_state_is_read_back_as_it_was_written(folder: Path, model: PreTrainedModel) -> None:
     assert read_state(save(folder, model, 5)) == state_at(5)
 
 
-def test_training_that_goes_on_from_a_checkpoint_takes_the_very_same_step(folder: Path, model: PreTrainedModel) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_training_that_goes_on_from_a_checkpoint_takes_the_very_same_step(
+    folder: Path, model: PreTrainedModel, dtype: torch.dtype
+) -> None:
     optimizer = adamw(model)
     train_one_step(model, optimizer)
-    checkpoint = save(folder, model, 1, optimizer=optimizer)
+    checkpoint = save(folder, model, 1, optimizer=optimizer, dtype=dtype)
     train_one_step(model, optimizer)  # draws its data from the global generator, which is restored too
 
-    again = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    again = AutoModelForCausalLM.from_pretrained(masters_folder(checkpoint), dtype=torch.float32)
     torch.manual_seed(12345)
     restored = adamw(again)
-    load_optimizer(checkpoint, restored, CPU, model=again)
+    load_optimizer(training_folder(checkpoint), restored, CPU, model=again)
     train_one_step(again, restored)
 
     for name, tensor in model.state_dict().items():
@@ -313,10 +514,11 @@ DAMAGES: list[Callable[[Path], None]] = [
 
 
 def test_any_damage_to_any_file_is_found_and_the_file_is_named(folder: Path, model: PreTrainedModel) -> None:
-    whole = save(folder, model, 1)
+    whole = save(folder, model, 1, dtype=torch.bfloat16)
     verify_checkpoint(whole)
-    assert {"model.safetensors", "optimizer.safetensors", "generators.json", "config.json"} <= set(names(whole))
-    for name in names(whole):
+    ours = {"training/optimizer.safetensors", "training/generators.json", "training/masters/model.safetensors"}
+    assert {"model.safetensors", "config.json"} | ours <= files(whole)
+    for name in files(whole):
         for damage in DAMAGES:
             copy = folder / "copy"
             shutil.copytree(whole, copy)
@@ -347,6 +549,12 @@ def test_a_file_that_would_change_what_is_loaded_counts_as_damage_and_a_note_doe
     checkpoint = save(folder, model, 1)
     (checkpoint / "NOTES.md").write_text("the good one")
     verify_checkpoint(checkpoint)
+    (checkpoint / "training" / "masters").mkdir()
+    added = checkpoint / "training" / "masters" / "model.safetensors"
+    added.write_bytes((checkpoint / "model.safetensors").read_bytes())
+    with pytest.raises(CheckpointError, match=r"training/masters/model\.safetensors was added"):
+        verify_checkpoint(checkpoint)
+    added.unlink()
     (checkpoint / "adapter_config.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"adapter_config\.json was added"):
         verify_checkpoint(checkpoint)
@@ -388,12 +596,12 @@ def test_a_resume_takes_the_newest_whole_checkpoint_and_says_what_it_passed_over
         save(folder, model, step, keep=3)
     assert find_checkpoint(folder).path == folder / "step_3" and not find_checkpoint(folder).passed_over
     flip_one_bit(folder / "step_3" / "model.safetensors")
-    cut_short(folder / "step_2" / "optimizer.safetensors")
+    cut_short(folder / "step_2" / "training" / "optimizer.safetensors")
     found = find_checkpoint(folder)
     assert found.path == folder / "step_1"
     assert "step_3/model.safetensors was altered" in found.passed_over[0]
-    assert "step_2/optimizer.safetensors is truncated" in found.passed_over[1]
-    remove(folder / "step_1" / "trainer_state.json")
+    assert "step_2/training/optimizer.safetensors is truncated" in found.passed_over[1]
+    remove(folder / "step_1" / "training" / "trainer_state.json")
     assert find_checkpoint(folder).path is None and len(find_checkpoint(folder).passed_over) == 3
     assert find_checkpoint(folder / "nowhere").path is None
 
@@ -441,7 +649,7 @@ def test_a_damaged_state_is_an_error_in_one_line_with_the_path(
     folder: Path, model: PreTrainedModel, damage: Callable[[Path], None]
 ) -> None:
     checkpoint = save(folder, model, 1)
-    damage(checkpoint / "trainer_state.json")
+    damage(checkpoint / "training" / "trainer_state.json")
     with pytest.raises(CheckpointError) as refusal:
         read_state(checkpoint)
     assert str(checkpoint) in str(refusal.value) and "\n" not in str(refusal.value)
@@ -541,10 +749,10 @@ def test_a_damaged_optimizer_file_is_an_error_with_the_path(
     folder: Path, model: PreTrainedModel, damage: Callable[[Path], None], name: str
 ) -> None:
     checkpoint = save(folder, model, 1)
-    damage(checkpoint / name)
+    damage(training_folder(checkpoint) / name)
     with pytest.raises(CheckpointError) as refusal:
-        load_optimizer(checkpoint, adamw(model), CPU, model=model)
-    assert str(checkpoint / name) in str(refusal.value) and "\n" not in str(refusal.value)
+        load_optimizer(training_folder(checkpoint), adamw(model), CPU, model=model)
+    assert str(training_folder(checkpoint) / name) in str(refusal.value) and "\n" not in str(refusal.value)
 
 
 def trained(folder: Path, model: PreTrainedModel) -> tuple[Path, dict[str, torch.Tensor], dict[str, str]]:
@@ -552,7 +760,7 @@ def trained(folder: Path, model: PreTrainedModel) -> tuple[Path, dict[str, torch
     optimizer = adamw(model)
     train_one_step(model, optimizer)
     checkpoint = save(folder, model, 1, optimizer=optimizer)
-    with safe_open(checkpoint / "optimizer.safetensors", framework="pt") as file:
+    with safe_open(checkpoint / "training" / "optimizer.safetensors", framework="pt") as file:
         return checkpoint, {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
 
 
@@ -576,9 +784,9 @@ def test_optimizer_tensors_that_do_not_fit_are_named(
 ) -> None:
     checkpoint, tensors, metadata = trained(folder, model)
     changed = {name: tensor for name, tensor in {**tensors, **change}.items() if tensor is not None}
-    save_file(changed, checkpoint / "optimizer.safetensors", metadata=metadata)
+    save_file(changed, checkpoint / "training" / "optimizer.safetensors", metadata=metadata)
     with pytest.raises(CheckpointError, match=says):
-        load_optimizer(checkpoint, adamw(model), CPU, model=model)
+        load_optimizer(training_folder(checkpoint), adamw(model), CPU, model=model)
 
 
 @pytest.mark.parametrize(
@@ -591,25 +799,25 @@ def test_optimizer_metadata_beyond_reason_is_refused(
     folder: Path, model: PreTrainedModel, metadata: dict[str, str] | None
 ) -> None:
     checkpoint, tensors, _ = trained(folder, model)
-    save_file(tensors, checkpoint / "optimizer.safetensors", metadata=metadata)
+    save_file(tensors, checkpoint / "training" / "optimizer.safetensors", metadata=metadata)
     with pytest.raises(CheckpointError, match=r"optimizer\.safetensors is damaged"):
-        load_optimizer(checkpoint, adamw(model), CPU, model=model)
+        load_optimizer(training_folder(checkpoint), adamw(model), CPU, model=model)
 
 
 def test_parameters_in_another_order_are_not_given_one_anothers_moments(folder: Path, model: PreTrainedModel) -> None:
     checkpoint, tensors, metadata = trained(folder, model)
     order = json.loads(metadata["parameters"])
     metadata["parameters"] = json.dumps(order[::-1])
-    save_file(tensors, checkpoint / "optimizer.safetensors", metadata=metadata)
+    save_file(tensors, checkpoint / "training" / "optimizer.safetensors", metadata=metadata)
     with pytest.raises(CheckpointError, match=f"parameter 0 is {order[-1]}, in the model it is {order[0]}"):
-        load_optimizer(checkpoint, adamw(model), CPU, model=model)
+        load_optimizer(training_folder(checkpoint), adamw(model), CPU, model=model)
 
 
 def test_the_optimizer_of_another_model_is_refused(folder: Path, model: PreTrainedModel) -> None:
     checkpoint = save(folder, model, 1)
     other = make_tiny_model(folder.parent / "other", tie_word_embeddings=False)
     with pytest.raises(CheckpointError, match="does not fit this model"):
-        load_optimizer(checkpoint, adamw(other), CPU, model=other)
+        load_optimizer(training_folder(checkpoint), adamw(other), CPU, model=other)
 
 
 def test_all_generators_go_on_where_they_were(folder: Path, model: PreTrainedModel) -> None:
@@ -622,7 +830,7 @@ def test_all_generators_go_on_where_they_were(folder: Path, model: PreTrainedMod
     checkpoint = save(folder, model, 1)
     drawn = draw()
     assert draw() != drawn
-    load_optimizer(checkpoint, adamw(model), CPU, model=model)
+    load_optimizer(training_folder(checkpoint), adamw(model), CPU, model=model)
     assert draw() == drawn
 
 
@@ -640,15 +848,15 @@ def test_generator_states_that_are_none_are_refused(
     folder: Path, model: PreTrainedModel, change: dict[str, object]
 ) -> None:
     checkpoint = save(folder, model, 1)
-    path = checkpoint / "generators.json"
+    path = checkpoint / "training" / "generators.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(CheckpointError, match=r"generators\.json is damaged"):
-        load_optimizer(checkpoint, adamw(model), CPU, model=model)
+        load_optimizer(training_folder(checkpoint), adamw(model), CPU, model=model)
 
 
 def test_nothing_of_a_checkpoint_is_pickled(folder: Path, model: PreTrainedModel) -> None:
     checkpoint, _, _ = trained(folder, model)
-    assert {path.suffix for path in checkpoint.iterdir()} <= {".json", ".safetensors", ".jinja"}
+    assert {Path(name).suffix for name in files(checkpoint)} <= {".json", ".safetensors", ".jinja"}
 
 
 # -- settings that alter a resumed run -------------------------------------------------------------------------------

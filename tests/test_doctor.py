@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from aiohttp import web
+from transformers import Qwen2Config
 
 from ludic.doctor import here
 from ludic.doctor.__main__ import build_parser, main
@@ -125,6 +126,17 @@ def test_too_small_a_disk_and_a_folder_that_cannot_be_written_are_found(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     finding = here.check_disk(args, config)
     assert finding.status == "failed" and "--keep-checkpoints" in finding.fix
+
+
+@pytest.mark.parametrize(
+    ("dtype", "said"), [("float32", "36.0 GiB"), ("bfloat16", "42.0 GiB"), ("float16", "42.0 GiB")]
+)
+def test_a_checkpoint_needs_room_for_the_model_beside_its_masters_where_they_are_not_the_same(
+    args: argparse.Namespace, monkeypatch: pytest.MonkeyPatch, dtype: str, said: str
+) -> None:
+    monkeypatch.setattr(here, "_model_shape", lambda model, trust: (Qwen2Config(dtype=dtype), 2**30))
+    finding = here.check_disk(args, from_arguments(args))  # two that stay, and the next
+    assert finding.found.startswith(said)
 
 
 def test_proxy_variables_without_an_exemption_are_a_warning(

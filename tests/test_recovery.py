@@ -68,6 +68,11 @@ class OwnServer:
         self.server, self.reasons, self.is_running, self.log_path = server, list[str](), True, Path("server.log")
         self.base_url = server.base_url
 
+    def ending(self) -> str | None:
+        return (
+            None if self.is_running else "the vLLM server was ended by SIGHUP; it said: bye (its whole log: server.log)"
+        )
+
     def restart(self, reason: str) -> None:
         self.reasons.append(reason)
         self.server.boot = f"{len(self.reasons):032x}"

@@ -25,8 +25,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from environments.gsm8k import DEFAULT_SYSTEM_PROMPT
 from ludic.cli import run_script
-from ludic.training.checkpoint import latest_checkpoint, list_checkpoints, read_state
+from ludic.training.checkpoint import TrainerState, latest_checkpoint, list_checkpoints, read_state, save_checkpoint
+from ludic.training.manifest import write_manifest
 from tests.conftest import write_digit_problems
+from tests.vllm_helpers import make_tiny_model, make_tiny_tokenizer
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "gsm8k" / "train_gsm8k.py"
 SMALL = [
@@ -158,16 +160,28 @@ def test_the_next_command_that_a_run_prints_works_as_it_stands(finished: tuple[P
     assert json.loads((tmp_path / "gsm8k_eval.jsonl.summary.json").read_text())["num_problems"] == 32
 
 
+def lay_out_in_the_old_form(checkpoint: Path) -> None:
+    """Everything side by side, as earlier versions wrote it."""
+    for path in (checkpoint / "training").iterdir():
+        path.rename(checkpoint / path.name)
+    (checkpoint / "training").rmdir()
+    write_manifest(checkpoint)
+
+
+@pytest.mark.parametrize("form", ["as it is", "of the old form"])
 def test_resume_goes_on_where_the_run_ended(
-    finished: tuple[Path, str], digit_policy_dir: Path, digit_problems: Path, tmp_path: Path
+    finished: tuple[Path, str], digit_policy_dir: Path, digit_problems: Path, tmp_path: Path, form: str
 ) -> None:
     out_dir = tmp_path / "resumed"
     shutil.copytree(finished[0], out_dir)
+    if form == "of the old form":
+        lay_out_in_the_old_form(out_dir / "checkpoints_gsm8k" / "step_2")
     for name in ("rollouts", "metrics"):  # as a kill in the third update leaves them
         with (out_dir / f"gsm8k_train_{name}.jsonl").open("a") as file:
             file.write('{"step": 3, "group": 4, "rollout": 0, "reward_mean": 9.0}\n{"step": 3, "gro')
     resumed = run(*command(digit_policy_dir, digit_problems, out_dir, "--train-steps", "3", "--resume"))
     assert resumed.returncode == 0, resumed.stderr
+    assert f"continuing from {out_dir / 'checkpoints_gsm8k' / 'step_2'} (update 2)" in resumed.stdout
     before, after = (read_jsonl(folder / "gsm8k_train_rollouts.jsonl") for folder in (finished[0], out_dir))
     assert after[:32] == before and len(after) == 48
     assert {(row["step"], row["group"], row["policy_version"]) for row in after[32:]} == {(3, 4, 2), (3, 5, 2)}
@@ -177,6 +191,29 @@ def test_resume_goes_on_where_the_run_ended(
     assert summary["updates"] == 3 and summary["rollouts"] == 48 and summary["accuracy_before"] == 0.0
     assert [path.name for path in list_checkpoints(out_dir / "checkpoints_gsm8k")] == ["step_2", "step_3"]
     assert not (out_dir / "earlier_runs").exists()
+
+
+def test_a_resumed_run_loads_the_masters_and_a_new_one_what_is_served(script: ModuleType, tmp_path: Path) -> None:
+    model = make_tiny_model(tmp_path / "source", tie_word_embeddings=True)
+    checkpoint = save_checkpoint(
+        tmp_path,
+        model=model,
+        weights=model.state_dict(),
+        tokenizer=make_tiny_tokenizer(),
+        optimizer=torch.optim.AdamW(model.parameters()),
+        state=TrainerState(step=1, policy_version=1, model="tiny", config={}),
+        model_dtype=torch.bfloat16,
+        source_files={},
+        keep=1,
+    )
+    args = script.build_parser().parse_args([])
+    masters = model.get_parameter("model.norm.weight"), model.get_parameter("model.embed_tokens.weight")
+    for resumes in (True, False):
+        policy, dtype = script.load_policy(str(checkpoint), torch.device("cpu"), args, resumes)
+        loaded = policy.get_parameter("model.norm.weight"), policy.get_parameter("model.embed_tokens.weight")
+        assert dtype == torch.bfloat16 and {tensor.dtype for tensor in loaded} == {torch.float32}
+        for tensor, master in zip(loaded, masters, strict=True):
+            assert torch.equal(tensor, master if resumes else master.to(torch.bfloat16).float())
 
 
 def test_ctrl_c_saves_a_checkpoint_and_exits_130_and_an_earlier_run_was_set_aside_whole(

@@ -17,7 +17,14 @@ from ludic.inference.engine import WeightSyncReport
 from ludic.inference.errors import WeightSyncError
 from ludic.inference.local import LocalEngine
 from ludic.prompts import load_tokenizer
-from ludic.training.checkpoint import CheckpointError, TrainerState, latest_checkpoint, list_checkpoints, read_state
+from ludic.training.checkpoint import (
+    CheckpointError,
+    TrainerState,
+    latest_checkpoint,
+    list_checkpoints,
+    masters_folder,
+    read_state,
+)
 from ludic.training.config import GRPOConfig, RunPaths
 from ludic.training.learner import disable_dropout
 from ludic.training.losses import LOSSES
@@ -94,13 +101,14 @@ class Run:
         samples: Sequence[int] = range(5),
         resume: bool = False,
         with_reference: bool = False,
+        model_dtype: torch.dtype = torch.float32,
         **settings: Any,
     ) -> None:
         self.out_dir, self.logger = out_dir, ListLogger()
         self.config = dataclasses.replace(SMALL, **settings)
         self.paths = RunPaths(out_dir=out_dir)
         checkpoint = latest_checkpoint(self.paths.checkpoints) if resume else None
-        self.model = load(checkpoint or policy)
+        self.model = load(masters_folder(checkpoint) if checkpoint else policy)
         self.engine = LocalEngine.from_pretrained(policy)  # always the initial weights, as a server that was restarted
         try:
             self.trainer = GRPOTrainer(
@@ -114,6 +122,7 @@ class Run:
                 eval_samples=range(100, 106),
                 metric_logger=self.logger,
                 paths=self.paths,
+                model_dtype=model_dtype,
                 reference_model=load(policy) if with_reference else None,
                 resume_from=(checkpoint, read_state(checkpoint)) if checkpoint else None,
             )
@@ -227,13 +236,16 @@ def test_a_run_repeats_bit_for_bit_and_another_seed_does_not(digit_policy_dir: P
     assert not same_weights(one.model, other.model)
 
 
-def test_two_updates_and_two_after_a_resume_are_four_updates(digit_policy_dir: Path, tmp_path: Path) -> None:
-    whole = Run(digit_policy_dir, tmp_path / "whole", train_steps=4, eval_every=2)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_two_updates_and_two_after_a_resume_are_four_updates(
+    digit_policy_dir: Path, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    whole = Run(digit_policy_dir, tmp_path / "whole", train_steps=4, eval_every=2, model_dtype=dtype)
     summary = whole.go()
-    first = Run(digit_policy_dir, tmp_path / "parts", train_steps=2, eval_every=2)
+    first = Run(digit_policy_dir, tmp_path / "parts", train_steps=2, eval_every=2, model_dtype=dtype)
     first.go()
     torch.manual_seed(999)
-    second = Run(digit_policy_dir, tmp_path / "parts", train_steps=4, eval_every=2, resume=True)
+    second = Run(digit_policy_dir, tmp_path / "parts", train_steps=4, eval_every=2, resume=True, model_dtype=dtype)
     resumed = second.go()
 
     assert second.logger.updates() == whole.logger.updates()[2:]
@@ -523,7 +535,7 @@ async def test_a_checkpoint_that_is_there_already_is_not_written_again_by_a_canc
     run.trainer.engine = engine = StopsInUpdate(run.engine, 2)
     training = asyncio.create_task(run.trainer.run())
     await engine.reached.wait()
-    state_file = run.paths.checkpoints / "step_2" / "trainer_state.json"
+    state_file = run.paths.checkpoints / "step_2" / "training" / "trainer_state.json"
     written = state_file.stat().st_mtime_ns
     training.cancel()
     with pytest.raises(asyncio.CancelledError):

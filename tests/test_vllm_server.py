@@ -5,6 +5,7 @@ answers /health, or without any.
 """
 
 import argparse
+import functools
 import hmac
 import importlib
 import json
@@ -27,6 +28,7 @@ from safetensors.torch import save_file
 
 from ludic.inference import server_process, vllm_server
 from ludic.inference.digest import digest_hex, tensor_digest
+from ludic.inference.errors import ServerLostError, ServerUnreachableError
 from ludic.inference.generate_wire import PATH
 from ludic.inference.vllm_server import RequireApiKey, RunningServer, ServerStartError, start_server
 from tests.vllm_helpers import (
@@ -483,6 +485,35 @@ def test_a_server_that_ends_is_an_error_with_its_own_words_and_its_log(stand_in:
         pass
     text = str(error.value)
     assert "\nValueError: no such model\n" in text and str(tmp_path / "log") in text and "Traceback" not in text
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP])
+def test_what_is_lost_in_the_block_is_told_with_the_servers_end_and_other_errors_are_left_alone(
+    stand_in: str, tmp_path: Path, number: signal.Signals
+) -> None:
+    opened = functools.partial(start_server, "model", python=stand_in, log_path=tmp_path / "log")
+    with (
+        pytest.raises(ServerUnreachableError, match=f"was ended by {number.name}.*loading.*/log\\)$") as lost,
+        opened() as server,
+    ):
+        server.process.send_signal(number)
+        raise ServerUnreachableError("nothing answers")
+    assert str(lost.value.__cause__) == "nothing answers"
+    with pytest.raises(ValueError, match=r"^another matter$"), opened() as server:
+        server.process.kill()
+        raise ValueError("another matter")
+
+
+def test_a_loss_in_the_block_of_a_server_that_still_runs_is_left_as_it_is(
+    stand_in: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_process, "ENDING_WAIT_S", 0.1)
+    with (
+        pytest.raises(ServerLostError, match=r"^no answer within 9 s$"),
+        start_server("model", python=stand_in, log_path=tmp_path / "log") as server,
+    ):
+        assert server.ending() is None
+        raise ServerLostError("no answer within 9 s")
 
 
 def test_a_server_that_does_not_come_up_in_time_is_an_error(stand_in: str, tmp_path: Path) -> None:

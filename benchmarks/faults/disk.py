@@ -213,7 +213,8 @@ class Saver:
             tokenizer=self.tokenizer,
             optimizer=self.optimizer,
             state=TrainerState(step=step, policy_version=step, model="tiny", config={}),
-            model_dtype=torch.float32,
+            model_dtype=torch.bfloat16,  # so that masters are written too
+            source_files={},
             keep=keep,
         )
 

@@ -20,14 +20,14 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.faults.forks import ForkServer
 from benchmarks.faults.outcome import Injection
 from benchmarks.faults.phases import PHASES, Kill, Run, random_kill
-from ludic.training.checkpoint import CheckpointError, list_checkpoints, verify_checkpoint
+from ludic.training.checkpoint import CheckpointError, list_checkpoints, read_state, verify_checkpoint
 
 ROW = "trainer killed"
 MAX_KILLS = 3
@@ -205,13 +205,17 @@ def differences(reference: Path, out_dir: Path, *, generators: bool = True) -> l
 
 
 def _differing_files(theirs: Path, ours: Path, skipped: set[str]) -> list[str]:
-    names = {path.name for folder in (theirs, ours) for path in folder.iterdir()} - skipped
+    paths = {
+        path.relative_to(folder)
+        for folder in (theirs, ours)
+        for path in folder.rglob("*")
+        if path.is_file() and path.name not in skipped
+    }
     found = [
-        f"{ours.name}/{name} differs" for name in sorted(names) if _content(ours / name) != _content(theirs / name)
+        f"{ours.name}/{path} differs" for path in sorted(paths) if _content(ours / path) != _content(theirs / path)
     ]
-    states = [json.loads((folder / "trainer_state.json").read_text(encoding="utf-8")) for folder in (ours, theirs)]
-    if _untimed(states[0]) != _untimed(states[1]):
-        found.append(f"{ours.name}/trainer_state.json differs")
+    if _untimed(asdict(read_state(ours))) != _untimed(asdict(read_state(theirs))):
+        found.append(f"the trainer's state in {ours.name} differs")
     return found
 
 

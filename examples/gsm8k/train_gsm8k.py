@@ -37,7 +37,7 @@ from ludic.cli import (
 )
 from ludic.doctor import quick_checks
 from ludic.engines import open_engine
-from ludic.pretrained import load_config, load_model
+from ludic.pretrained import load_config, load_model, stored_dtype
 from ludic.prompts import chat_template_fingerprint, encode_prompt, load_tokenizer
 from ludic.telemetry.formatting import InertFormatter
 from ludic.telemetry.jsonl import drop_steps_after, read_jsonl
@@ -48,6 +48,7 @@ from ludic.training.checkpoint import (
     checkpoint_step,
     find_checkpoint,
     list_checkpoints,
+    masters_folder,
     read_state,
     recover_folder,
     verify_checkpoint,
@@ -175,7 +176,7 @@ async def _run(args: argparse.Namespace, config: GRPOConfig, paths: RunPaths, st
         # What takes long is done aside: the event loop tells the server meanwhile that this trainer lives.
         device = _training_device(args)
         policy, dtype = await _aside(
-            device, load_policy, str(resume_from[0]) if resume_from else args.model, device, args
+            device, load_policy, str(resume_from[0]) if resume_from else args.model, device, args, bool(resume_from)
         )
         if hasattr(engine, "enable_weight_sync"):
             probe = encode_prompt(tokenizer, environment.messages(train_samples[0]))[:64]
@@ -232,17 +233,20 @@ async def _run(args: argparse.Namespace, config: GRPOConfig, paths: RunPaths, st
     _finish(args, config, paths, summary, time.perf_counter() - started)
 
 
-def load_policy(path: str, device: Any, args: argparse.Namespace) -> tuple["PreTrainedModel", Any]:
-    """The model with fp32 masters on `device`, and the dtype that it came in.
+def load_policy(
+    path: str, device: Any, args: argparse.Namespace, resumes: bool = False
+) -> tuple["PreTrainedModel", Any]:
+    """The model with fp32 masters on `device`, those of the checkpoint where the run `resumes`; the dtype that it came in.
 
     Raises:
         ValueError: there is no such model; one line.
     """
     import torch
 
-    stored = load_config(path, trust_remote_code=args.trust_remote_code).dtype or torch.float32
-    model = load_model(path, dtype=torch.float32, trust_remote_code=args.trust_remote_code)
-    return torch.nn.Module.to(model, device), stored
+    config = load_config(path, trust_remote_code=args.trust_remote_code)
+    weights = masters_folder(Path(path)) if resumes else path  # a new run starts from what is served
+    model = load_model(weights, dtype=torch.float32, trust_remote_code=args.trust_remote_code)
+    return torch.nn.Module.to(model, device), stored_dtype(config)
 
 
 async def _aside(

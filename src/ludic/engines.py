@@ -68,6 +68,8 @@ async def open_engine(
             vocab_size=model_config.get_text_config().vocab_size,
             trainer=trainer,
         )
+        if server is not None:
+            stack.enter_context(server.losses_explained())
         if trainer is None:
             stack.push_async_callback(client.aclose)
             await client.connect(tokenizer, max_seq_len=max_seq_len)

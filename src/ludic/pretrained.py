@@ -67,6 +67,44 @@ def load_model(
     return cast("PreTrainedModel", model)
 
 
+_PROCESSOR_FILES = (
+    *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
+    "audio_tokenizer_config.json",
+)
+
+
+def serving_files(name: str | os.PathLike[str]) -> dict[str, bytes]:
+    """What a model folder or hub name has for serving beside model and tokenizer, by file name.
+
+    The settings of processors, without which a server does not load a model that also takes images or sound; and of a folder
+    its Python files, which config.json may name. They are read, never run.
+    """
+    from transformers.utils import cached_file
+
+    place = _place(name)
+    found = {}
+    with contextlib.suppress(OSError):  # no such model: this one came from elsewhere, under a name of its own
+        for file in _PROCESSOR_FILES:
+            path = cached_file(
+                place,
+                file,
+                _raise_exceptions_for_gated_repo=False,
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False,
+            )
+            if path is not None:
+                found[file] = Path(path).read_bytes()
+    return found | {path.name: path.read_bytes() for path in sorted(Path(place).glob("*.py"))}
+
+
+def stored_dtype(config: "PretrainedConfig") -> "torch.dtype":
+    """The dtype that a configuration names, or its text part; float32 where neither does."""
+    import torch
+
+    named = config.dtype or config.get_text_config().dtype or torch.float32
+    return cast("torch.dtype", named)
+
+
 @contextlib.contextmanager
 def loading(name: str | os.PathLike[str], what: str) -> Iterator[None]:
     """Turns what transformers raises while it loads `what` of `name` into one line that says what to do."""

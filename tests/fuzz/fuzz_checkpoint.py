@@ -22,7 +22,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
 
-FILES = ("trainer_state.json", "generators.json", "manifest.json", "optimizer.safetensors")
+FILES = (
+    *("training/trainer_state.json", "training/generators.json", "manifest.json"),
+    "training/optimizer.safetensors",
+)
 HOSTILE: tuple[Any, ...] = (
     *(
         None,
@@ -79,7 +82,8 @@ class Sandbox:
         from ludic.training.optimizer_state import save_optimizer
 
         self.checkpoint = folder / "step_3"
-        self.checkpoint.mkdir(parents=True, exist_ok=True)
+        training = self.checkpoint / "training"
+        training.mkdir(parents=True, exist_ok=True)
         self.model = torch.nn.Linear(4, 4)
         optimizer = self.optimizer()
         self.model(torch.ones(1, 4)).sum().backward()
@@ -95,7 +99,7 @@ class Sandbox:
             wandb_run_id="a1",
         )
         (self.checkpoint / FILES[0]).write_text(json.dumps(dataclasses.asdict(state)))
-        save_optimizer(self.checkpoint, optimizer, [name for name, _ in self.model.named_parameters()])
+        save_optimizer(training, optimizer, [name for name, _ in self.model.named_parameters()])
         write_manifest(self.checkpoint)
         self.whole = {name: (self.checkpoint / name).read_bytes() for name in FILES}
 
@@ -141,7 +145,7 @@ def check(data: bytes, sandbox: Sandbox) -> None:
     """Raises AssertionError, or whatever the loader should not have raised, where a promise is broken."""
     import torch
 
-    from ludic.training.checkpoint import load_optimizer, read_state, verify_checkpoint
+    from ludic.training.checkpoint import load_optimizer, read_state, training_folder, verify_checkpoint
 
     name, content = changed(data, sandbox.whole)
     path = sandbox.checkpoint / name
@@ -151,7 +155,8 @@ def check(data: bytes, sandbox: Sandbox) -> None:
         with only_files_below(sandbox.checkpoint):
             verified = _accepted(lambda: verify_checkpoint(sandbox.checkpoint))
             state = _accepted(lambda: read_state(sandbox.checkpoint))
-            _accepted(lambda: load_optimizer(sandbox.checkpoint, optimizer, torch.device("cpu"), model=sandbox.model))
+            training = training_folder(sandbox.checkpoint)
+            _accepted(lambda: load_optimizer(training, optimizer, torch.device("cpu"), model=sandbox.model))
     finally:
         path.write_bytes(sandbox.whole[name])
     if verified is not None and name != "manifest.json":

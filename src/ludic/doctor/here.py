@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ludic.doctor.findings import Check, Finding, failed, ok, warning
+from ludic.pretrained import stored_dtype
 from ludic.training.checkpoint import list_checkpoints
 from ludic.training.config import GRPOConfig, RunPaths
 
@@ -29,7 +30,7 @@ ACTIVATION_BYTES = 36
 """Of a token of the micro-batch, a layer and a unit of the hidden size: measured with compiled layers at the 0.5B shape,
 11.5 GiB at 16,384 tokens. Without compiling it is about twice that."""
 CHECKPOINT_BYTES = 12
-"""Of a parameter: float32 weights and two moments."""
+"""Of a parameter: float32 masters and two moments. The model in its own dtype comes on top, where that is not float32."""
 HUB_TIMEOUT_S = 5.0
 
 
@@ -261,9 +262,11 @@ def check_disk(args: argparse.Namespace, config: GRPOConfig) -> Finding:
     folder = Path(args.out_dir)
     while not folder.exists():
         folder = folder.parent
-    _, parameters = _model_shape(args.model, args.trust_remote_code)
+    shape, parameters = _model_shape(args.model, args.trust_remote_code)
+    dtype = stored_dtype(shape)
+    size = CHECKPOINT_BYTES + (0 if dtype.itemsize == 4 else dtype.itemsize)
     there = len(list_checkpoints(RunPaths(out_dir=Path(args.out_dir)).checkpoints)) if vars(args).get("resume") else 0
-    need = (1 + max(0, config.keep_checkpoints - there)) * CHECKPOINT_BYTES * parameters
+    need = (1 + max(0, config.keep_checkpoints - there)) * size * parameters
     free = shutil.disk_usage(folder).free
     said = f"{_gib(need)} for the checkpoints that stay and the next one, {_gib(free)} free in {args.out_dir}"
     if not os.access(folder, os.W_OK):

@@ -263,6 +263,9 @@ class RecoveringEngine:
         self._life += 1
         self._losses += 1
         self._num_recoveries += 1
+        if self._server is not None and isinstance(error, ServerLostError):
+            ending = self._server.ending()  # what ours says of its end tells more than what was noticed of it
+            error = error if ending is None else type(error)(ending)
         self._reason = error
         self._say(f"the server was lost: {error}")
         self._engine.abort_sync(str(error))

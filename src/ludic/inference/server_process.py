@@ -9,6 +9,7 @@ which is `recovery`'s, and several servers.
 import contextlib
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ludic.inference import leftovers
-from ludic.inference.errors import EngineError
+from ludic.inference.errors import EngineError, ServerLostError
 from ludic.inference.leftovers import end_group_politely, kill_group
 
 PARENT_PID_VARIABLE = "LUDIC_SERVER_PARENT_PID"
@@ -31,6 +32,8 @@ ORPHAN_GRACE_S = 5
 POLL_S = 0.25
 PROGRESS_S = 1.0
 ERROR_LINES = 10
+ENDING_WAIT_S = 5.0
+"""For the process of a server that cut its connections: it may take a moment to end."""
 LOG_TAIL_BYTES = 1 << 20
 
 # What torchrun tells its children about their process group; vLLM would take it for its own.
@@ -120,6 +123,28 @@ class ServerProcess:
     def returncode(self) -> int | None:
         """What it ended with (-9: by SIGKILL), None while it runs or before the first start."""
         return None if self._process is None else self._process.poll()
+
+    def ending(self, wait_s: float = 0.0) -> str | None:
+        """How it ended, the last of its log and where that is, in one line; None while it runs, after `wait_s` seconds."""
+        if self._process is None:
+            return None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=wait_s)
+        if self._process.returncode is None:
+            return None
+        words = " | ".join(line.strip() for line in self.last_words(3).splitlines())
+        return f"the vLLM server {_how_it_ended(self._process.returncode)}; it said: {words} (its whole log: {self.log_path})"
+
+    @contextlib.contextmanager
+    def losses_explained(self) -> Iterator[None]:
+        """Within it, an error of a lost server says how this one ended, if it did."""
+        try:
+            yield
+        except ServerLostError as error:
+            ending = self.ending(wait_s=ENDING_WAIT_S)
+            if ending is None:
+                raise
+            raise type(error)(ending) from error
 
     def last_words(self, limit: int = ERROR_LINES) -> str:
         """The lines that say what went wrong since the last start, by `last_error_lines`."""
@@ -212,7 +237,7 @@ class ServerProcess:
             if self._interrupted:
                 raise ServerStartError("the start of the server was interrupted")
             if process.poll() is not None:
-                raise ServerStartError(self._failure(f"the vLLM server ended with code {process.returncode}"))
+                raise ServerStartError(self._failure(f"the vLLM server {_how_it_ended(process.returncode)}"))
             if seconds > self._timeout_s:
                 raise ServerStartError(self._failure(f"the vLLM server was not healthy after {self._timeout_s:.0f} s"))
             if self._on_progress is not None and seconds >= next_progress_s:
@@ -263,7 +288,8 @@ def start_server(
     )
     try:
         server.start()
-        yield server
+        with server.losses_explained():
+            yield server
     finally:
         server.close()
 
@@ -324,6 +350,15 @@ def last_error_lines(log: str, limit: int = ERROR_LINES) -> str:
 _PREFIX = re.compile(r"^(\([^)]*pid=\d+\) ?)?((DEBUG|INFO|WARNING|ERROR|CRITICAL) [\d-]+ [\d:]+ \[[^\]]*\] ?)?")
 _EXCEPTION = re.compile(r"^[A-Za-z_][\w.]*(Error|Exception|Interrupt|Exit|Failure)(:|$)")
 _ERROR = re.compile(r"\berror: |Segmentation fault|^Killed\b|out of memory", re.IGNORECASE)
+
+
+def _how_it_ended(returncode: int) -> str:
+    if returncode >= 0:
+        return f"ended with code {returncode}"
+    if returncode == -signal.SIGKILL:
+        return "was ended by SIGKILL (the kernel sends it where memory runs out)"
+    names = {number.value: number.name for number in signal.Signals}
+    return f"was ended by {names.get(-returncode, f'signal {-returncode}')}"
 
 
 def end_with_parent() -> None:

@@ -234,9 +234,10 @@ class VLLMEngine:
 
     async def _post_with_retries(self, request: GenerateRequest) -> tuple[list[Generated], int]:
         """The server's answer, and the policy version at which the request that it answers was sent."""
-        failure, num_timeouts, wait_s = "", 0, 0.0
+        failure, first_failure, num_timeouts, wait_s = "", "", 0, 0.0
         for attempt in range(MAX_ATTEMPTS):
             if attempt:
+                first_failure = first_failure or failure
                 self.num_retries += 1
                 self._warn(failure)
                 backoff_s = min(BACKOFF_S * 2**attempt, MAX_BACKOFF_S) * random.uniform(0.5, 1.0)
@@ -260,8 +261,14 @@ class VLLMEngine:
                 failure = f"{type(error).__name__}: {error}"
         if failure.startswith("ClientConnectorError"):
             command = handshake.start_command(self.base_url, self.model)
+            if first_failure.startswith("ClientConnectorError"):
+                happened = f"does not answer ({failure})"
+            else:
+                happened = (
+                    f"stopped answering in the middle of a request ({first_failure}), and now nothing listens there"
+                )
             raise ServerUnreachableError(
-                f"nothing listens at {self.base_url} any more ({failure}): start the server again with `{command}`"
+                f"the server at {self.base_url} {happened}: its log says why; `{command}` starts it again"
             )
         raise ServerLostError(f"{attempt + 1} attempts failed, the last with {failure}")
 

@@ -29,6 +29,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from ludic.inference.cpu_attention import head_size_problem
 from ludic.inference.generate_route import ASGIApp, Receive, Scope, Send, request_path, respond
 from ludic.inference.server_guard import BOOT_VARIABLE, new_boot
 from ludic.inference.server_process import (
@@ -90,6 +91,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             require_free_port(args.host or "", args.port)
         except ServerStartError as error:
             _fail(str(error))
+    problem = head_size_problem(args)
+    if problem:
+        _fail(problem)
     # The middlewares are constructed without arguments, in a module of their own beside __main__: the environment reaches
     # them. It reaches vLLM's worker processes as well, so it holds hashes.
     os.environ[KEY_HASHES_VARIABLE] = json.dumps([_fingerprint(key.encode()).hex() for key in keys])

@@ -1,10 +1,15 @@
-"""Checkpoints that are whole or not there, and that a run continues from exactly.
+"""Checkpoints that are whole or not there, that a server serves, and that a run continues from exactly.
 
-`step_N/` is an ordinary transformers folder (fp32 masters in safetensors, config, tokenizer: `from_pretrained` loads it
-and the server serves it) with four files of ours beside it: `trainer_state.json` (step, policy version, settings, what was
-measured so far), `optimizer.safetensors` and `generators.json` (see `optimizer_state`), and `manifest.json`, the size and
-SHA-256 of all the others (see `manifest`). config.json names the dtype that the model came in, so that others load it in
-that; the masters in the file stay fp32 and resume takes them as they are.
+    step_N/                         a transformers model folder: what is served, evaluated, and `--model` of a new run
+        config.json, *.safetensors  the weights in the dtype that config.json names
+        ...                         generation config, tokenizer, chat template, processor files
+        manifest.json               size and SHA-256 of all the others (see `manifest`)
+        training/                   what only `--resume` reads; vLLM and transformers look at the files above alone
+            trainer_state.json      step, policy version, settings, what was measured so far
+            optimizer.safetensors, generators.json      (see `optimizer_state`)
+            masters/                the float32 masters, a model folder too; absent where the model is float32 itself
+
+Earlier all of it lay side by side, with the masters as the model; such a checkpoint can still be resumed.
 
 A checkpoint is written into a hidden folder, synced to disk, and renamed: a kill, a power cut or a full disk at any moment
 leaves the earlier ones as they were. `recover_folder` tidies up after a kill; one run at a time may use a folder
@@ -33,6 +38,7 @@ from ludic.training.manifest import (
     verify_checkpoint,
     write_manifest,
 )
+from ludic.training.model_folder import save_model
 from ludic.training.optimizer_state import load_optimizer, save_optimizer
 
 if TYPE_CHECKING:
@@ -47,12 +53,16 @@ __all__ = [
     "latest_checkpoint",
     "list_checkpoints",
     "load_optimizer",
+    "masters_folder",
     "read_state",
     "recover_folder",
     "save_checkpoint",
+    "training_folder",
     "verify_checkpoint",
 ]
 
+_TRAINING_FOLDER = "training"
+_MASTERS_FOLDER = "masters"
 _STATE_FILE = "trainer_state.json"
 _FOLDER_NAME = re.compile(r"step_(0|[1-9][0-9]{0,11})")
 _HIDDEN_NAME = re.compile(r"\.(step_(?:0|[1-9][0-9]{0,11}))\.(partial|replaced|removed)")
@@ -101,12 +111,14 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     state: TrainerState,
     model_dtype: torch.dtype,
+    source_files: Mapping[str, bytes],
     keep: int,
 ) -> Path:
     """Write `folder/step_N` atomically and remove all but the last `keep`; returns the new checkpoint's path.
 
-    `weights` is the model's state dict with its float32 masters; the model itself may compute in less. The optimizer's
-    parameters are in the order of the model's.
+    `weights` is the model's state dict with its float32 masters; the model itself may compute in less, and is served in
+    `model_dtype`. `source_files` are those of `pretrained.serving_files`. The optimizer's parameters are in the order of the
+    model's.
 
     Raises:
         CheckpointError: the disk is full or the folder cannot be written; earlier checkpoints are untouched.
@@ -117,7 +129,7 @@ def save_checkpoint(
         _make_folder(folder)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        _write(partial, model, weights, tokenizer, optimizer, state, model_dtype)
+        _write(partial, model, weights, tokenizer, optimizer, state, model_dtype, source_files)
         write_manifest(partial)
         _put_in_place(partial, final)
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:
@@ -159,19 +171,21 @@ def _write(
     optimizer: torch.optim.Optimizer,
     state: TrainerState,
     model_dtype: torch.dtype,
+    source_files: Mapping[str, bytes],
 ) -> None:
     state_text = json.dumps(_without_nan(asdict(state)), indent=2, allow_nan=False) + "\n"
     _state_from(json.loads(state_text))  # what would be refused on resume must not be written
-    model.save_pretrained(partial, state_dict=weights)  # the fp32 masters, not what the model computes with
+    training = partial / _TRAINING_FOLDER
+    training.mkdir()
+    save_model(partial, model, weights, model_dtype)
+    if model_dtype != torch.float32:
+        save_model(training / _MASTERS_FOLDER, model, weights, torch.float32)
     tokenizer.save_pretrained(partial)
-    config_path = partial / "config.json"
-    config = json.loads(config_path.read_text())
-    for key in ("dtype", "torch_dtype"):
-        if key in config:
-            config[key] = str(model_dtype).removeprefix("torch.")
-    config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    save_optimizer(partial, optimizer, [name for name, _ in model.named_parameters()])
-    (partial / _STATE_FILE).write_text(state_text)
+    for name, content in source_files.items():
+        if not (partial / name).exists():  # what was just saved is what was trained with
+            (partial / name).write_bytes(content)
+    save_optimizer(training, optimizer, [name for name, _ in model.named_parameters()])
+    (training / _STATE_FILE).write_text(state_text)
 
 
 def _put_in_place(partial: Path, final: Path) -> None:
@@ -275,6 +289,18 @@ def find_checkpoint(folder: Path) -> FoundCheckpoint:
     return FoundCheckpoint(path=None, passed_over=tuple(passed_over))
 
 
+def training_folder(checkpoint: Path) -> Path:
+    """Where the trainer's state, the optimizer and the generators lie: the checkpoint itself in those of the old form."""
+    folder = checkpoint / _TRAINING_FOLDER
+    return folder if folder.is_dir() else checkpoint
+
+
+def masters_folder(checkpoint: Path) -> Path:
+    """The model folder with the float32 masters: the checkpoint itself where they are the model."""
+    folder = training_folder(checkpoint) / _MASTERS_FOLDER
+    return folder if folder.is_dir() else checkpoint
+
+
 # -- the state, read strictly ------------------------------------------------------------------------------------------
 
 
@@ -284,7 +310,7 @@ def read_state(checkpoint: Path) -> TrainerState:
     Raises:
         CheckpointError: it is not a checkpoint of ours, or it is damaged.
     """
-    path = checkpoint / _STATE_FILE
+    path = training_folder(checkpoint) / _STATE_FILE
     record = read_json(path)
     try:
         return _state_from(record)

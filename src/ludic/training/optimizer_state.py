@@ -50,7 +50,7 @@ def save_optimizer(folder: Path, optimizer: torch.optim.Optimizer, names: Sequen
 
 
 def load_optimizer(
-    checkpoint: Path,
+    folder: Path,
     optimizer: torch.optim.Optimizer,
     device: torch.device,
     *,
@@ -59,6 +59,7 @@ def load_optimizer(
     """Restore AdamW's state and the random generators.
 
     Args:
+        folder: that `save_optimizer` wrote into.
         optimizer: its learning rate, betas and weight decay stay as they are.
         device: that trains.
         model: whose parameters the optimizer has, in their order; the names are compared.
@@ -66,7 +67,7 @@ def load_optimizer(
     Raises:
         CheckpointError: a file is missing or damaged, or belongs to another model.
     """
-    path = checkpoint / OPTIMIZER_FILE
+    path = folder / OPTIMIZER_FILE
     names = [name for name, _ in model.named_parameters()]
     try:
         open_regular(path).close()
@@ -76,7 +77,7 @@ def load_optimizer(
         raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged or does not fit this model: {_reason(error)}") from error
-    path = checkpoint / GENERATORS_FILE
+    path = folder / GENERATORS_FILE
     try:
         _restore_generators(read_json(path), device)
     except CheckpointError:

@@ -24,13 +24,20 @@ import torch
 from ludic.environment import Environment
 from ludic.evaluation import EvaluationResult, evaluate
 from ludic.inference.engine import InferenceEngine, WeightSyncReport
+from ludic.pretrained import serving_files
 from ludic.prompts import encode_prompt
 from ludic.rollouts import GroupStream, Prompt, derive_seed, rollout_metrics
 from ludic.telemetry.alarms import Alarms
 from ludic.telemetry.jsonl import JsonlWriter
 from ludic.telemetry.loggers import MetricLogger
 from ludic.training.advantages import training_samples
-from ludic.training.checkpoint import CheckpointError, TrainerState, load_optimizer, save_checkpoint
+from ludic.training.checkpoint import (
+    CheckpointError,
+    TrainerState,
+    load_optimizer,
+    save_checkpoint,
+    training_folder,
+)
 from ludic.training.config import GRPOConfig, RunPaths
 from ludic.training.learner import Learner
 from ludic.training.learner_thread import LearnerThread
@@ -127,6 +134,7 @@ class GRPOTrainer(Generic[SampleT]):
         self._eval_concurrency = eval_concurrency
         self._eval_max_tokens = eval_max_tokens
         self._model_dtype = model_dtype
+        self._source_files = serving_files(model_name)
         self._prompt_token_ids = self._tokenise(train_samples)
         self._order = DataOrder(seed=config.seed, num_samples=len(train_samples))
         self._settings = {**dataclasses.asdict(config), "num_train_samples": len(train_samples)}
@@ -141,7 +149,7 @@ class GRPOTrainer(Generic[SampleT]):
             self.last_checkpoint, state = resume_from
             check_same_data_order(state, self._settings)
             optimizer = self.learner.optimizer
-            load_optimizer(self.last_checkpoint, optimizer, self.learner.device, model=model)
+            load_optimizer(training_folder(self.last_checkpoint), optimizer, self.learner.device, model=model)
             for group in optimizer.param_groups:  # what this run was given, not what the checkpoint was made with
                 group["betas"], group["weight_decay"] = (config.adam_beta1, config.adam_beta2), config.weight_decay
                 group["fused"] = optimizer.defaults["fused"]
@@ -407,6 +415,7 @@ class GRPOTrainer(Generic[SampleT]):
             optimizer=self.learner.optimizer,
             state=self.state,
             model_dtype=self._model_dtype,
+            source_files=self._source_files,
             keep=self.config.keep_checkpoints,
         )
         self.last_checkpoint, self._saved_step = checkpoint, self.state.step
