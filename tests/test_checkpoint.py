@@ -183,9 +183,19 @@ def test_a_tied_head_is_stored_once_and_an_untied_one_too_and_both_in_shards(
 
 
 def test_nested_configurations_name_the_dtype_too(folder: Path) -> None:
-    text = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1}
+    text: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+    }
     text |= {"num_key_value_heads": 1, "head_dim": 32, "vocab_size": 64, "dtype": "float32"}
-    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    vision: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+    }
     vision |= {"image_size": 32, "patch_size": 16, "dtype": "float32"}
     config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, dtype="float32")
     model = Gemma3ForConditionalGeneration(config)

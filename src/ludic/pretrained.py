@@ -79,7 +79,7 @@ def serving_files(name: str | os.PathLike[str]) -> dict[str, bytes]:
     The settings of processors, without which a server does not load a model that also takes images or sound; and of a folder
     its Python files, which config.json may name. They are read, never run.
     """
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     place = _place(name)
     found = {}

@@ -35,4 +35,4 @@ def _head_size(args: argparse.Namespace) -> int | None:
     heads = getattr(config, "num_attention_heads", None)
     if not heads or getattr(config, "kv_lora_rank", None):
         return None
-    return getattr(config, "head_dim", None) or config.hidden_size // heads
+    return int(getattr(config, "head_dim", None) or config.hidden_size // heads)
