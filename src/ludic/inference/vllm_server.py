@@ -23,10 +23,8 @@ import json
 import logging
 import os
 import socket
-import stat
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NoReturn
 
 from ludic.inference.generate_route import ASGIApp, Receive, Scope, Send, request_path, respond
@@ -38,13 +36,13 @@ from ludic.inference.server_process import (
     require_free_port,
     start_server,
 )
+from ludic.keys import KEY_VARIABLES, check_key, read_key_file
 
 __all__ = ["DEFAULT_MODEL", "RequireApiKey", "RunningServer", "ServerStartError", "main", "start_server"]
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
-KEY_VARIABLES = ("LUDIC_API_KEY", "VLLM_API_KEY")
 KEY_HASHES_VARIABLE = "LUDIC_SERVER_KEY_HASHES"
 KEY_SOURCES = "--api-key-file FILE, LUDIC_API_KEY or VLLM_API_KEY"
 MIN_VLLM, MAX_VLLM = (0, 26), (0, 32)
@@ -78,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     try:
         keys = take_api_keys(args.api_key_file)
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         _fail(str(error))
     problem = unsafe_setting(args, keys)
     if problem:
@@ -183,27 +181,15 @@ def weight_transfer_backend(*, cuda: bool) -> str:
 def take_api_keys(key_file: str | None) -> list[str]:
     """The keys that the server accepts: those in `key_file`, else those of LUDIC_API_KEY and VLLM_API_KEY; none is [].
 
-    The variables are removed, so that no process that this one starts inherits them. A file that every user of the machine
-    can read is warned of, and not refused: that is how containers are given their secrets.
+    The variables are removed, so that no process that this one starts inherits them.
 
     Raises:
-        OSError: the file cannot be read.
-        ValueError: the file holds no key, or a key holds what no HTTP header can.
+        ValueError: as `ludic.keys.read_key_file`, or a variable holds what no HTTP header can.
     """
-    given = [os.environ.pop(name, "") for name in KEY_VARIABLES]
+    given = [(os.environ.pop(name, "").strip(), name) for name in KEY_VARIABLES]
     if key_file is not None:
-        given = Path(key_file).read_text(encoding="utf-8", errors="replace").splitlines()
-        if stat.S_IMODE(Path(key_file).stat().st_mode) & stat.S_IROTH:
-            logger.warning("ATTENTION: every user of this machine can read %s: chmod 600 it", key_file)
-    keys = list(dict.fromkeys(key.strip() for key in given if key.strip()))
-    if key_file is not None and not keys:
-        raise ValueError(f"--api-key-file {key_file} holds no key: write one into it, or leave the flag out")
-    for key in keys:
-        if not (key.isascii() and key.isprintable()) or " " in key:
-            raise ValueError(
-                f"an API key has a space, a control character or a letter beyond ASCII (from {KEY_SOURCES})"
-            )
-    return keys
+        return read_key_file(key_file)
+    return list(dict.fromkeys(check_key(key, name) for key, name in given if key))
 
 
 def listens(args: argparse.Namespace) -> bool:
