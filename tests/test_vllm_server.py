@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from ludic.inference import server_process, vllm_server
 from ludic.inference.digest import digest_hex, tensor_digest
 from ludic.inference.generate_wire import PATH
+from ludic.inference.server_defaults import GENERATE_ROUTE, REQUIRE_API_KEY, SERVER_GUARD
 from ludic.inference.vllm_server import RequireApiKey, RunningServer, ServerStartError, start_server
 from ludic.keys import KEY_VARIABLES
 from tests.vllm_helpers import (
@@ -59,6 +60,8 @@ def arguments(**given: object) -> argparse.Namespace:
         "override_generation_config": {},
         "data_parallel_size": 1,
         "api_server_count": None,
+        "no_training": False,
+        "weight_transfer_config": None,
     }
     return argparse.Namespace(**(defaults | given))
 
@@ -83,6 +86,22 @@ def test_any_other_host_is_refused_without_a_key_and_served_with_one(host: str |
     problem = vllm_server.unsafe_setting(arguments(host=host), [])
     assert "not loopback" in problem and "--api-key-file" in problem and "\n" not in problem
     assert vllm_server.unsafe_setting(arguments(host=host), ["secret"]) == ""
+
+
+def test_without_training_several_engines_and_front_ends_are_served_and_another_host_is_only_warned_of() -> None:
+    several = arguments(no_training=True, data_parallel_size=4, api_server_count=4)
+    assert vllm_server.unsafe_setting(several, []) == "" and vllm_server.warnings_for(several, []) == []
+    open_to_all = arguments(no_training=True, host="0.0.0.0")
+    assert vllm_server.unsafe_setting(open_to_all, []) == ""
+    (warning,) = vllm_server.warnings_for(open_to_all, [])
+    assert "no API key" in warning and "0.0.0.0" in warning and "--api-key-file" in warning
+    assert vllm_server.warnings_for(open_to_all, ["secret"]) == []
+
+
+def test_without_training_a_way_for_weights_or_a_front_end_that_checks_no_key_is_refused() -> None:
+    transfer = arguments(no_training=True, weight_transfer_config='{"backend": "ludic_shm"}')
+    assert "--weight-transfer-config" in vllm_server.unsafe_setting(transfer, [])
+    assert "--grpc" in vllm_server.unsafe_setting(arguments(no_training=True, grpc=True), ["secret"])
 
 
 def test_a_unix_socket_needs_no_key() -> None:
@@ -150,7 +169,6 @@ def test_a_key_that_no_header_can_hold_is_refused_and_not_repeated(tmp_path: Pat
 def test_a_key_on_the_command_line_is_refused_before_anything_is_imported_and_is_not_repeated(
     flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "1")  # so that what main() sets does not outlive the test
     monkeypatch.setattr(vllm_server, "check_vllm_version", lambda: pytest.fail("vLLM was imported"))
     with pytest.raises(SystemExit) as stop:
         vllm_server.main(flags)
@@ -173,9 +191,10 @@ def test_a_key_in_a_file_of_settings_is_refused_too() -> None:
     ],
 )
 def test_a_setting_that_would_make_training_wrong_is_warned_of(flag: str, value: object) -> None:
-    assert vllm_server.training_warnings(arguments()) == []
-    (warning,) = vllm_server.training_warnings(arguments(**{flag: value}))
+    assert vllm_server.warnings_for(arguments(), []) == []
+    (warning,) = vllm_server.warnings_for(arguments(**{flag: value}), [])
     assert flag.replace("_", "-") in warning
+    assert vllm_server.warnings_for(arguments(**{flag: value}, no_training=True), []) == []
 
 
 def test_without_vllm_the_error_is_one_line_that_names_the_install_command(
@@ -544,9 +563,8 @@ def test_the_defaults_of_ludic_hold_until_the_user_says_otherwise(tmp_path: Path
     args = vllm_server.parse_arguments([])
     assert (args.model, args.host, args.port) == (vllm_server.DEFAULT_MODEL, "127.0.0.1", 8000)
     assert (args.logprobs_mode, args.generation_config) == ("processed_logprobs", "vllm")
-    assert args.served_model_name == [vllm_server.DEFAULT_MODEL]
     assert args.weight_transfer_config.backend == "ludic_shm"
-    assert args.middleware == [vllm_server.GENERATE_ROUTE, vllm_server.SERVER_GUARD, vllm_server.REQUIRE_API_KEY]
+    assert args.middleware == [GENERATE_ROUTE, SERVER_GUARD, REQUIRE_API_KEY]
     assert args.trust_remote_code is False and args.allowed_origins == [] and args.api_key is None
     assert (args.disable_log_stats, args.disable_uvicorn_access_log) == (True, True)
 
@@ -555,7 +573,7 @@ def test_the_defaults_of_ludic_hold_until_the_user_says_otherwise(tmp_path: Path
     for flags in (["--config", str(config)], [f"--config={config}"]):
         args = vllm_server.parse_arguments([*flags, "--port", "8102"])
         assert (args.model, args.port, args.logprobs_mode) == ("from-config", 8102, "raw_logprobs")
-        assert args.served_model_name == ["from-config"] and args.disable_log_stats is False
+        assert args.disable_log_stats is False
 
 
 @pytest.mark.vllm
@@ -572,8 +590,7 @@ def test_every_form_of_a_vllm_flag_arrives() -> None:
     assert (args.gpu_memory_utilization, args.max_num_seqs, args.enable_prefix_caching) == (0.5, 7, False)
     assert (args.tensor_parallel_size, args.weight_transfer_config.backend) == (2, "ipc")
     assert args.served_model_name == ["a", "b", "org/model"] or args.model == "org/model"
-    ours = (vllm_server.GENERATE_ROUTE, vllm_server.SERVER_GUARD, vllm_server.REQUIRE_API_KEY)
-    assert args.middleware == [ours[0], "mine.Middleware", *ours[1:]]
+    assert args.middleware == [GENERATE_ROUTE, "mine.Middleware", SERVER_GUARD, REQUIRE_API_KEY]
     assert (args.disable_log_stats, args.disable_uvicorn_access_log) == (False, False)
 
 
@@ -606,21 +623,24 @@ class AnswersEverything:
             await send({"type": "http.response.body", "body": b""})
 
 
-@pytest.mark.vllm
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
         (["--host", "0.0.0.0"], "not loopback"),
         (["--port", "{taken}"], "cannot listen on"),
-        (["--api-server-count", "2"], "--api-server-count 2"),
+        (["--port", "many"], "--port"),
+        (["--api_server_count=2"], "--api-server-count 2"),
+        (["model", "-dp", "2"], "--data-parallel-size 2"),
+        (["--grpc"], "--grpc"),
+        (["--no-training", "--weight-transfer-config", "{{}}"], "--no-training"),
         (["--api-key-file", "/no/such/file"], "/no/such/file"),
+        (["--api_key_file"], "--api-key-file"),
     ],
 )
-def test_a_bad_setting_ends_with_one_line_and_code_2_before_anything_loads(
+def test_a_bad_setting_ends_with_one_line_and_code_2_before_vllm_is_imported(
     flags: list[str], reason: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "1")  # so that what main() sets does not outlive the test
+    monkeypatch.setattr(vllm_server, "check_vllm_version", lambda: pytest.fail("vLLM was imported"))
     for name in KEY_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     with socket.socket() as sock:
