@@ -70,7 +70,8 @@ def changed(argv: list[str]) -> set[str]:
 
 
 def rows(*whens: str) -> set[str]:
-    return {row.dest for row in DEFAULTS if row.when in whens and row.dest}
+    """The names of the table's rows; without `allowed_origins`, where 0.32, which is held against it, has ludic's value."""
+    return {row.dest for row in DEFAULTS if row.when in whens and row.dest} - {"allowed_origins"}
 
 
 @pytest.mark.vllm
@@ -87,14 +88,14 @@ def test_the_settings_differ_from_vllms_by_the_rows_of_the_table_and_no_others(t
 @pytest.mark.filterwarnings("ignore")
 def test_the_words_of_the_table_for_vllms_defaults_are_vllms_defaults() -> None:
     theirs = vllm_defaults()
-    words = {None: "none", False: "off", True: "on"}
+    words = {None: "none", "": "none", False: "off", True: "on"}
     in_other_words = {"host", "allowed_origins", "middleware", "kv_cache_memory_bytes", "max_model_len"}
     for row in DEFAULTS:
         if row.dest and row.dest not in in_other_words:
             value = theirs[row.dest]
-            assert row.vllm == (words[value] if value is None or isinstance(value, bool) else value), row.setting
+            assert row.vllm == words.get(value, value), row.setting
     assert {name: theirs[name] for name in in_other_words} == {
-        "host": None, "allowed_origins": ["*"], "middleware": [], "kv_cache_memory_bytes": None, "max_model_len": None
+        "host": None, "allowed_origins": [], "middleware": [], "kv_cache_memory_bytes": None, "max_model_len": None
     }  # fmt: skip
     assert theirs["gpu_memory_utilization"] == 0.92
 

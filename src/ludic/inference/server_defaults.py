@@ -78,7 +78,7 @@ DEFAULTS: tuple[Default, ...] = (
         why="who reaches the server can use it, and replace its weights", value=lambda *_: "127.0.0.1",
     ),
     Default(
-        setting="--allowed-origins", dest="allowed_origins", vllm='["*"]', ludic="[]",
+        setting="--allowed-origins", dest="allowed_origins", vllm='["*"] in 0.26, [] in 0.32', ludic="[]",
         why="a web page that is open in a browser of this machine must not ask the model", value=lambda *_: [],
     ),
     Default(
