@@ -57,7 +57,8 @@ def test_each_row_is_in_the_table_of_the_documentation_once() -> None:
 def vllm_defaults(*argv: str) -> dict[str, object]:
     from vllm.entrypoints.cli.serve import FlexibleArgumentParser, make_arg_parser
 
-    return vars(make_arg_parser(FlexibleArgumentParser()).parse_args(list(argv)))
+    defaults: argparse.Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args(list(argv))
+    return vars(defaults)
 
 
 def changed(argv: list[str]) -> set[str]:
@@ -88,7 +89,7 @@ def test_the_settings_differ_from_vllms_by_the_rows_of_the_table_and_no_others(t
 @pytest.mark.filterwarnings("ignore")
 def test_the_words_of_the_table_for_vllms_defaults_are_vllms_defaults() -> None:
     theirs = vllm_defaults()
-    words = {None: "none", "": "none", False: "off", True: "on"}
+    words: dict[object, object] = {None: "none", "": "none", False: "off", True: "on"}
     in_other_words = {"host", "allowed_origins", "middleware", "kv_cache_memory_bytes", "max_model_len"}
     for row in DEFAULTS:
         if row.dest and row.dest not in in_other_words:

@@ -27,14 +27,18 @@ from safetensors.torch import save_file
 
 from ludic.inference import server_process, vllm_server
 from ludic.inference.digest import digest_hex, tensor_digest
-from ludic.inference.generate_wire import PATH
+from ludic.inference.errors import ServerMismatchError
+from ludic.inference.generate_wire import PATH, PROTOCOL
 from ludic.inference.server_defaults import GENERATE_ROUTE, REQUIRE_API_KEY, SERVER_GUARD
+from ludic.inference.vllm_client import VLLMEngine
 from ludic.inference.vllm_server import RequireApiKey, RunningServer, ServerStartError, start_server
 from ludic.keys import KEY_VARIABLES
+from ludic.types import SamplingParams
 from tests.vllm_helpers import (
     CPU_SERVER_ENV,
     cpu_server,
     make_tiny_model,
+    make_tiny_tokenizer,
     prompt_logprobs,
     randomize_weights,
     tiny_server,
@@ -879,6 +883,60 @@ def test_an_update_reaches_an_untied_model_and_flags_may_have_underscores(tmp_pa
         assert models["data"][0]["max_model_len"] == 256
         check_update(client, tmp_path / "model", False, tmp_path)
     wait_for(lambda: group_members(server.pid) == [], timeout_s=5, what="the group is gone")
+
+
+@pytest.fixture(scope="module")
+def serving_only(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RunningServer, Path]]:
+    """A server that no trainer can use, with two processes that answer requests."""
+    folder = tmp_path_factory.mktemp("serving")
+    make_tiny_model(folder / "model", tie_word_embeddings=True)
+    flags = ["--no-training", "--api-server-count", "2"]
+    with cpu_server(folder / "model", folder / "server.log", extra_args=flags) as server:
+        yield server, folder / "model"
+
+
+@pytest.mark.vllm
+@pytest.mark.timeout(420)
+def test_without_training_no_route_takes_weights_or_a_trainer_and_statistics_are_kept(
+    serving_only: tuple[RunningServer, Path],
+) -> None:
+    client = Client(*serving_only, None)
+    for path in (
+        "/pause",
+        "/start_weight_update",
+        "/update_weights",
+        "/collective_rpc",
+        "/reset_prefix_cache",
+        "/sleep",
+    ):
+        assert client.post(path, {}).status_code == 404, path
+    for method in ("GET", "POST", "DELETE"):
+        assert client.request(method, "/ludic/v1/trainer").status_code == 404
+    assert client.request("GET", PATH).json() == {"protocol": PROTOCOL}
+    assert "vllm:generation_tokens_total" in client.request("GET", "/metrics").text
+
+
+@pytest.mark.vllm
+@pytest.mark.timeout(420)
+async def test_an_evaluation_uses_a_server_without_training_and_a_trainer_is_refused_in_one_line(
+    serving_only: tuple[RunningServer, Path],
+) -> None:
+    server, folder = serving_only
+    engine = VLLMEngine(server.base_url, model=str(folder))
+    try:
+        await engine.connect(make_tiny_tokenizer(), max_seq_len=512)
+        sampling = SamplingParams(max_tokens=16, temperature=0.0, logprobs=True)
+        # Several requests, each on a connection of its own, so that both processes answer some.
+        drawn = [await engine.generate(PROMPT, num_completions=2, sampling=sampling) for _ in range(6)]
+        tokens = {tuple(one.token_ids) for group in drawn for one in group}
+        assert len(tokens) == 1 and all(one.logprobs for group in drawn for one in group)
+        with pytest.raises(ServerMismatchError) as refusal:
+            await engine.enable_weight_sync(PROMPT)
+    finally:
+        await engine.aclose()
+    message = str(refusal.value)
+    assert "--no-training" in message and f"`python -m ludic.inference.vllm_server --model {folder}" in message
+    assert "\n" not in message
 
 
 @pytest.mark.vllm
