@@ -891,8 +891,10 @@ def serving_only(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Run
     folder = tmp_path_factory.mktemp("serving")
     make_tiny_model(folder / "model", tie_word_embeddings=True)
     flags = ["--no-training", "--api-server-count", "2"]
-    with cpu_server(folder / "model", folder / "server.log", extra_args=flags) as server:
-        yield server, folder / "model"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_SERVER_DEV_MODE", "1")  # the flag overrides it
+        with cpu_server(folder / "model", folder / "server.log", extra_args=flags) as server:
+            yield server, folder / "model"
 
 
 @pytest.mark.vllm

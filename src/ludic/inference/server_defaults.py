@@ -135,7 +135,7 @@ DEFAULTS: tuple[Default, ...] = (
         why="the model's context, or as much of it as the KV cache holds", value=lambda *_: -1,
     ),
     Default(
-        setting="--dtype", dest="dtype", vllm="auto", ludic="float32 for a float32 folder", when="cpu",
+        setting="--dtype", dest="dtype", vllm="auto", ludic="float32 if config.json says so", when="cpu",
         why="vLLM serves it in bfloat16, while the trainer computes in float32 on a CPU",
         value=lambda asked, _: "float32" if is_float32(asked.model_tag or asked.model) else "auto",
     ),
