@@ -6,8 +6,10 @@ task of your own, write a module like this one: samples, and a class with `messa
 Three rules are reported for each completion, and only the first is the reward:
 - strict: the last `\boxed{...}` equals the target;
 - flexible: the last box, or without one the last number of the text, equals the target;
-- qwen: the last run of digits in the text is the target, character for character (a target's commas aside). It misses
-  what it misses: `1,000` in the text ends in `000`, and no target below zero is ever matched.
+- qwen: the rule of Qwen's published figures (`extract_answer` of `eval/evaluate_chat_gsm8k.py` in QwenLM/Qwen). The last run
+  of digits (`\d+`) in the text and the last one in the reference solution are the same number. It knows no sign, comma or
+  point, so it errs both ways: `10` passes for -10, `7,125` for 2,125 and `3.50` for 50, while `18.00` fails for 18, and 1080
+  for 1,080, since Python reads no number in `080`.
 """
 
 import json
@@ -24,6 +26,9 @@ from ludic.types import ChatMessage, Score
 
 HUB_ID = "openai/gsm8k"
 DEFAULT_SYSTEM_PROMPT = r"First, think step by step. Then put your final answer inside \boxed{...}."
+
+MAX_INT_DIGITS = 4300
+"""Python's default limit for a whole number that is read from text."""
 
 Split = Literal["train", "test"]
 
@@ -94,7 +99,7 @@ class GSM8K:
             parts={
                 "strict": float(strict),
                 "flexible": float(verdict.matched),
-                "qwen": float(_last_digits(text) == sample.target.replace(",", "")),
+                "qwen": float(_last_digits(text) == _last_digits(sample.answer) != ""),
                 "grader_failed": float(verdict.failure is not None),
                 "grader_timeout": float(verdict.failure == "timeout"),
             },
@@ -107,8 +112,14 @@ class GSM8K:
 
 
 def _last_digits(text: str) -> str:
-    match = re.search("[0-9]+", text[::-1])  # From behind: the time does not grow with the digits in front.
-    return "" if match is None else match.group()[::-1]
+    """The last run of digits if Python reads a number in it, else "": the published script calls `eval` on it."""
+    match = re.search(r"\d+", text[::-1])  # From behind: the time does not grow with the digits in front.
+    digits = "" if match is None else match.group()[::-1]
+    if not digits.isascii() or len(digits) > MAX_INT_DIGITS:
+        return ""
+    if digits.startswith("0"):
+        return "0" if set(digits) == {"0"} else ""  # 000 is a number in Python, 080 is a syntax error
+    return digits
 
 
 def _read_hub(split: Split) -> Iterator[GSM8KSample]:

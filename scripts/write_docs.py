@@ -15,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+from ludic.inference.server_defaults import markdown_table
+
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = (ROOT / "README.md", ROOT / "examples" / "gsm8k" / "README.md")
 
@@ -81,6 +83,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "flags": lambda: flag_table(train_parser()),
     "eval-flags": lambda: flag_table(eval_parser()),
     "names": names_table,
+    "server-defaults": markdown_table,
 }
 
 

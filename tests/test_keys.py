@@ -18,7 +18,8 @@ from ludic.inference.errors import EngineError, ServerUnauthorizedError
 from ludic.inference.server_control import ServerControl
 from ludic.inference.server_process import ServerStartError, start_server
 from ludic.inference.vllm_client import VLLMEngine
-from ludic.keys import MAX_KEY_CHARS, read_api_key, without_secrets
+from ludic.inference.vllm_server import take_api_keys
+from ludic.keys import MAX_KEY_CHARS, read_api_key, read_key_file, without_secrets
 from ludic.prompts import load_tokenizer
 from ludic.types import SamplingParams
 from tests.conftest import write_digit_problems
@@ -55,22 +56,39 @@ def test_the_file_comes_before_ludics_variable_and_that_before_vllms(
     assert read_api_key(key_file(tmp_path)) == KEY
 
 
-@pytest.mark.parametrize("content", [KEY, KEY + "\n", KEY + "\r\n"])
-def test_one_line_break_at_the_end_of_the_file_does_not_count(tmp_path: Path, content: str) -> None:
-    assert read_api_key(key_file(tmp_path, content)) == KEY
+@pytest.mark.parametrize(
+    "content", [KEY, KEY + "\n", KEY + "\r\n", f"\n {KEY} \r\n\n", f"{KEY}\nsecond-key", f"{KEY}\n{KEY}\n"]
+)
+def test_a_client_sends_the_first_key_of_any_file_that_the_server_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str
+) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "of-the-environment")
+    path = key_file(tmp_path, content)
+    assert read_api_key(path) == KEY
+    assert take_api_keys(path) == read_key_file(path) == [KEY] + ["second-key"] * ("second" in content)
 
 
-@pytest.mark.parametrize("mode", [0o400, 0o600, 0o700])
-def test_a_file_of_its_owner_alone_is_read(tmp_path: Path, mode: int) -> None:
+@pytest.mark.parametrize("mode", [0o400, 0o600, 0o700, 0o640])
+def test_a_file_of_its_owner_and_group_is_read(tmp_path: Path, mode: int) -> None:
     assert read_api_key(key_file(tmp_path, mode=mode)) == KEY
 
 
-@pytest.mark.parametrize("mode", [0o640, 0o604, 0o620, 0o602, 0o610, 0o644])
-def test_a_file_that_others_may_touch_is_refused_with_the_command_that_mends_it(tmp_path: Path, mode: int) -> None:
+@pytest.mark.parametrize("mode", [0o604, 0o644, 0o444])
+def test_a_file_that_every_user_can_read_is_warned_of_and_taken(
+    tmp_path: Path, mode: int, caplog: pytest.LogCaptureFixture
+) -> None:
     path = key_file(tmp_path, mode=mode)
-    with pytest.raises(ValueError, match=rf"may be read by others \(mode {mode:04o}\): chmod 600 ") as caught:
-        read_api_key(path)
-    assert str(caught.value).endswith(f"chmod 600 {path}") and KEY not in str(caught.value)
+    assert read_api_key(path) == KEY
+    assert f"can read {path}: chmod 600 it" in caplog.text and KEY not in caplog.text
+
+
+@pytest.mark.parametrize("mode", [0o620, 0o602, 0o666])
+def test_a_file_that_others_may_write_is_refused_with_the_command_that_mends_it(tmp_path: Path, mode: int) -> None:
+    path = key_file(tmp_path, mode=mode)
+    for read in (read_api_key, take_api_keys):
+        with pytest.raises(ValueError, match=rf"may be written by others \(mode {mode:04o}\): chmod 600 ") as caught:
+            read(path)
+        assert str(caught.value).endswith(f"chmod 600 {path}") and KEY not in str(caught.value)
 
 
 def test_a_key_that_comes_through_a_pipe_is_read(tmp_path: Path) -> None:
@@ -82,35 +100,40 @@ def test_a_key_that_comes_through_a_pipe_is_read(tmp_path: Path) -> None:
 
 
 BAD_KEYS = [
-    ("", "is empty"),
-    ("\n", "is empty"),
-    (KEY + "\n" + KEY, "holds several lines"),
-    (KEY + "\n\n", "holds several lines"),
-    ("\n" + KEY, "holds several lines"),
-    (KEY + "\rx", "holds several lines"),
+    (KEY + "\rx", "holds spaces or characters outside ASCII"),
     ("schlüssel-" + KEY, "holds spaces or characters outside ASCII"),
     ("Bearer " + KEY, "holds spaces or characters outside ASCII"),
     (KEY + "\t", "holds spaces or characters outside ASCII"),
     (KEY + "\x1b[2J", "holds spaces or characters outside ASCII"),
     ("k" * (MAX_KEY_CHARS + 1), f"holds more than {MAX_KEY_CHARS} characters"),
 ]
+IN_A_FILE = [
+    ("", "holds no key"),
+    ("\n", "holds no key"),
+    (" \r\n\n", "holds no key"),
+    (KEY + "\n# a comment", "holds spaces"),
+    (KEY.encode() + b"\xff\0", "outside ASCII"),
+]
 
 
-@pytest.mark.parametrize(("content", "reason"), [*BAD_KEYS, (KEY.encode() + b"\xff\0", "outside ASCII")])
+@pytest.mark.parametrize(("content", "reason"), [*BAD_KEYS, *IN_A_FILE])
 def test_a_bad_key_in_a_file_is_refused_in_one_line_that_does_not_show_it(
     tmp_path: Path, content: bytes | str, reason: str
 ) -> None:
-    with pytest.raises(ValueError, match=reason) as caught:
-        read_api_key(key_file(tmp_path, content))
-    _says_nothing(caught.value)
+    for read in (read_api_key, take_api_keys):
+        with pytest.raises(ValueError, match=reason) as caught:
+            read(key_file(tmp_path, content))
+        _says_nothing(caught.value)
 
 
-@pytest.mark.parametrize(("content", "reason"), BAD_KEYS[1:])
+@pytest.mark.parametrize(
+    ("content", "reason"), [*BAD_KEYS, ("", "is empty"), ("\n", "holds several"), (KEY + "\n" + KEY, "holds several")]
+)
 def test_a_bad_key_in_the_environment_is_refused_in_one_line_that_does_not_show_it(
     monkeypatch: pytest.MonkeyPatch, content: str, reason: str
 ) -> None:
     monkeypatch.setenv("LUDIC_API_KEY", content)
-    with pytest.raises(ValueError, match="LUDIC_API_KEY " + ("holds" if content == "\n" else reason)) as caught:
+    with pytest.raises(ValueError, match="LUDIC_API_KEY " + reason) as caught:
         read_api_key(None)
     _says_nothing(caught.value)
 

@@ -32,7 +32,7 @@ from ludic.prompts import decode_completion, encode_prompt, load_tokenizer
 from ludic.training.attention import prepare_packed_attention
 from ludic.types import Completion, SamplingParams
 from tests.conftest import digit_chat, make_digit_policy
-from tests.vllm_helpers import CPU_SERVER_ARGS, CPU_SERVER_ENV, make_tiny_model, randomize_weights
+from tests.vllm_helpers import CPU_SERVER_ENV, make_tiny_model, randomize_weights
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -455,17 +455,14 @@ def test_the_training_script_trains_against_the_server_and_the_evaluation_script
     assert summary["total_completion_tokens"] > 32 and summary["truncation_rate"] == 0.0
 
 
-def test_the_training_script_starts_its_own_server_for_an_untied_policy_and_ends_it(
+def test_the_training_script_starts_its_own_server_without_a_flag_for_it_and_ends_it(
     digit_problems: Path, tmp_path: Path
 ) -> None:
     model = make_digit_policy(tmp_path / "model", tie_word_embeddings=False)
     assert "lm_head.weight" in load_file(model / "model.safetensors")
     port = free_port("127.0.0.1")
     flags = ["--model", str(model), "--dataset", str(digit_problems), "--out-dir", str(tmp_path), "--start-server"]
-    server_args = [arg for arg in CPU_SERVER_ARGS if arg not in ("--max-model-len", "512")]
-    trained = run_script(
-        "train_gsm8k.py", *SETTINGS, *flags, "--port", str(port), "--server-args", " ".join(server_args)
-    )
+    trained = run_script("train_gsm8k.py", *SETTINGS, *flags, "--port", str(port))
     assert trained.returncode == 0, trained.stderr
     check_training(tmp_path, trained.stdout + trained.stderr)
     assert f"the server is up at http://127.0.0.1:{port}" in trained.stdout

@@ -28,13 +28,18 @@ from safetensors.torch import save_file
 
 from ludic.inference import server_process, vllm_server
 from ludic.inference.digest import digest_hex, tensor_digest
-from ludic.inference.errors import ServerLostError, ServerUnreachableError
-from ludic.inference.generate_wire import PATH
+from ludic.inference.errors import ServerLostError, ServerMismatchError, ServerUnreachableError
+from ludic.inference.generate_wire import PATH, PROTOCOL
+from ludic.inference.server_defaults import GENERATE_ROUTE, REQUIRE_API_KEY, SERVER_GUARD
+from ludic.inference.vllm_client import VLLMEngine
 from ludic.inference.vllm_server import RequireApiKey, RunningServer, ServerStartError, start_server
+from ludic.keys import KEY_VARIABLES
+from ludic.types import SamplingParams
 from tests.vllm_helpers import (
     CPU_SERVER_ENV,
     cpu_server,
     make_tiny_model,
+    make_tiny_tokenizer,
     prompt_logprobs,
     randomize_weights,
     tiny_server,
@@ -60,6 +65,8 @@ def arguments(**given: object) -> argparse.Namespace:
         "override_generation_config": {},
         "data_parallel_size": 1,
         "api_server_count": None,
+        "no_training": False,
+        "weight_transfer_config": None,
     }
     return argparse.Namespace(**(defaults | given))
 
@@ -86,6 +93,22 @@ def test_any_other_host_is_refused_without_a_key_and_served_with_one(host: str |
     assert vllm_server.unsafe_setting(arguments(host=host), ["secret"]) == ""
 
 
+def test_without_training_several_engines_and_front_ends_are_served_and_another_host_is_only_warned_of() -> None:
+    several = arguments(no_training=True, data_parallel_size=4, api_server_count=4)
+    assert vllm_server.unsafe_setting(several, []) == "" and vllm_server.warnings_for(several, []) == []
+    open_to_all = arguments(no_training=True, host="0.0.0.0")
+    assert vllm_server.unsafe_setting(open_to_all, []) == ""
+    (warning,) = vllm_server.warnings_for(open_to_all, [])
+    assert "no API key" in warning and "0.0.0.0" in warning and "--api-key-file" in warning
+    assert vllm_server.warnings_for(open_to_all, ["secret"]) == []
+
+
+def test_without_training_a_way_for_weights_or_a_front_end_that_checks_no_key_is_refused() -> None:
+    transfer = arguments(no_training=True, weight_transfer_config='{"backend": "ludic_shm"}')
+    assert "--weight-transfer-config" in vllm_server.unsafe_setting(transfer, [])
+    assert "--grpc" in vllm_server.unsafe_setting(arguments(no_training=True, grpc=True), ["secret"])
+
+
 def test_a_unix_socket_needs_no_key() -> None:
     assert vllm_server.unsafe_setting(arguments(host=None, uds="/tmp/socket"), []) == ""
 
@@ -96,7 +119,7 @@ def test_a_front_end_without_rl_routes_is_refused() -> None:
 
 @pytest.fixture
 def no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in vllm_server.KEY_VARIABLES:
+    for name in KEY_VARIABLES:
         monkeypatch.delenv(name, raising=False)
 
 
@@ -124,24 +147,10 @@ def test_the_keys_variables_are_gone_once_they_were_read_so_that_no_other_proces
 ) -> None:
     (tmp_path / "key").write_text("of-the-file")
     for key_file in (None, str(tmp_path / "key")):
-        for name in vllm_server.KEY_VARIABLES:
+        for name in KEY_VARIABLES:
             monkeypatch.setenv(name, "secret")
         vllm_server.take_api_keys(key_file)
-        assert not any(name in os.environ for name in vllm_server.KEY_VARIABLES)
-
-
-@pytest.mark.usefixtures("no_keys")
-def test_a_key_file_that_everybody_can_read_is_warned_of_and_taken(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    key = tmp_path / "key"
-    key.write_text("the-key")
-    for mode, is_warned in ((0o600, False), (0o640, False), (0o444, True), (0o604, True)):
-        caplog.clear()
-        key.chmod(mode)
-        assert vllm_server.take_api_keys(str(key)) == ["the-key"]
-        assert (f"can read {key}: chmod 600 it" in caplog.text) is is_warned
-        assert "the-key" not in caplog.text.replace(str(key), "")
+        assert not any(name in os.environ for name in KEY_VARIABLES)
 
 
 @pytest.mark.usefixtures("no_keys")
@@ -155,7 +164,7 @@ def test_a_key_that_no_header_can_hold_is_refused_and_not_repeated(tmp_path: Pat
     message = str(refusal.value)
     assert "--api-key-file" in message and "\n" not in message
     assert "two words" not in message and "schl" not in message
-    with pytest.raises(FileNotFoundError, match="no-such-file"):
+    with pytest.raises(ValueError, match="no-such-file cannot be read"):
         vllm_server.take_api_keys(str(tmp_path / "no-such-file"))
 
 
@@ -165,7 +174,6 @@ def test_a_key_that_no_header_can_hold_is_refused_and_not_repeated(tmp_path: Pat
 def test_a_key_on_the_command_line_is_refused_before_anything_is_imported_and_is_not_repeated(
     flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "1")  # so that what main() sets does not outlive the test
     monkeypatch.setattr(vllm_server, "check_vllm_version", lambda: pytest.fail("vLLM was imported"))
     with pytest.raises(SystemExit) as stop:
         vllm_server.main(flags)
@@ -188,9 +196,10 @@ def test_a_key_in_a_file_of_settings_is_refused_too() -> None:
     ],
 )
 def test_a_setting_that_would_make_training_wrong_is_warned_of(flag: str, value: object) -> None:
-    assert vllm_server.training_warnings(arguments()) == []
-    (warning,) = vllm_server.training_warnings(arguments(**{flag: value}))
+    assert vllm_server.warnings_for(arguments(), []) == []
+    (warning,) = vllm_server.warnings_for(arguments(**{flag: value}), [])
     assert flag.replace("_", "-") in warning
+    assert vllm_server.warnings_for(arguments(**{flag: value}, no_training=True), []) == []
 
 
 def test_without_vllm_the_error_is_one_line_that_names_the_install_command(
@@ -588,9 +597,8 @@ def test_the_defaults_of_ludic_hold_until_the_user_says_otherwise(tmp_path: Path
     args = vllm_server.parse_arguments([])
     assert (args.model, args.host, args.port) == (vllm_server.DEFAULT_MODEL, "127.0.0.1", 8000)
     assert (args.logprobs_mode, args.generation_config) == ("processed_logprobs", "vllm")
-    assert args.served_model_name == [vllm_server.DEFAULT_MODEL]
     assert args.weight_transfer_config.backend == "ludic_shm"
-    assert args.middleware == [vllm_server.GENERATE_ROUTE, vllm_server.SERVER_GUARD, vllm_server.REQUIRE_API_KEY]
+    assert args.middleware == [GENERATE_ROUTE, SERVER_GUARD, REQUIRE_API_KEY]
     assert args.trust_remote_code is False and args.allowed_origins == [] and args.api_key is None
     assert (args.disable_log_stats, args.disable_uvicorn_access_log) == (True, True)
 
@@ -599,7 +607,7 @@ def test_the_defaults_of_ludic_hold_until_the_user_says_otherwise(tmp_path: Path
     for flags in (["--config", str(config)], [f"--config={config}"]):
         args = vllm_server.parse_arguments([*flags, "--port", "8102"])
         assert (args.model, args.port, args.logprobs_mode) == ("from-config", 8102, "raw_logprobs")
-        assert args.served_model_name == ["from-config"] and args.disable_log_stats is False
+        assert args.disable_log_stats is False
 
 
 @pytest.mark.vllm
@@ -616,8 +624,7 @@ def test_every_form_of_a_vllm_flag_arrives() -> None:
     assert (args.gpu_memory_utilization, args.max_num_seqs, args.enable_prefix_caching) == (0.5, 7, False)
     assert (args.tensor_parallel_size, args.weight_transfer_config.backend) == (2, "ipc")
     assert args.served_model_name == ["a", "b", "org/model"] or args.model == "org/model"
-    ours = (vllm_server.GENERATE_ROUTE, vllm_server.SERVER_GUARD, vllm_server.REQUIRE_API_KEY)
-    assert args.middleware == [ours[0], "mine.Middleware", *ours[1:]]
+    assert args.middleware == [GENERATE_ROUTE, "mine.Middleware", SERVER_GUARD, REQUIRE_API_KEY]
     assert (args.disable_log_stats, args.disable_uvicorn_access_log) == (False, False)
 
 
@@ -650,22 +657,25 @@ class AnswersEverything:
             await send({"type": "http.response.body", "body": b""})
 
 
-@pytest.mark.vllm
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
         (["--host", "0.0.0.0"], "not loopback"),
         (["--port", "{taken}"], "cannot listen on"),
-        (["--api-server-count", "2"], "--api-server-count 2"),
+        (["--port", "many"], "--port"),
+        (["--api_server_count=2"], "--api-server-count 2"),
+        (["model", "-dp", "2"], "--data-parallel-size 2"),
+        (["--grpc"], "--grpc"),
+        (["--no-training", "--weight-transfer-config", "{{}}"], "--no-training"),
         (["--api-key-file", "/no/such/file"], "/no/such/file"),
+        (["--api_key_file"], "--api-key-file"),
     ],
 )
-def test_a_bad_setting_ends_with_one_line_and_code_2_before_anything_loads(
+def test_a_bad_setting_ends_with_one_line_and_code_2_before_vllm_is_imported(
     flags: list[str], reason: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "1")  # so that what main() sets does not outlive the test
-    for name in vllm_server.KEY_VARIABLES:
+    monkeypatch.setattr(vllm_server, "check_vllm_version", lambda: pytest.fail("vLLM was imported"))
+    for name in KEY_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
@@ -903,6 +913,62 @@ def test_an_update_reaches_an_untied_model_and_flags_may_have_underscores(tmp_pa
         assert models["data"][0]["max_model_len"] == 256
         check_update(client, tmp_path / "model", False, tmp_path)
     wait_for(lambda: group_members(server.pid) == [], timeout_s=5, what="the group is gone")
+
+
+@pytest.fixture(scope="module")
+def serving_only(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RunningServer, Path]]:
+    """A server that no trainer can use, with two processes that answer requests."""
+    folder = tmp_path_factory.mktemp("serving")
+    make_tiny_model(folder / "model", tie_word_embeddings=True)
+    flags = ["--no-training", "--api-server-count", "2"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_SERVER_DEV_MODE", "1")  # the flag overrides it
+        with cpu_server(folder / "model", folder / "server.log", extra_args=flags) as server:
+            yield server, folder / "model"
+
+
+@pytest.mark.vllm
+@pytest.mark.timeout(420)
+def test_without_training_no_route_takes_weights_or_a_trainer_and_statistics_are_kept(
+    serving_only: tuple[RunningServer, Path],
+) -> None:
+    client = Client(*serving_only, None)
+    for path in (
+        "/pause",
+        "/start_weight_update",
+        "/update_weights",
+        "/collective_rpc",
+        "/reset_prefix_cache",
+        "/sleep",
+    ):
+        assert client.post(path, {}).status_code == 404, path
+    for method in ("GET", "POST", "DELETE"):
+        assert client.request(method, "/ludic/v1/trainer").status_code == 404
+    assert client.request("GET", PATH).json() == {"protocol": PROTOCOL}
+    assert "vllm:generation_tokens_total" in client.request("GET", "/metrics").text
+
+
+@pytest.mark.vllm
+@pytest.mark.timeout(420)
+async def test_an_evaluation_uses_a_server_without_training_and_a_trainer_is_refused_in_one_line(
+    serving_only: tuple[RunningServer, Path],
+) -> None:
+    server, folder = serving_only
+    engine = VLLMEngine(server.base_url, model=str(folder))
+    try:
+        await engine.connect(make_tiny_tokenizer(), max_seq_len=512)
+        sampling = SamplingParams(max_tokens=16, temperature=0.0, logprobs=True)
+        # Several requests, each on a connection of its own, so that both processes answer some.
+        drawn = [await engine.generate(PROMPT, num_completions=2, sampling=sampling) for _ in range(6)]
+        tokens = {tuple(one.token_ids) for group in drawn for one in group}
+        assert len(tokens) == 1 and all(one.logprobs for group in drawn for one in group)
+        with pytest.raises(ServerMismatchError) as refusal:
+            await engine.enable_weight_sync(PROMPT)
+    finally:
+        await engine.aclose()
+    message = str(refusal.value)
+    assert "--no-training" in message and f"`python -m ludic.inference.vllm_server --model {folder}" in message
+    assert "\n" not in message
 
 
 @pytest.mark.vllm

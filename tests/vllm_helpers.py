@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 CPU_SERVER_ARGS = (
-    *("--max-model-len", "512", "--enforce-eager", "--dtype", "float32", "--max-num-seqs", "32"),
+    *("--max-model-len", "512", "--max-num-seqs", "32"),  # limits that tests reach
     "--enable-log-stats",  # so that a test can see what runs in the engine
 )
-CPU_SERVER_ENV = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+CPU_SERVER_ENV = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
@@ -115,7 +115,7 @@ def prompt_logprobs(model: "PreTrainedModel", token_ids: Sequence[int]) -> list[
 def cpu_server(
     model: Path, log_path: Path, *, extra_args: Sequence[str] = (), api_key: str | None = None
 ) -> Iterator[RunningServer]:
-    """A real vLLM server on the CPU with settings that come up quickly (45 to 60 s); needs the environment that
+    """A real vLLM server on the CPU, up in 45 to 60 s; needs the environment that
     scripts/make_vllm_cpu_env.sh makes."""
     with start_server(
         str(model),

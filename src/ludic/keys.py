@@ -4,34 +4,55 @@ And the other half of keeping it: `without_secrets`, for child processes that lo
 Left out: keyrings, and keys that change during a run.
 """
 
+import logging
 import os
 import re
 import stat
 from collections.abc import Mapping
 
+logger = logging.getLogger(__name__)
+
 KEY_VARIABLES = ("LUDIC_API_KEY", "VLLM_API_KEY")
 """Where a key is looked for, the first that is set, when no file is given."""
 MAX_KEY_CHARS = 4_096
+MAX_FILE_BYTES = 65_536
 _KEY = re.compile(r"[!-~]+")
 """What can stand behind `Bearer `: visible ASCII without spaces."""
 _SECRET = re.compile(r"(^|_)(KEYS?|TOKENS?|SECRETS?)($|_)|PASSW(OR)?D|PASSPHRASE|CREDENTIAL", re.IGNORECASE)
 
 
 def read_api_key(key_file: str | None) -> str | None:
-    """The key in `key_file`, else in LUDIC_API_KEY, else in VLLM_API_KEY; None where none of them is given.
+    """The key to send: the first in `key_file`, else LUDIC_API_KEY, else VLLM_API_KEY; None where none of them is given.
 
-    One line break at the end of a file does not count. The messages never contain what was read.
+    The messages never contain what was read.
 
     Raises:
-        ValueError: the key is empty, of several lines, too long or not of visible ASCII; the file cannot be read, or others
-            than its owner may read or write it. One line with the fix.
+        ValueError: as `read_key_file`, or the variable is empty, too long, of several lines or not of visible ASCII.
     """
     if key_file is not None:
-        return _checked(_read(key_file), f"--api-key-file {key_file}")
+        return read_key_file(key_file)[0]
     for name in KEY_VARIABLES:
         if name in os.environ:
-            return _checked(os.environ[name], name)
+            return check_key(os.environ[name], name)
     return None
+
+
+def read_key_file(path: str) -> list[str]:
+    """The keys in a file, one a line, each once; server and clients read the same files. Empty lines do not count.
+
+    A file that every user may read is warned of and not refused: that is how containers are given their secrets. One that
+    others may write is refused, since they would choose the key.
+
+    Raises:
+        ValueError: there is no key in it, or something that is none; it cannot be read, or others may write it. One line
+            with the fix.
+    """
+    source = f"--api-key-file {path}"
+    lines = _read(path).replace("\r\n", "\n").split("\n")
+    keys = list(dict.fromkeys(line.strip(" ") for line in lines if line.strip(" ")))
+    if not keys:
+        raise ValueError(f"{source} holds no key: write one into it, or leave the flag out for a server without one")
+    return [check_key(key, source) for key in keys]
 
 
 def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
@@ -51,22 +72,33 @@ def _read(path: str) -> str:
     try:
         with open(path, "rb") as file:
             mode = os.fstat(file.fileno()).st_mode
-            if stat.S_ISREG(mode) and mode & 0o077:
+            if stat.S_ISREG(mode) and mode & 0o022:
                 raise ValueError(
-                    f"--api-key-file {path} may be read by others (mode {stat.S_IMODE(mode):04o}): chmod 600 {path}"
+                    f"--api-key-file {path} may be written by others (mode {stat.S_IMODE(mode):04o}): chmod 600 {path}"
                 )
-            content = file.read(MAX_KEY_CHARS + 2)
+            if stat.S_ISREG(mode) and mode & stat.S_IROTH:
+                logger.warning("ATTENTION: every user of this machine can read %s: chmod 600 it", path)
+            content = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
         raise ValueError(f"--api-key-file {path} cannot be read ({error.strerror}): give a file with the key") from None
-    return content.decode("latin-1").removesuffix("\n").removesuffix("\r")
+    if len(content) > MAX_FILE_BYTES:
+        raise ValueError(
+            f"--api-key-file {path} holds more than {MAX_FILE_BYTES} bytes: one key a line, and nothing else"
+        )
+    return content.decode("latin-1")
 
 
-def _checked(key: str, source: str) -> str:
+def check_key(key: str, source: str) -> str:
+    """`key`, if it can stand in a header; `source` names where it comes from in the error.
+
+    Raises:
+        ValueError: one line that does not show it.
+    """
     if not key:
         raise ValueError(f"{source} is empty: put the server's key there, or leave it out for a server without one")
     if len(key) > MAX_KEY_CHARS:
         raise ValueError(f"{source} holds more than {MAX_KEY_CHARS} characters, which is no key: one line with the key")
-    if "\n" in key or "\r" in key:
+    if "\n" in key:
         raise ValueError(f"{source} holds several lines: it must hold the key alone, on one line")
     if not _KEY.fullmatch(key):
         raise ValueError(f"{source} holds spaces or characters outside ASCII, which no HTTP header carries: one word")

@@ -113,7 +113,7 @@ async def _serve(scope: Scope, receive: Receive, recorder: "_Recorder") -> bytes
         return None
     request = decode_request(body)
     state = scope["app"].state
-    if request.model not in state.args.served_model_name:
+    if request.model not in (state.args.served_model_name or [state.args.model]):
         raise RequestRefusedError(f"the model {request.model!r:.200} is not served here", status=404)
     context = state.engine_client.model_config.max_model_len
     if len(request.prompt_token_ids) + request.max_tokens > context:

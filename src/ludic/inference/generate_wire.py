@@ -31,6 +31,11 @@ PATH = "/ludic/v1/generate"
 PROTOCOL = 2
 """What `GET` of the path answers: a client of another protocol takes `/v1/completions`."""
 COMPLETIONS_PATH = "/v1/completions"
+NEUTRAL_SAMPLING: dict[str, float | int] = {
+    "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
+}  # fmt: skip
+"""What vLLM takes from the model's generation_config.json unless the request names it, beside temperature, top_p and
+max_tokens (`ModelConfig.get_diff_sampling_param`, 0.26 to 0.32): here at the values that change nothing."""
 RECORDED_PREFIX = "ludic-lp-"
 """Begins the engine's ids of the requests whose log-probs the worker records (`vllm_logprobs`)."""
 MAX_TOKEN_ID = 2**31 - 1
@@ -192,7 +197,7 @@ def max_reply_bytes(request: GenerateRequest) -> int:
 
 
 def encode_completions_request(request: GenerateRequest) -> bytes:
-    """The same request for `/v1/completions`, where optional fields are left out."""
+    """The same request for `/v1/completions`, with a value for everything that a file on the server could set."""
     body: dict[str, Any] = {
         "request_id": request.request_id,
         "model": request.model,
@@ -201,6 +206,7 @@ def encode_completions_request(request: GenerateRequest) -> bytes:
         "max_tokens": request.max_tokens,
         "temperature": request.temperature,
         "top_p": request.top_p,
+        **NEUTRAL_SAMPLING,
         "stop_token_ids": request.stop_token_ids,
         "return_token_ids": True,
         "add_special_tokens": False,
@@ -300,7 +306,11 @@ def _checked(
     count, most = len(token_ids), request.max_tokens
     # vLLM says length at max_tokens and nowhere else: requests that the context would cut short are refused.
     if not 1 <= count <= most or (finish_reason == "length" and count != most):
-        raise BadReplyError(f"a completion of {count} tokens ended with {finish_reason}, where max_tokens is {most}")
+        hint = " (a max_new_tokens in the server's --override-generation-config cuts all completions short)"
+        raise BadReplyError(
+            f"a completion of {count} tokens ended with {finish_reason}, where max_tokens is {most}"
+            + (hint if finish_reason == "length" and count < most else "")
+        )
     top = MAX_TOKEN_ID if vocab_size is None else vocab_size - 1
     if min(token_ids) < 0 or max(token_ids) > top:
         raise BadReplyError(

@@ -168,8 +168,8 @@ def weight_sync_info(control: ServerControl, model: str) -> dict[str, Any]:
         control.request("GET", "/is_paused", timeout_s=LOOK_S)
     except RouteMissingError as error:
         raise ServerMismatchError(
-            f"the server at {control.base_url} has no RL routes, so it cannot take new weights: start it with "
-            f"`{command}` instead of plain vLLM"
+            f"the server at {control.base_url} has no RL routes, so it cannot take new weights (it is plain vLLM, or was started "
+            f"with --no-training): start it with `{command}`"
         ) from error
     try:
         info = control.server_info()

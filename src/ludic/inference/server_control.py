@@ -22,6 +22,7 @@ from ludic.inference.errors import (
     ServerUnauthorizedError,
     ServerUnreachableError,
 )
+from ludic.inference.generate_wire import NEUTRAL_SAMPLING
 from ludic.inference.server_guard import TRAINER_HEADER
 from ludic.telemetry.formatting import inert
 
@@ -295,6 +296,8 @@ class ServerControl:
                 "prompt": token_ids,
                 "max_tokens": 1,
                 "temperature": 1.0,
+                "top_p": 1.0,
+                **NEUTRAL_SAMPLING,
                 "prompt_logprobs": 0,
                 "cache_salt": cache_salt,
                 "add_special_tokens": False,

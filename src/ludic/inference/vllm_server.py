@@ -1,18 +1,18 @@
 """`python -m ludic.inference.vllm_server`: vLLM's own server, with the settings that reinforcement learning needs.
 
 It is a wrapper and not a fork: every flag is vLLM's, parsed by vLLM's parser (with `_` or `-`, from `--config` too) and
-handed to what `vllm serve` runs. Only defaults are added, which the command line overrides: the routes that pause the
-server and take weights, log-probs of the distribution that was sampled, a generation_config that is ignored, ludic's
-worker extension, its route for rollouts (`generate_route`), and the guard that gives the server to one trainer at a time
-(`server_guard`). Two flags are ludic's own: --enable-log-stats and --api-key-file. vLLM 0.26 to 0.32, and the CPU build too,
-whose distribution has another name than `vllm`.
+handed to what `vllm serve` runs. Only defaults differ, by the table in `server_defaults`, and the command line overrides
+them. ludic's own flags are in `server_help`. vLLM 0.26 to 0.32, and the CPU build too, whose distribution has another name
+than `vllm`.
 
 The RL routes are a remote control of the server. So it listens on loopback, or wants an API key, and then for every route
-but /health; vLLM by itself guards only some prefixes. A key comes from a file or the environment and never from the command
-line, where `ps` shows it to everybody and vLLM 0.26 logs it; this process keeps no more than its hash. Left out: TLS and
-users, which belong to a proxy in front of it; and other users of the same machine, who reach loopback, and need a key there.
+but /health; vLLM by itself guards only some prefixes. With --no-training there are no such routes: on another host without a
+key the server is what vLLM is, and says so. A key comes from a file or the environment and never from the command line,
+where `ps` shows it to everybody and vLLM 0.26 logs it; this process keeps no more than its hash. Left out: TLS and users,
+which belong to a proxy in front of it; and other users of the same machine, who reach loopback, and need a key there.
 
-vLLM is imported when the server starts, so that `start_server` can be imported where vLLM is not installed.
+vLLM is imported late: what is wrong with the flags or the machine, where it can be known without, is said in a moment, and
+`start_server` can be imported where vLLM is not installed.
 """
 
 import argparse
@@ -23,15 +23,22 @@ import json
 import logging
 import os
 import socket
-import stat
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import NoReturn
 
 from ludic.inference.cpu_attention import head_size_problem
 from ludic.inference.generate_route import ASGIApp, Receive, Scope, Send, request_path, respond
+from ludic.inference.server_defaults import DEFAULT_MODEL, DEV_MODE_VARIABLE, Machine, apply_defaults, middleware
 from ludic.inference.server_guard import BOOT_VARIABLE, new_boot
+from ludic.inference.server_help import (
+    CPU_ENVIRONMENT,
+    PROG,
+    USAGE,
+    add_own_flags,
+    fail,
+    missing_gpu,
+    quick_arguments,
+)
 from ludic.inference.server_process import (
     RunningServer,
     ServerStartError,
@@ -39,61 +46,48 @@ from ludic.inference.server_process import (
     require_free_port,
     start_server,
 )
+from ludic.keys import KEY_VARIABLES, check_key, read_key_file
 
 __all__ = ["DEFAULT_MODEL", "RequireApiKey", "RunningServer", "ServerStartError", "main", "start_server"]
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
-KEY_VARIABLES = ("LUDIC_API_KEY", "VLLM_API_KEY")
 KEY_HASHES_VARIABLE = "LUDIC_SERVER_KEY_HASHES"
 KEY_SOURCES = "--api-key-file FILE, LUDIC_API_KEY or VLLM_API_KEY"
 MIN_VLLM, MAX_VLLM = (0, 26), (0, 32)
-PROG = "python -m ludic.inference.vllm_server"
-INSTALL = "install it with `uv sync --extra examples` (GPU) or scripts/make_vllm_cpu_env.sh (CPU)"
-USAGE = f"{PROG} [MODEL] [any flag of vLLM]"
-PREFACE = f"""vLLM's own server with settings for reinforcement learning; every flag is vLLM's.
-
-Defaults of ludic: --model {DEFAULT_MODEL} --host 127.0.0.1 --port 8000
---logprobs-mode processed_logprobs --generation-config vllm, a --weight-transfer-config for the
-hardware (ludic_nccl where there are two GPUs, else ludic_shm), the RL routes (VLLM_SERVER_DEV_MODE=1), and
-no statistics and no access log (--enable-log-stats, --no-disable-uvicorn-access-log turn them on).
-Another host than loopback needs an API key: --api-key-file FILE, LUDIC_API_KEY or VLLM_API_KEY.
---help=all lists all flags, --help=KEYWORD searches.
-"""
-
+INSTALL = f"install it with `uv sync --extra examples` (GPU); or {CPU_ENVIRONMENT}"
 KEY_ON_COMMAND_LINE = f"--api-key: `ps` shows it to every user, and vLLM may log it: give the key by {KEY_SOURCES}"
-REQUIRE_API_KEY = "ludic.inference.vllm_server.RequireApiKey"
-SERVER_GUARD = "ludic.inference.server_guard.ServerGuard"
-GENERATE_ROUTE = "ludic.inference.generate_route.GenerateRoute"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse vLLM's flags, check what ludic must check, and serve until a signal. Exits with 2 on a bad setting."""
     end_with_parent()
-    os.environ["VLLM_SERVER_DEV_MODE"] = "1"
+    os.environ.pop(DEV_MODE_VARIABLE, None)  # --no-training decides, and defaults of vLLM's parser depend on it
     argv = list(sys.argv[1:] if argv is None else argv)
-    if any(flag.replace("_", "-").partition("=")[0] == "--api-key" for flag in argv):
-        _fail(KEY_ON_COMMAND_LINE)  # before vLLM is imported, which takes seconds, in which `ps` shows it
-    check_vllm_version()
-    args = parse_arguments(argv)
-    try:
-        keys = take_api_keys(args.api_key_file)
-    except (OSError, ValueError) as error:
-        _fail(str(error))
-    problem = unsafe_setting(args, keys)
+    quick = quick_arguments(argv)
+    if quick.api_key is not None:
+        fail(KEY_ON_COMMAND_LINE)  # before vLLM is imported, which takes seconds, in which `ps` shows it
+    keys = _keys(quick.api_key_file)
+    problem = missing_gpu()
+    if any(word.startswith("--help=") for word in argv):
+        if problem:
+            os.environ["VLLM_TARGET_DEVICE"] = "cpu"  # with no device at all vLLM cannot build its parser
+        parse_arguments(argv)  # prints vLLM's help, and ends
+    if not any(word.partition("=")[0] == "--config" for word in argv):  # a file's settings belong to the others
+        check_settings(quick, keys)
     if problem:
-        _fail(problem)
-    for warning in training_warnings(args):
+        fail(problem)
+    args = parse_arguments(argv)
+    if args.api_key_file != quick.api_key_file:  # from --config
+        keys = _keys(args.api_key_file)
+    check_settings(args, keys)
+    for warning in warnings_for(args, keys):
         logger.warning("ATTENTION: %s", warning)
-    if listens(args):
-        try:
-            require_free_port(args.host or "", args.port)
-        except ServerStartError as error:
-            _fail(str(error))
     problem = head_size_problem(args)
     if problem:
-        _fail(problem)
+        fail(problem)
+    if not args.no_training:
+        os.environ[DEV_MODE_VARIABLE] = "1"
     # The middlewares are constructed without arguments, in a module of their own beside __main__: the environment reaches
     # them. It reaches vLLM's worker processes as well, so it holds hashes.
     os.environ[KEY_HASHES_VARIABLE] = json.dumps([_fingerprint(key.encode()).hex() for key in keys])
@@ -111,61 +105,54 @@ def check_vllm_version() -> None:
     except ModuleNotFoundError as error:
         if error.name != "vllm":
             raise
-        _fail(f"vLLM is not installed: {INSTALL}")
+        fail(f"vLLM is not installed: {INSTALL}")
     version = tuple(int(part) for part in vllm.__version__.split(".")[:2] if part.isdigit())
     if not MIN_VLLM <= version <= MAX_VLLM:
         low, high = (".".join(map(str, bound)) for bound in (MIN_VLLM, MAX_VLLM))
-        _fail(f"vLLM {vllm.__version__} is not supported, only {low} to {high}: {INSTALL}")
+        fail(f"vLLM {vllm.__version__} is not supported, only {low} to {high}: {INSTALL}")
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    """`argv` through vLLM's own parser, with ludic's defaults in the place of vLLM's."""
+    """`argv` through vLLM's own parser, with ludic's defaults in the place of vLLM's.
+
+    Ends with one line where there is no vLLM of a supported version, or no hardware that it can serve on.
+    """
+    check_vllm_version()
     # The module of `vllm serve` has these two names at the same place in all versions; their own homes moved.
     from vllm.entrypoints.cli.serve import FlexibleArgumentParser, make_arg_parser
     from vllm.platforms import current_platform
 
-    parser = make_arg_parser(FlexibleArgumentParser(prog=PROG, usage=USAGE, description=PREFACE))
-    parser.add_argument(
-        "--enable-log-stats", dest="disable_log_stats", action="store_false",
-        help="ludic's: keep the statistics behind /metrics and the log's throughput lines, which cost time at every step",
-    )  # fmt: skip
-    parser.add_argument(
-        "--api-key-file",
-        metavar="FILE",
-        help="ludic's: a file with the API key, or several, one a line; any of them is accepted",
+    if current_platform.is_unspecified():
+        fail(f"vLLM finds no hardware that it can serve on: check the driver; or {CPU_ENVIRONMENT}")
+    parser = FlexibleArgumentParser(
+        prog=PROG, usage=USAGE, description=f"vLLM's own flags; --help says what {PROG} adds"
     )
-    apply_defaults(parser, weight_transfer_backend(cuda=current_platform.is_cuda_alike()))
+    parser = make_arg_parser(parser)
+    add_own_flags(parser)
     # vLLM reads a file given as "--config FILE" and silently ignores "--config=FILE".
     argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
+    # Twice: some defaults depend on other flags, which may also come from the file.
+    asked = parser.parse_args(argv)
+    apply_defaults(parser, asked, this_machine(training=not asked.no_training))
     args: argparse.Namespace = parser.parse_args(argv)
     if args.model_tag is not None:  # the model as first word, as with `vllm serve`
         args.model = args.model_tag
-    if not args.served_model_name:
-        args.served_model_name = [args.model]
-    # What vLLM adds last is outermost: nothing, and no middleware of the user's, sees a request before its key was checked.
-    ours = (GENERATE_ROUTE, SERVER_GUARD, REQUIRE_API_KEY)
-    args.middleware = [ours[0], *(name for name in args.middleware if name not in ours), *ours[1:]]
+    args.middleware = middleware(args.middleware, training=not args.no_training)
     return args
 
 
-def apply_defaults(parser: argparse.ArgumentParser, backend: str) -> None:
-    """Give vLLM's parser ludic's defaults. What the user gives, on the command line or by `--config`, overrides them."""
-    parser.set_defaults(
-        model=DEFAULT_MODEL,
-        host="127.0.0.1",
-        port=8000,
-        logprobs_mode="processed_logprobs",
-        generation_config="vllm",
-        weight_transfer_config=json.dumps({"backend": backend}),
-        worker_extension_cls="ludic.inference.vllm_worker.LudicWorkerExtension",
-        # LLM.generate leaves statistics out by default as well. They are more than a third of the Python that runs in the
-        # front end for each token (9 of 22 microseconds on a slow CPU), and at many hundred sequences that sets the pace.
-        disable_log_stats=True,
-        # A line for each rollout request, which nobody reads and the server's log grows by.
-        disable_uvicorn_access_log=True,
-        # vLLM lets every web page that is open in a browser of this machine ask; nobody trains from one.
-        allowed_origins=[],
-    )
+def this_machine(*, training: bool) -> Machine:
+    """What vLLM found here."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        from vllm.utils.cpu_resource_utils import get_memory_node_info, get_visible_memory_node
+
+        # As vLLM's worker counts, which refuses a KV cache that is larger than this; it knows limits of containers.
+        free_bytes = get_memory_node_info(get_visible_memory_node()[0]).available_memory
+        return Machine(is_cpu=True, free_bytes=free_bytes)
+    cuda = training and current_platform.is_cuda_alike()
+    return Machine(is_cpu=False, transfer_backend=weight_transfer_backend(cuda=cuda))
 
 
 def weight_transfer_backend(*, cuda: bool) -> str:
@@ -184,30 +171,25 @@ def weight_transfer_backend(*, cuda: bool) -> str:
         return "ludic_nccl"
 
 
+def _keys(key_file: str | None) -> list[str]:
+    try:
+        return take_api_keys(key_file)
+    except ValueError as error:
+        fail(str(error))
+
+
 def take_api_keys(key_file: str | None) -> list[str]:
     """The keys that the server accepts: those in `key_file`, else those of LUDIC_API_KEY and VLLM_API_KEY; none is [].
 
-    The variables are removed, so that no process that this one starts inherits them. A file that every user of the machine
-    can read is warned of, and not refused: that is how containers are given their secrets.
+    The variables are removed, so that no process that this one starts inherits them.
 
     Raises:
-        OSError: the file cannot be read.
-        ValueError: the file holds no key, or a key holds what no HTTP header can.
+        ValueError: as `ludic.keys.read_key_file`, or a variable holds what no HTTP header can.
     """
-    given = [os.environ.pop(name, "") for name in KEY_VARIABLES]
+    given = [(os.environ.pop(name, "").strip(), name) for name in KEY_VARIABLES]
     if key_file is not None:
-        given = Path(key_file).read_text(encoding="utf-8", errors="replace").splitlines()
-        if stat.S_IMODE(Path(key_file).stat().st_mode) & stat.S_IROTH:
-            logger.warning("ATTENTION: every user of this machine can read %s: chmod 600 it", key_file)
-    keys = list(dict.fromkeys(key.strip() for key in given if key.strip()))
-    if key_file is not None and not keys:
-        raise ValueError(f"--api-key-file {key_file} holds no key: write one into it, or leave the flag out")
-    for key in keys:
-        if not (key.isascii() and key.isprintable()) or " " in key:
-            raise ValueError(
-                f"an API key has a space, a control character or a letter beyond ASCII (from {KEY_SOURCES})"
-            )
-    return keys
+        return read_key_file(key_file)
+    return list(dict.fromkeys(check_key(key, name) for key, name in given if key))
 
 
 def listens(args: argparse.Namespace) -> bool:
@@ -215,29 +197,61 @@ def listens(args: argparse.Namespace) -> bool:
     return not args.uds and not args.headless
 
 
+def check_settings(args: argparse.Namespace, keys: Sequence[str]) -> None:
+    """End with one line if the server must not, or cannot, start like this."""
+    problem = unsafe_setting(args, keys)
+    if problem:
+        fail(problem)
+    if listens(args):
+        try:
+            require_free_port(args.host or "", args.port)
+        except ServerStartError as error:
+            fail(str(error))
+
+
 def unsafe_setting(args: argparse.Namespace, keys: Sequence[str]) -> str:
     """Why the server must not start like this, in one line; "" if it may."""
     rust = os.environ.get("VLLM_USE_RUST_FRONTEND", "0") == "1" or os.environ.get("VLLM_RUST_FRONTEND_PATH")
     if args.grpc or rust:
-        return "the gRPC server and the Rust front end have no RL routes: leave out --grpc and VLLM_*RUST_FRONTEND*"
+        return (
+            "the gRPC server and the Rust front end have no RL routes, and check no key: leave out --grpc and "
+            "VLLM_*RUST_FRONTEND*"
+        )
     if args.api_key is not None:  # from --config
         return KEY_ON_COMMAND_LINE
+    if args.no_training:
+        if args.weight_transfer_config is not None:
+            return "--weight-transfer-config is for training: it contradicts --no-training, leave out one of them"
+        return ""
     if (args.api_server_count or 1) > 1:
         return (
             f"--api-server-count {args.api_server_count}: each front-end process would keep a lease of its own, so that two "
-            "trainers could have the server: leave it at 1"
+            "trainers could have the server: leave it at 1, or serve with --no-training"
         )
     if args.data_parallel_size > 1:
         return (
             f"--data-parallel-size {args.data_parallel_size}: what vLLM's routes answer comes from the first engine alone, so a "
-            "weight sync could not be proven on the others: use --tensor-parallel-size, or leave it at 1"
+            "weight sync could not be proven on the others: use --tensor-parallel-size, or serve with --no-training"
         )
-    if listens(args) and not keys and not is_loopback(args.host):
+    if _is_open(args, keys):
         return (
             f"--host {args.host or '(all addresses)'} is not loopback, and the RL routes let whoever reaches them control "
-            f"the server and replace its weights: give an API key ({KEY_SOURCES}), or --host 127.0.0.1"
+            f"the server and replace its weights: give an API key ({KEY_SOURCES}), --host 127.0.0.1, or --no-training"
         )
     return ""
+
+
+def _is_open(args: argparse.Namespace, keys: Sequence[str]) -> bool:
+    return listens(args) and not keys and not is_loopback(args.host)
+
+
+def warnings_for(args: argparse.Namespace, keys: Sequence[str]) -> list[str]:
+    """What the user should know before the server starts, one line each."""
+    if not args.no_training:
+        return training_warnings(args)
+    if _is_open(args, keys):
+        return [f"no API key: whoever reaches {args.host or 'this machine'} can use the model ({KEY_SOURCES})"]
+    return []
 
 
 def training_warnings(args: argparse.Namespace) -> list[str]:
@@ -324,11 +338,6 @@ def _serve(args: argparse.Namespace) -> None:
     command = ServeSubcommand()
     command.validate(args)
     command.cmd(args)
-
-
-def _fail(message: str) -> NoReturn:
-    sys.stderr.write(f"{PROG}: error: {message}\n")
-    raise SystemExit(2)
 
 
 if __name__ == "__main__":
