@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ludic.cli import server_url
 from ludic.inference.server_process import ServerProcess
 from ludic.keys import read_api_key
 from ludic.telemetry.formatting import inert
@@ -59,7 +60,7 @@ async def open_engine(
         server = await _start_server(stack, args, out_dir, max_seq_len, say) if args.start_server else None
         trainer = uuid.uuid4().hex if trains else None
         client = VLLMEngine(
-            f"http://{args.host}:{args.port}" if server is None else server.base_url,
+            server_url(args) if server is None else server.base_url,
             model=args.model,
             api_key=read_api_key(args.api_key_file),
             concurrency=args.concurrency,
