@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ludic.inference.errors import EngineError, ServerLostError
-from ludic.inference.handshake import server_state
+from ludic.inference.handshake import served_model, server_state
 from ludic.inference.server_control import ServerControl
 from ludic.telemetry.formatting import inert
 
@@ -38,19 +38,23 @@ class WeightsInUse:
     """Whether it is a server of ours, which takes weights."""
     from_run: bool = False
     """Whether a trainer has sent weights since the server was started."""
+    max_model_len: int | None = None
+    """Tokens of the server's context."""
 
 
-def weights_of_server(control: ServerControl, files: str) -> WeightsInUse:
-    """Ask the server; `files` is the folder or hub name of the model on this side.
+def weights_of_server(control: ServerControl, model: str, files: str) -> WeightsInUse:
+    """Ask the server that serves `model`; `files` is the folder or hub name that stands for it on this side.
 
     Raises:
         ServerLostError: it does not answer.
     """
+    context = served_model(control, model).get("max_model_len")
     server = server_state(control)
     if server.boot is None:
         return WeightsInUse(
-            description=f"what the server serves under the name {files}; it does not say which they are",
+            description=f"what the server serves as {model}; it does not say which they are",
             fingerprint=files_fingerprint(files),
+            max_model_len=context,
         )
     info, state = control.server_info(), server.weights
     folder, device = inert(str(info.get("model", files)), 200), str(info.get("device", ""))
@@ -72,6 +76,7 @@ def weights_of_server(control: ServerControl, files: str) -> WeightsInUse:
         device=device,
         is_ours=True,
         from_run=state is not None,
+        max_model_len=context,
     )
 
 
