@@ -75,7 +75,9 @@ async def test_greedy_completions_are_those_of_the_model_whatever_its_generation
         assert served.token_ids == wanted.token_ids
         body = {"model": "policy", "prompt": prompt, "max_tokens": 24, "temperature": 0.0, "return_token_ids": True}
         answer = requests.post(f"{base_url}/v1/completions", json=body, timeout=60).json()
-        assert answer["choices"][0]["token_ids"] != wanted.token_ids  # what the file does to a request that says nothing
+        assert (
+            answer["choices"][0]["token_ids"] != wanted.token_ids
+        )  # what the file does to a request that says nothing
     await engine.aclose()
     await local.aclose()
 
