@@ -50,6 +50,8 @@ class FakeServer:
             "logprobs_mode": "processed_logprobs",
         }
     )
+    weights_digest: str = "0123456789abcdef"
+    """What the worker makes of the weights that it holds."""
     faults: list[web.StreamResponse | str] = field(default_factory=list)
     hold: asyncio.Event | None = None
     """Completions wait for it, if it is there."""
@@ -164,6 +166,8 @@ class FakeServer:
 
     async def _collective_rpc(self, request: web.Request) -> web.Response:
         body = await request.json()
+        if body["method"] == "ludic_weights_digest" and self.server_info:
+            return web.json_response({"results": [self.weights_digest]})
         if body["method"] != "ludic_server_info" or not self.server_info:
             return web.json_response(error_body(500, f"no method {body['method']}"), status=500)
         return web.json_response({"results": [self.server_info]})

@@ -1,32 +1,47 @@
 """`eval_gsm8k_vllm.py` on a tiny random model with the local engine: its files, its exit codes, and resuming."""
 
 import argparse
+import asyncio
+import dataclasses
 import importlib.util
 import json
 import os
 import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import aiohttp
 import pytest
 
-from ludic.cli import run_script
+from ludic.cli import check_engine_arguments, run_script
 from ludic.evaluation import read_records
+from ludic.inference.server_guard import TRAINER_PATH
+from ludic.inference.weights_in_use import WeightsInUse
+from ludic.training.config import from_arguments
+from tests.fake_vllm import FakeServer, serving
 from tests.vllm_helpers import make_tiny_model, make_tiny_tokenizer
 
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
 SCRIPT = Path(__file__).parents[1] / "examples" / "gsm8k" / "eval_gsm8k_vllm.py"
 
 
 @pytest.fixture(scope="module")
-def script() -> ModuleType:
+def script() -> Iterator[ModuleType]:
+    sys.path.insert(0, str(SCRIPT.parent))  # as Python does for a script
     spec = importlib.util.spec_from_file_location("eval_gsm8k_vllm", SCRIPT)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module
+    yield module
+    sys.path.remove(str(SCRIPT.parent))
 
 
 @pytest.fixture(scope="module")
@@ -50,15 +65,24 @@ def flags(model: Path, dataset: Path, out_dir: Path, *more: str) -> list[str]:
 
 
 def start(arguments: list[str]) -> "subprocess.Popen[str]":
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     return subprocess.Popen(
         [sys.executable, str(SCRIPT), *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=environment,
+        env=ENVIRONMENT,
         start_new_session=True,
     )
+
+
+def as_printed(text: str) -> list[str]:
+    """The command that a program has printed on a line of its own, with this Python in the place of uv's."""
+    (line,) = (line for line in text.splitlines() if line.strip().startswith("uv run python "))
+    return [sys.executable, *shlex.split(line)[3:]]
+
+
+def run_as_printed(text: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(as_printed(text), capture_output=True, text=True, timeout=120, env=ENVIRONMENT)
 
 
 async def run(script: ModuleType, arguments: list[str]) -> int:
@@ -78,7 +102,7 @@ def test_an_evaluation_that_is_piped_writes_plain_lines_a_table_and_three_files(
     assert "\x1b" not in stdout
     assert re.search(r"GSM8K test  12/12  accuracy \d", stdout)
     assert "accuracy, strict (boxed only)" in stdout and "95% interval" in stdout
-    assert stdout.splitlines()[-1].endswith(f"examples/gsm8k/train_gsm8k.py --model {model}")
+    assert f"weights: those of {model}" in stdout
     records = read_records(tmp_path / "gsm8k_eval.jsonl")
     assert sorted(record["index"] for record in records) == list(range(12))
     assert all(record["target"] == str(2 * record["index"]) for record in records)
@@ -96,7 +120,8 @@ async def test_ctrl_c_ends_with_130_keeps_the_records_and_the_printed_command_fi
     process = start(arguments)
     out = tmp_path / "cut" / "gsm8k_eval.jsonl"
     assert process.stdout is not None
-    process.stdout.readline()  # the first progress line: some problems are done, most are not
+    while not process.stdout.readline().startswith("GSM8K"):  # the first progress line: some are done, most are not
+        assert process.poll() is None
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -104,10 +129,7 @@ async def test_ctrl_c_ends_with_130_keeps_the_records_and_the_printed_command_fi
     assert 0 < num_done < 400
     assert "Traceback" not in stderr
     assert f"what is done is kept in {out}" in stderr
-    command = next(line.split() for line in stderr.splitlines() if line.strip().startswith("uv run python"))
-    assert command[-1] == "--resume-eval"
-
-    assert await run(script, [*command[4:], "--concurrency", "256"]) == 0
+    assert run_as_printed(stderr).returncode == 0
     await run(script, flags(model, dataset, tmp_path / "whole", "--concurrency", "256"))
     one, other = (
         json.loads((tmp_path / name / "gsm8k_eval.jsonl.summary.json").read_text()) for name in ("cut", "whole")
@@ -191,6 +213,223 @@ async def test_records_that_are_there_are_neither_lost_nor_mixed(
     records = read_records(out)
     assert len(records) == 3 and all(len(record["completions"]) == 2 for record in records)
     assert "pass@2" in json.loads(Path(f"{out}.summary.json").read_text())
+
+
+async def test_records_of_other_weights_in_the_same_folder_are_not_taken_up(
+    script: ModuleType, dataset: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "policy"
+    make_tiny_model(folder, tie_word_embeddings=True, seed=1)
+    arguments = flags(folder, dataset, tmp_path, "--limit", "3")
+    assert await run(script, arguments) == 0
+    assert await run(script, [*arguments, "--resume-eval"]) == 0
+    kept = {path.name: path.read_bytes() for path in tmp_path.glob("gsm8k_eval*")}
+    make_tiny_model(folder, tie_word_embeddings=True, seed=2)
+    with pytest.raises(
+        ValueError, match=r"other settings: weights 'files \w{16}', now 'files \w{16}'; use another --out"
+    ):
+        await run(script, [*arguments, "--resume-eval"])
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("gsm8k_eval*")} == kept
+
+
+def test_a_smaller_limit_deletes_nothing_and_is_answered_with_a_command_that_works(
+    model: Path, dataset: Path, tmp_path: Path
+) -> None:
+    arguments = flags(model, dataset, tmp_path)
+    first = start([*arguments, "--limit", "5"])
+    first.communicate(timeout=120)
+    assert first.returncode == 0
+    kept = {path.name: path.read_bytes() for path in tmp_path.glob("gsm8k_eval*")}
+    process = start([*arguments, "--limit", "2", "--resume-eval"])
+    stderr = process.communicate(timeout=120)[1]
+    assert process.returncode == 2 and stderr.count("\n") == 1
+    assert "the records reach to problem 4, and only 2 problems are asked for: use another --out" in stderr
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("gsm8k_eval*")} == kept
+    assert run_as_printed(re.findall("`(.*)`", stderr)[0]).returncode == 0
+    assert len(read_records(tmp_path / "gsm8k_eval.jsonl")) == 5
+
+
+async def test_requests_have_seeds_where_something_is_drawn_so_that_an_evaluation_repeats(
+    script: ModuleType, model: Path, dataset: Path, tmp_path: Path
+) -> None:
+    def texts(name: str) -> list[list[str]]:
+        records = sorted(read_records(tmp_path / name / "gsm8k_eval.jsonl"), key=lambda record: record["index"])
+        return [[one["text"] for one in record["completions"]] for record in records]
+
+    hot = ["--limit", "3", "--samples", "2", "--temperature", "1"]
+    for name, more in (("a", []), ("b", []), ("c", ["--seed", "1"]), ("d", ["--no-seed-requests"])):
+        assert await run(script, flags(model, dataset, tmp_path / name, *hot, *more)) == 0
+    assert texts("a") == texts("b")
+    assert texts("a") != texts("c") and texts("a") != texts("d")
+    seeded = {name: json.loads((tmp_path / name / "gsm8k_eval.jsonl.settings.json").read_text()) for name in "acd"}
+    assert [seeded[name]["seeded"] for name in "acd"] == [True, True, False]
+
+
+@pytest.mark.parametrize("rl_routes", [False, True], ids=["plain", "ours"])
+async def test_a_server_is_told_every_sampling_value_and_what_it_says_of_its_weights_is_recorded(
+    script: ModuleType, model: Path, dataset: Path, tmp_path: Path, rl_routes: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake = FakeServer(tokenizer=make_tiny_tokenizer(), model="policy", rl_routes=rl_routes, generate_route=rl_routes)
+    fake.boot = "b007" * 8 if rl_routes else None
+    fake.server_info |= {"model": "/models/first", "device": "cuda"}
+    more = ["--engine", "vllm", "--model", "policy", "--tokenizer", str(model), "--limit", "2", "--samples", "2"]
+    more += ["--temperature", "0.5", "--seed", "3"]
+    async with serving(fake) as server:
+        url = ["--base-url", server.base_url]
+        if rl_routes:
+            trainer, identity = "5eed5eed", {"out_dir": "/runs/a"}
+            async with aiohttp.ClientSession(server.base_url) as session:
+                await session.post(TRAINER_PATH, json={"trainer": trainer, "identity": identity})
+                await session.put(TRAINER_PATH, json={"trainer": trainer, "policy_version": 37})
+                await session.delete(TRAINER_PATH, json={"trainer": trainer})
+        assert await run(script, [*flags(model, dataset, tmp_path), *more, *url]) == 0
+        server.weights_digest = "of other weights"
+        resumed = [*flags(model, dataset, tmp_path), *more, *url, "--limit", "4", "--resume-eval"]
+        if rl_routes:
+            with pytest.raises(ValueError, match="weights 'held 0123456789abcdef', now 'held of other weights'"):
+                await run(script, resumed)
+        else:  # nothing to see it by
+            assert await run(script, resumed) == 0
+    assert all(request["seed"] is not None for request in server.requests)
+    sent = {"temperature": 0.5, "top_p": 1.0, "stop_token_ids": [1], "max_tokens": 8}
+    neutral = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+    assert all(request.items() >= (sent if rl_routes else sent | neutral).items() for request in server.requests)
+    summary = json.loads((tmp_path / "gsm8k_eval.jsonl.summary.json").read_text())
+    assert summary["settings"].items() >= (sent | neutral | {"seed": 3, "seeded": True}).items()
+    records = read_records(tmp_path / "gsm8k_eval.jsonl")
+    versions = {one["policy_version"] for record in records for one in record["completions"]}
+    said = "update 37 of the run in /runs/a (not those of /models/first)"
+    assert versions == ({37} if rl_routes else {0})
+    assert (summary["weights"]["description"] == said) is rl_routes
+    printed = capsys.readouterr().out
+    assert (f"weights: {said}" in printed) is rl_routes
+    assert ("these weights are on the server, and in no checkpoint" in printed) is rl_routes
+
+
+def test_weights_that_change_while_they_are_scored_are_said_and_recorded(
+    script: ModuleType, model: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    states = iter("ab")
+    honest = script.weights_in_use
+
+    def changing(args: argparse.Namespace) -> object:
+        return dataclasses.replace(honest(args), fingerprint=f"held {next(states)}")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "weights_in_use", changing)
+        assert asyncio.run(run(script, flags(model, dataset, tmp_path, "--limit", "2"))) == 0
+    assert "THE WEIGHTS CHANGED while they were scored" in capsys.readouterr().out
+    summary = json.loads((tmp_path / "gsm8k_eval.jsonl.summary.json").read_text())
+    assert (summary["weights"]["fingerprint"], summary["weights_at_the_end"]["fingerprint"]) == ("held a", "held b")
+
+
+# --- the command that trains on ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("given", ["folder", "file"])
+def test_the_command_that_trains_on_works_as_printed_with_the_local_engine(
+    model: Path, dataset: Path, tmp_path: Path, given: str
+) -> None:
+    problems, template = tmp_path / "problems", tmp_path / "a template.jinja"
+    problems.mkdir()
+    rows = "".join(dataset.read_text().splitlines(keepends=True)[:40])
+    (problems / "test.jsonl").write_text(rows)
+    if given == "folder":
+        (problems / "train.jsonl").write_text(rows)
+    template.write_text("{% for message in messages %}{{ message.content }}\n{% endfor %}")
+    out_dir = tmp_path / "runs of mine"
+    checkpoint = out_dir / "checkpoints_gsm8k" / "step_3"  # whose folder a run in --out-dir would move aside
+    shutil.copytree(model, checkpoint)
+    more = ["--limit", "4", "--system-prompt", "Say 'it'.", "--chat-template", str(template)]
+    scored = start(flags(checkpoint, problems, out_dir, *more))
+    stdout, stderr = scored.communicate(timeout=120)
+    assert scored.returncode == 0, stderr
+    assert ("trains on the problems that were scored" in stdout) is (given == "file")
+    words = as_printed(stdout)
+    metrics = Path(words[words.index("--out-dir") + 1]) / "gsm8k_train_metrics.jsonl"
+    with (tmp_path / "training.txt").open("w") as log:
+        training = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, env=ENVIRONMENT)
+    deadline = time.monotonic() + 200
+    while not (metrics.exists() and '"reward_mean"' in metrics.read_text()):  # until the first update
+        assert training.poll() is None and time.monotonic() < deadline, (tmp_path / "training.txt").read_text()
+        time.sleep(0.2)
+    training.send_signal(signal.SIGINT)
+    assert training.wait(timeout=60) == 130
+
+
+@pytest.mark.parametrize(
+    ("given", "weights", "wanted"),
+    [
+        ([], {"is_ours": True}, []),
+        (["--host", "node-3", "--port", "8004"], {"is_ours": True}, ["--host", "node-3", "--port", "8004"]),
+        (["--base-url", "https://h/vllm"], {"is_ours": True}, ["--base-url", "https://h/vllm"]),
+        (["--api-key-file", "KEY"], {"is_ours": True}, ["--api-key-file", "KEY"]),
+        ([], {}, ["--start-server", "--port", "8001"]),
+        (["--port", "8001"], {}, ["--start-server", "--port", "8000"]),
+        (["--tokenizer", "MODEL"], {"is_ours": True}, ["--start-server", "--port", "8001"]),
+        (
+            ["--start-server", "--port", "8004", "--server-args", "--dtype float32"],
+            {"is_ours": True},
+            ["--start-server", "--port", "8004", "--server-args", "--dtype float32"],
+        ),
+        (["--trust-remote-code"], {"is_ours": True}, ["--trust-remote-code"]),
+        (["--max-tokens", "600"], {"is_ours": True, "max_model_len": 512}, ["--max-seq-len", "512"]),
+    ],
+    ids=str,
+)
+def test_the_command_that_trains_on_has_the_engine_of_the_evaluation_or_starts_one_that_it_can_train_with(
+    script: ModuleType, model: Path, tmp_path: Path, given: list[str], weights: dict[str, Any], wanted: list[str]
+) -> None:
+    from train_gsm8k import parse_arguments
+    from training_advice import training_advice
+
+    (tmp_path / "train.jsonl").write_text('{"question": "1?", "answer": "#### 1"}\n')
+    base = ["--model", "NAME" if "--tokenizer" in given else str(model), "--dataset", str(tmp_path)]
+    args = script.build_parser().parse_args([*base, *(str(model) if word == "MODEL" else word for word in given)])
+    found = WeightsInUse(description="", fingerprint="", **weights)
+    *_, line = training_advice(args, found, longest=40)
+    words = shlex.split(line)[4:]
+    assert words[:2] == ["--model", str(model)]
+    assert any(words[at : at + len(wanted)] == wanted for at in range(len(words)))
+    assert ("--start-server" in words) is ("--start-server" in wanted)
+    trained = parse_arguments(words)
+    check_engine_arguments(trained)
+    config = from_arguments(trained)
+    assert (trained.dataset, trained.system_prompt, config.eval_limit) == (str(tmp_path), "", 0)  # no test.jsonl
+    assert config.max_completion_len == min(args.max_tokens, config.max_seq_len - 1)
+
+
+def test_weights_of_a_run_are_trained_on_from_its_checkpoint(script: ModuleType, model: Path, tmp_path: Path) -> None:
+    from training_advice import training_advice
+
+    args = script.build_parser().parse_args(["--model", str(model)])
+    weights = WeightsInUse(
+        description="", fingerprint="", is_ours=True, from_run=True, policy_version=37, out_dir=str(tmp_path)
+    )
+    (only,) = training_advice(args, weights, longest=40)
+    assert "in no checkpoint of their run" in only
+    (checkpoint := tmp_path / "checkpoints_gsm8k" / "step_37").mkdir(parents=True)
+    *_, line = training_advice(args, weights, longest=40)
+    words = shlex.split(line)
+    assert words[words.index("--model") + 1] == str(checkpoint) and "--start-server" in words
+
+
+def test_a_folder_without_problems_to_train_on_is_said(script: ModuleType, model: Path, tmp_path: Path) -> None:
+    from training_advice import training_advice
+
+    args = script.build_parser().parse_args(["--model", str(model), "--dataset", str(tmp_path)])
+    (only,) = training_advice(args, WeightsInUse(description="", fingerprint=""), longest=4)
+    assert only == f"no command trains on from here: {tmp_path} holds no problems to train on"
+
+
+def test_the_resume_command_leaves_out_what_contradicts_it_however_it_was_abbreviated(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["x y.py", "--overw", "--system-prompt", "a 'b'", "--resume-e", "--limit", "3"])
+    assert (
+        script.resume_command() == "uv run python 'x y.py' --system-prompt 'a '\"'\"'b'\"'\"'' --limit 3 --resume-eval"
+    )
 
 
 def test_help_names_every_flag_with_an_explanation(script: ModuleType) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import copy
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -309,7 +310,14 @@ async def test_records_of_other_problems_or_other_sample_counts_are_refused(
     done = read_records(tmp_path / "r.jsonl")
     with pytest.raises(ValueError, match="problem 1 was made with another question"):
         await evaluate(engine, Addition(), ["1+1", "9+9"], tokenizer=tokenizer, sampling=GREEDY, done=done[:2])
-    with pytest.raises(ValueError, match="problem 3 was made with another question"):
+    other_ids = copy.deepcopy(done[:1])
+    other_ids[0]["question_id"] = "0" * 16
+    with pytest.raises(ValueError, match="other token ids for the same messages"):
+        await evaluate(engine, Addition(), SUMS, tokenizer=tokenizer, sampling=GREEDY, done=other_ids)
+    other_ids[0]["target"] = "7"
+    with pytest.raises(ValueError, match=r"another target \('7', now '2'\)"):
+        await evaluate(engine, Addition(), SUMS, tokenizer=tokenizer, sampling=GREEDY, done=other_ids)
+    with pytest.raises(ValueError, match="the records reach to problem 3, and only 3 problems"):
         await evaluate(engine, Addition(), SUMS[:3], tokenizer=tokenizer, sampling=GREEDY, done=done)
     with pytest.raises(ValueError, match="has 1 completions, not 2"):
         await evaluate(engine, Addition(), SUMS, tokenizer=tokenizer, sampling=GREEDY, done=done, samples_per_problem=2)

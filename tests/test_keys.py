@@ -95,7 +95,8 @@ def test_a_key_that_comes_through_a_pipe_is_read(tmp_path: Path) -> None:
     read_end, write_end = os.pipe()
     os.write(write_end, KEY.encode() + b"\n")
     os.close(write_end)
-    assert read_api_key(f"/dev/fd/{read_end}") == KEY
+    for _ in range(2):  # by the client and by the server that it starts
+        assert read_api_key(f"/dev/fd/{read_end}") == KEY
     os.close(read_end)
 
 

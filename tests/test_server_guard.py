@@ -289,7 +289,7 @@ async def test_every_answer_names_the_start_of_the_server(server: Server, monkey
         await server.ask("POST", "/pause"),
         await server.ask("POST", PATH, b"x" * (MAX_BODY_BYTES + 1)),
         await server.ask("GET", TRAINER_PATH),
-        await server.ask("PUT", TRAINER_PATH),
+        await server.ask("PATCH", TRAINER_PATH),
         await server.ask("POST", "/tokenize", trainer="no hex"),
     ]
     assert [answer.status for answer in answers] == [200, 200, 409, 413, 200, 405, 400]
@@ -302,12 +302,12 @@ async def test_every_answer_names_the_start_of_the_server(server: Server, monkey
 
 async def test_the_trainers_route_speaks_as_its_contract_says(server: Server, clock: Clock) -> None:
     boot = {"boot": server.guard.boot, "lease_s": 60.0}
-    assert (await server.ask("GET", TRAINER_PATH)).answer == boot | {"holder": None}
+    assert (await server.ask("GET", TRAINER_PATH)).answer == boot | {"holder": None, "weights": None}
     assert (await server.claim(FIRST, ANN, takes_over=None)).answer == boot | {"renewed": False}
     assert (await server.claim(FIRST, ANN)).answer == boot | {"renewed": True}
     clock.now += 2
     holder = {"trainer": FIRST, "identity": ANN, "seconds_since_seen": 2.0}
-    assert (await server.ask("GET", TRAINER_PATH)).answer == boot | {"holder": holder}
+    assert (await server.ask("GET", TRAINER_PATH)).answer == boot | {"holder": holder, "weights": None}
     refused = await server.claim(SECOND, BEN)
     assert (refused.status, refused.answer["holder"], refused.answer["error"]["code"]) == (409, holder, 409)
     assert refused.answer["lost"] is False
@@ -317,8 +317,54 @@ async def test_the_trainers_route_speaks_as_its_contract_says(server: Server, cl
     assert (lost.status, lost.answer["lost"], lost.answer["holder"]["trainer"]) == (409, True, SECOND)
     assert (await server.ask("DELETE", TRAINER_PATH, {"trainer": FIRST})).status == 409
     assert (await server.ask("DELETE", TRAINER_PATH, {"trainer": SECOND})).answer == boot
-    assert (await server.ask("GET", TRAINER_PATH)).answer == boot | {"holder": None}
+    assert (await server.ask("GET", TRAINER_PATH)).answer == boot | {"holder": None, "weights": None}
     assert server.reached == []
+
+
+async def weights(server: Server) -> Any:
+    return (await server.ask("GET", TRAINER_PATH)).answer["weights"]
+
+
+async def test_the_server_says_whose_weights_it_holds_also_when_their_trainer_has_left(server: Server) -> None:
+    await server.claim(FIRST, ANN)
+    for path in ("/pause", "/init_weight_transfer_engine", "/resume"):
+        await server.ask("POST", path, {}, trainer=FIRST)
+    await server.ask("POST", "/collective_rpc", {"method": "ludic_held_digests"}, trainer=FIRST)
+    assert await weights(server) is None  # those that it was started with
+    for path in ("/start_weight_update", "/update_weights", "/finish_weight_update"):
+        await server.ask("POST", path, {}, trainer=FIRST)
+        assert await weights(server) == {"proven": False, "identity": ANN}
+    assert (await server.ask("PUT", TRAINER_PATH, {"trainer": FIRST, "policy_version": 37})).status == 200
+    said = await weights(server)
+    assert (said["proven"], said["policy_version"], said["identity"]) == (True, 37, ANN)
+    assert said["since"].endswith(" UTC")
+    await server.ask("DELETE", TRAINER_PATH, {"trainer": FIRST})
+    await server.ask("POST", PATH, {})
+    assert await weights(server) == said
+    await server.claim(SECOND, BEN)
+    assert await weights(server) == said  # a claim changes nothing yet
+    await server.ask("POST", "/update_weights", {}, trainer=SECOND)
+    assert await weights(server) == {"proven": False, "identity": BEN}
+
+
+@pytest.mark.parametrize("path", ["/sleep", "/v1/load_lora_adapter", "/collective_rpc", "/a-route-of-next-year"])
+async def test_after_a_request_that_may_have_changed_them_the_weights_are_not_known(server: Server, path: str) -> None:
+    await server.claim(FIRST, ANN)
+    await server.ask("PUT", TRAINER_PATH, {"trainer": FIRST, "policy_version": 1})
+    await server.ask("DELETE", TRAINER_PATH, {"trainer": FIRST})
+    await server.ask("POST", path, {"method": "reload_weights"})
+    assert await weights(server) == {"proven": False, "identity": {}}
+
+
+async def test_nobody_else_says_whose_the_weights_are(server: Server) -> None:
+    await server.claim(FIRST, ANN)
+    await server.ask("PUT", TRAINER_PATH, {"trainer": FIRST, "policy_version": 5})
+    said = await weights(server)
+    assert (await server.ask("PUT", TRAINER_PATH, {"trainer": SECOND, "policy_version": 6})).status == 409
+    for version in (-1, 1.0, True, "1", None, 2**53):
+        refused = await server.ask("PUT", TRAINER_PATH, {"trainer": FIRST, "policy_version": version})
+        assert (refused.status, "policy_version must be" in refused.answer["error"]["message"]) == (400, True)
+    assert await weights(server) == said
 
 
 @pytest.mark.parametrize("path", CONTROL_PATHS)
@@ -441,7 +487,7 @@ async def test_a_long_generation_keeps_the_lease_when_it_ends(server: Server, cl
         (b"", "not JSON"),
         (b"[" * 16_000, "not JSON"),
         ([1], "must be an object"),
-        ({"trainer": FIRST, "identity": {}, "more": 1}, "must be an object with the fields"),
+        ({"trainer": FIRST, "identity": {}, "more": 1}, "must be an object with fields of"),
         ({"identity": {}}, "trainer must be 8 to 64 hex digits"),
         ({"trainer": "x" * 8, "identity": {}}, "trainer must be"),
         ({"trainer": FIRST + "\n", "identity": {}}, "trainer must be"),

@@ -104,6 +104,8 @@ async def test_the_prompts_ids_go_out_as_they_are_and_the_completions_ids_come_b
     }  # fmt: skip
     ours = {"prompt_token_ids": PROMPT, "logprobs": True}
     plain = {"prompt": PROMPT, "logprobs": 0, "return_token_ids": True, "add_special_tokens": False}
+    # What plain vLLM would take from the model's generation_config.json.
+    plain |= {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
     assert request == common | (ours if server.generate_route else plain)
     assert [completion.token_ids for completion in completions] == [[50, 50, 50, 1], [51, 51, 51, 1], [52, 52, 52, 1]]
     assert all(completion.logprobs == [-0.25, -0.5, -0.75, -1.0] for completion in completions)

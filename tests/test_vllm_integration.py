@@ -454,6 +454,33 @@ def test_the_training_script_trains_against_the_server_and_the_evaluation_script
     assert summary["num_problems"] == 32 and summary["accuracy"] == summary["strict_accuracy"] == right / 32
     assert summary["total_completion_tokens"] > 32 and summary["truncation_rate"] == 0.0
 
+    # The server goes by the name of the folder, and holds the weights of the run that has left it.
+    said = f"update 2 of the run in {tmp_path} (not those of {digit_policy_dir})"
+    assert f"weights: {said}" in scored.stdout and summary["weights"]["description"] == said
+    assert (summary["weights"]["policy_version"], summary["weights"]["out_dir"]) == (2, str(tmp_path))
+    assert {record["completions"][0]["policy_version"] for record in records} == {2}
+    command = next(line for line in scored.stdout.splitlines() if line.strip().startswith("uv run python"))
+    assert f"--model {tmp_path}/checkpoints_gsm8k/step_2 " in command and "--start-server" in command
+
+
+async def test_a_server_says_which_weights_it_holds_and_the_same_weights_have_the_same_digest_however_they_came(
+    server: RunningServer, engine: VLLMEngine, digit_policy_dir: Path
+) -> None:
+    control = ServerControl(server.base_url)
+    same = control.weights_digest()
+    await engine.update_weights(policy(digit_policy_dir), policy_version=7)
+    assert control.weights_digest() == same
+    other = policy(digit_policy_dir, random_seed=3)
+    await engine.update_weights(other, policy_version=8)
+    changed = control.weights_digest()
+    assert changed != same
+    with torch.no_grad():
+        other.get_parameter("model.layers.0.mlp.up_proj.weight")[0, 0] += 1.0  # in a layer that the CPU holds packed
+    await engine.update_weights(other, policy_version=9)
+    assert control.weights_digest() not in (same, changed)
+    weights = handshake.server_state(control).weights  # this engine names no trainer
+    assert weights is not None and weights["proven"] is False
+
 
 def test_the_training_script_starts_its_own_server_without_a_flag_for_it_and_ends_it(
     digit_problems: Path, tmp_path: Path

@@ -10,6 +10,8 @@ import hmac
 import importlib
 import json
 import os
+import re
+import shlex
 import signal
 import socket
 import stat
@@ -30,12 +32,15 @@ from ludic.inference import server_process, vllm_server
 from ludic.inference.digest import digest_hex, tensor_digest
 from ludic.inference.errors import ServerLostError, ServerMismatchError, ServerUnreachableError
 from ludic.inference.generate_wire import PATH, PROTOCOL
+from ludic.inference.handshake import server_state
+from ludic.inference.server_control import ServerControl
 from ludic.inference.server_defaults import GENERATE_ROUTE, REQUIRE_API_KEY, SERVER_GUARD
 from ludic.inference.vllm_client import VLLMEngine
 from ludic.inference.vllm_server import RequireApiKey, RunningServer, ServerStartError, start_server
 from ludic.keys import KEY_VARIABLES
 from ludic.types import SamplingParams
 from tests.vllm_helpers import (
+    CHAT_TEMPLATE,
     CPU_SERVER_ENV,
     cpu_server,
     make_tiny_model,
@@ -46,6 +51,8 @@ from tests.vllm_helpers import (
 )
 
 PROMPT = list(range(20, 60))
+ROOT = Path(__file__).parents[1]
+SCRIPT_ENVIRONMENT = {**os.environ, **CPU_SERVER_ENV}
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
@@ -850,6 +857,55 @@ def test_the_workers_tell_what_a_trainer_must_know(tied: tuple[RunningServer, Pa
     assert info["dtype"] == "float32" and info["device"] == "cpu" and info["transfer_backend"] == "ludic_shm"
     assert info["logprobs_mode"] == "processed_logprobs" and info["generation_config"] == "vllm"
     assert info["tp_size"] == 1 and info["device_uuid"] == ""
+
+
+def as_printed(line: str) -> list[str]:
+    """A command that a program has printed, with this Python in the place of uv's."""
+    return [sys.executable, *shlex.split(line.strip().removeprefix("uv run python "))]
+
+
+def evaluate(*flags: str) -> "subprocess.CompletedProcess[str]":
+    words = [sys.executable, "examples/gsm8k/eval_gsm8k_vllm.py", *flags]
+    return subprocess.run(words, capture_output=True, text=True, timeout=120, cwd=ROOT, env=SCRIPT_ENVIRONMENT)
+
+
+@pytest.mark.vllm
+@pytest.mark.timeout(420)
+def test_the_commands_that_an_evaluation_prints_work_as_printed_against_its_server(
+    tied: tuple[RunningServer, Path], digit_problems: Path, tmp_path: Path
+) -> None:
+    server, folder = tied
+    state = server_state(ServerControl(server.base_url, api_key="the-key"))
+    assert state.weights is None, "this test comes before those that hand weights to the server"
+    template, key, out = tmp_path / "chat.jinja", tmp_path / "keys", tmp_path / "eval.jsonl"
+    template.write_text(CHAT_TEMPLATE)
+    key.write_text("the-key\n\nanother-key\n")
+    flags = ["--model", str(folder), "--base-url", server.base_url, "--dataset", str(digit_problems)]
+    flags += ["--max-tokens", "8", "--system-prompt", "Answer: 'yes' or \\boxed{...}", "--api-key-file", str(key)]
+    flags += ["--chat-template", str(template), "--out-dir", str(tmp_path), "--out", out.name]
+    first = evaluate(*flags, "--limit", "8")
+    assert first.returncode == 0, first.stderr
+    summary = Path(f"{out}.summary.json").read_bytes()
+
+    refused = evaluate(*flags, "--limit", "3", "--resume-eval")
+    assert refused.returncode == 2 and Path(f"{out}.summary.json").read_bytes() == summary
+    words = as_printed(re.findall("`(.*)`", refused.stderr)[0])
+    finished = subprocess.run(words, capture_output=True, text=True, timeout=120, cwd=ROOT, env=SCRIPT_ENVIRONMENT)
+    assert finished.returncode == 0, finished.stderr
+    assert len(out.read_text().splitlines()) == 8
+    assert f"weights: those of {folder}, as the server loaded them" in finished.stdout
+
+    words = as_printed(finished.stdout.splitlines()[-1])
+    assert "--start-server" not in words and words[words.index("--base-url") + 1] == server.base_url
+    metrics = Path(words[words.index("--out-dir") + 1]) / "gsm8k_train_metrics.jsonl"
+    with (tmp_path / "training.txt").open("w") as log:
+        training = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=SCRIPT_ENVIRONMENT)
+    deadline = time.monotonic() + 240
+    while not (metrics.exists() and '"reward_mean"' in metrics.read_text()):  # until the first update
+        assert training.poll() is None and time.monotonic() < deadline, (tmp_path / "training.txt").read_text()
+        time.sleep(0.5)
+    training.send_signal(signal.SIGINT)
+    assert training.wait(timeout=60) == 130
 
 
 @pytest.mark.vllm

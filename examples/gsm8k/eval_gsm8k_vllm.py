@@ -3,12 +3,14 @@
     uv run python -m ludic.inference.vllm_server --model checkpoints_gsm8k/step_100
     uv run python examples/gsm8k/eval_gsm8k_vllm.py --model checkpoints_gsm8k/step_100
 
-`--out` gets one record a problem as it is finished, `<out>.settings.json` what they were made with, and
-`<out>.summary.json` the figures. A run that was cut short is finished with `--resume-eval`.
+`--out` gets one record a problem as it is finished, `<out>.settings.json` what they were made with, a fingerprint of the
+weights included, and `<out>.summary.json` the figures. A run that was cut short is finished with `--resume-eval`.
 """
 
 import argparse
+import asyncio
 import contextlib
+import dataclasses
 import json
 import os
 import shlex
@@ -23,13 +25,16 @@ from ludic.cli import (
     hide_loading_bars,
     prepare_out_dir,
     run_script,
+    server_url,
 )
 from ludic.engines import open_engine
+from ludic.keys import read_api_key
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from ludic.evaluation import EvaluationResult
+    from ludic.evaluation import EvaluationResult, Problem, ProblemRecord
+    from ludic.inference.weights_in_use import WeightsInUse
 
 NAME = "eval_gsm8k_vllm.py"
 DEFAULT_MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
@@ -44,6 +49,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     group = parser.add_argument_group("model and problems")
     group.add_argument("--model", default=DEFAULT_MODEL, help=f"folder or hub name (default: {DEFAULT_MODEL})")
+    group.add_argument("--tokenizer", metavar="FOLDER",
+                       help="folder or hub name of tokenizer and config, where --model is only a server's name")  # fmt: skip
     group.add_argument("--split", choices=("train", "test"), default="test", help="which problems (default: test)")
     group.add_argument(
         "--dataset", metavar="PATH", help="a local folder or JSON lines file of question and answer (default: the hub)"
@@ -61,9 +68,12 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--samples", type=int, default=1, metavar="K", help="completions a problem, for pass@1 to pass@K"
     )
-    group.add_argument("--seed", type=int, default=0, help="of sampling at a temperature above 0 (default: 0)")
+    group.add_argument("--seed", type=int, default=0,
+                       help="at a temperature above 0 each request gets a seed made from it (default: 0)")  # fmt: skip
 
     add_engine_arguments(parser)
+    group.add_argument("--no-seed-requests", action="store_true",
+                       help="send no seeds at a temperature above 0: quicker, and not repeatable")  # fmt: skip
 
     group = parser.add_argument_group("output")
     group.add_argument(
@@ -89,17 +99,25 @@ def check_arguments(args: argparse.Namespace) -> None:
         value = getattr(args, flag)
         if value is not None and value < 1:
             raise ValueError(f"--{flag.replace('_', '-')} must be at least 1, not {value}")
+    if args.seed_requests and args.no_seed_requests:
+        raise ValueError("--seed-requests contradicts --no-seed-requests")
     if args.resume_eval and args.overwrite:
         raise ValueError("--resume-eval keeps the records that are there, --overwrite drops them: choose one")
 
 
 def settings_of(args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase") -> dict[str, object]:
-    """What the records depend on: these must be the same when an evaluation is taken up again."""
+    """What the records depend on, as far as it is known without the engine: this must be the same when an evaluation is
+    taken up again."""
+    from ludic.inference.generate_wire import NEUTRAL_SAMPLING
+    from ludic.inference.vllm_client import stop_token_ids
+    from ludic.pretrained import load_config
     from ludic.prompts import chat_template_fingerprint
 
-    is_folder = Path(args.model).expanduser().is_dir()
+    files = args.tokenizer or args.model
+    config = load_config(files, trust_remote_code=args.trust_remote_code)
     return {
-        "model": str(Path(args.model).expanduser().resolve()) if is_folder else args.model,
+        "model": _absolute(args.model),
+        "tokenizer": _absolute(args.tokenizer) if args.tokenizer else None,
         "split": args.split,
         "dataset": str(Path(args.dataset).expanduser().resolve()) if args.dataset else "openai/gsm8k",
         "system_prompt": args.system_prompt,
@@ -108,23 +126,56 @@ def settings_of(args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase") 
         "samples": args.samples,
         "temperature": args.temperature,
         "top_p": args.top_p,
+        **NEUTRAL_SAMPLING,
+        "stop_token_ids": stop_token_ids(files, tokenizer, config),
         "max_tokens": args.max_tokens,
         "max_seq_len": args.max_seq_len,
         "seed": args.seed,
     }
 
 
-def check_out(args: argparse.Namespace, out: Path, settings: dict[str, object]) -> None:
-    """Refuse to lose or to mix records that are there."""
+def _absolute(name: str) -> str:
+    folder = Path(name).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else name
+
+
+def seeded(args: argparse.Namespace, weights: "WeightsInUse") -> bool:
+    """Whether each request gets a seed of its own: where something is drawn, unless that is not wanted."""
+    if args.temperature == 0 or args.no_seed_requests:
+        return False
+    if weights.device == "cpu" and not args.seed_requests:
+        # vLLM's CPU backend (0.32) dies of a request with a seed whose prompt does not fit into one step.
+        say("requests have no seeds, which can end vLLM's CPU backend: another run draws other completions")
+        return False
+    return True
+
+
+def check_out(args: argparse.Namespace, out: Path, settings: dict[str, object]) -> "list[ProblemRecord]":
+    """The records that are there, and are to be finished. Refuses to lose or to mix them; deletes nothing."""
+    from ludic.evaluation import read_records
+
     if out.is_dir():
         raise ValueError(f"--out {out} is a folder: name a file")
     if out.exists() and not os.access(out, os.W_OK):
         raise ValueError(f"--out {out} cannot be written: its permissions forbid it")
     if not out.exists() or out.stat().st_size == 0 or args.overwrite:
-        return
+        return []
     if not args.resume_eval:
         raise ValueError(f"{out} is there already: finish it with --resume-eval, or replace it with --overwrite")
     check_same_settings(Path(f"{out}.settings.json"), settings)
+    return read_records(out)
+
+
+def check_records(done: "list[ProblemRecord]", problems: "list[Problem]", samples_per_problem: int) -> None:
+    """Refuse to take up records of other problems, or of more than are asked for."""
+    from ludic.evaluation import TooFewProblemsError, match_records
+
+    try:
+        match_records(done, problems, samples_per_problem)
+    except TooFewProblemsError as error:
+        raise ValueError(
+            f"{error}: use another --out, or finish those with `{resume_command('--limit', str(error.num_recorded))}`"
+        ) from error
 
 
 def check_same_settings(sidecar: Path, settings: dict[str, object]) -> None:
@@ -167,9 +218,11 @@ async def run(args: argparse.Namespace) -> int:
     out = out_dir / args.out
 
     # The libraries are loaded here, so that --help and wrong flags answer at once.
+    from training_advice import training_advice
+
     from environments.gsm8k import GSM8K, load
-    from ludic.evaluation import evaluate, read_records
-    from ludic.prompts import encode_prompt, load_tokenizer
+    from ludic.evaluation import evaluate, prepare_problems
+    from ludic.prompts import load_tokenizer
     from ludic.telemetry import EvaluationDisplay, JsonlWriter
     from ludic.types import SamplingParams
 
@@ -179,14 +232,24 @@ async def run(args: argparse.Namespace) -> int:
         temperature=args.temperature, top_p=args.top_p, max_tokens=args.max_tokens, seed=args.seed
     )
     samples = load(args.split, dataset=args.dataset, limit=args.limit)
-    tokenizer = load_tokenizer(args.model, args.chat_template, trust_remote_code=args.trust_remote_code)
+    files = args.tokenizer or args.model
+    tokenizer = load_tokenizer(files, args.chat_template, trust_remote_code=args.trust_remote_code)
     settings = settings_of(args, tokenizer)
-    check_out(args, out, settings)
+    done = check_out(args, out, settings)
 
     async with contextlib.aclosing(GSM8K(system_prompt=args.system_prompt)) as environment:
-        longest = max(len(encode_prompt(tokenizer, environment.messages(sample))) for sample in samples)
+        problems = prepare_problems(environment, samples, tokenizer, max_seq_len=args.max_seq_len)
+        check_records(done, problems, args.samples)
+        longest = max(len(problem.prompt_token_ids) for problem in problems)
         max_seq_len = args.max_seq_len or longest + args.max_tokens
-        async with open_engine(args, tokenizer, out_dir=out_dir, max_seq_len=max_seq_len, say=say) as engine:
+        engine_args = argparse.Namespace(**vars(args) | {"seed_requests": True})  # of those that `sampling` has
+        async with open_engine(
+            engine_args, tokenizer, out_dir=out_dir, max_seq_len=max_seq_len, say=say, files=files
+        ) as engine:
+            weights = await asyncio.to_thread(weights_in_use, args)
+            settings |= {"weights": weights.fingerprint, "seeded": seeded(args, weights)}
+            done = check_out(args, out, settings)
+            say(f"weights: {weights.description}")
             if args.overwrite:  # not before there is an engine to make new ones
                 out.unlink(missing_ok=True)
             with JsonlWriter(out) as writer, keep_or_explain(out), EvaluationDisplay(f"GSM8K {args.split}") as display:
@@ -197,18 +260,49 @@ async def run(args: argparse.Namespace) -> int:
                     environment,
                     samples,
                     tokenizer=tokenizer,
-                    sampling=sampling,
+                    sampling=sampling if settings["seeded"] else dataclasses.replace(sampling, seed=None),
                     samples_per_problem=args.samples,
                     concurrency=args.concurrency,
                     record_writer=writer,
-                    done=read_records(out),
+                    done=done,
                     on_progress=display,
                     max_seq_len=args.max_seq_len,
                 )
+            weights_after = await asyncio.to_thread(weights_at_the_end, args, weights)
+    summary = result.to_summary(model=args.model, settings=settings) | {"weights": dataclasses.asdict(weights)}
+    if weights_after != weights:
+        summary["weights_at_the_end"] = dataclasses.asdict(weights_after)
+        say(f"THE WEIGHTS CHANGED while they were scored: at the end they were {weights_after.description}")
     summary_path = Path(f"{out}.summary.json")
-    write_json(summary_path, result.to_summary(model=args.model, settings=settings))
-    report(args, result, [out, summary_path])
+    write_json(summary_path, summary)
+    report(args, result, weights, [out, summary_path])
+    for line in training_advice(args, weights, longest=longest):
+        say(line)
     return 0
+
+
+def weights_in_use(args: argparse.Namespace) -> "WeightsInUse":
+    """Which weights are scored, as far as the engine says."""
+    from ludic.inference.server_control import ServerControl
+    from ludic.inference.weights_in_use import weights_of_files, weights_of_server
+
+    if args.engine == "local":
+        return weights_of_files(args.model)
+    control = ServerControl(server_url(args), api_key=read_api_key(args.api_key_file))
+    try:
+        return weights_of_server(control, args.model, args.tokenizer or args.model)
+    finally:
+        control.close()
+
+
+def weights_at_the_end(args: argparse.Namespace, before: "WeightsInUse") -> "WeightsInUse":
+    """The same once more. A server that is gone by now takes nothing from the records."""
+    from ludic.inference.errors import EngineError
+
+    try:
+        return weights_in_use(args)
+    except EngineError as error:
+        return dataclasses.replace(before, description=f"not known ({error})", fingerprint="")
 
 
 @contextlib.contextmanager
@@ -223,22 +317,23 @@ def keep_or_explain(out: Path) -> Iterator[None]:
             sys.stderr.write(f"{NAME}: what is done is kept in {out}; finish it with:\n  {resume_command()}\n")
 
 
-def resume_command() -> str:
+def resume_command(*more: str) -> str:
     """The command that was given, with what finishes it."""
-    hidden = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    hidden = argparse.ArgumentParser(add_help=False)  # abbreviations too, as they were given
     hidden.add_argument("--overwrite", action="store_true")
     hidden.add_argument("--resume-eval", action="store_true")
     flags = hidden.parse_known_args(sys.argv[1:])[1]
-    return shlex.join(["uv", "run", "python", sys.argv[0], *flags, "--resume-eval"])
+    return shlex.join(["uv", "run", "python", sys.argv[0], *flags, *more, "--resume-eval"])
 
 
-def report(args: argparse.Namespace, result: "EvaluationResult", paths: list[Path]) -> None:
-    """The table, what was written, and what to type next."""
+def report(args: argparse.Namespace, result: "EvaluationResult", weights: "WeightsInUse", paths: list[Path]) -> None:
+    """The table, and what was written."""
     from rich.console import Console
 
     from ludic.telemetry import evaluation_table
 
-    Console().print(evaluation_table(result, title=f"GSM8K {args.split}: {Path(args.model).name}"))
+    what = weights.description if weights.from_run else Path(args.model).name
+    Console().print(evaluation_table(result, title=f"GSM8K {args.split}: {what}"))
     if result.num_taken_over:
         say(f"{result.num_taken_over} problems were in {paths[0]} already; time and tokens/s are of this run alone")
     if result.truncation_rate > 0.1:
@@ -246,8 +341,6 @@ def report(args: argparse.Namespace, result: "EvaluationResult", paths: list[Pat
     if result.grader_failures:
         say(f"{result.grader_failures} completions could not be graded in time and count as wrong")
     say("written: " + ", ".join(map(str, paths)))
-    say("next, to train on from here:")
-    say("  " + shlex.join(["uv", "run", "python", "examples/gsm8k/train_gsm8k.py", "--model", args.model]))
 
 
 if __name__ == "__main__":

@@ -10,12 +10,14 @@ import sys
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, NoReturn
+from urllib.parse import urlsplit
 
 from ludic.inference.errors import EngineError
 from ludic.inference.server_process import ServerStartError
 from ludic.signals import Interrupts, keep_standard_streams
 from ludic.telemetry.formatting import inert_lines
 
+DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8000
 _ERROR_LIMIT = 2_000
 USER_ERRORS: tuple[type[Exception], ...] = (ValueError, EngineError, OSError, FloatingPointError, MemoryError)
 
@@ -25,10 +27,12 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("engine")
     group.add_argument("--engine", choices=("vllm", "local"), default="vllm",
                        help="vllm: a server; local: this process, with transformers (default: vllm)")  # fmt: skip
-    group.add_argument("--host", default="127.0.0.1", help="the server's host (default: 127.0.0.1)")
-    group.add_argument("--port", type=int, default=8000, help="the server's port (default: 8000)")
+    group.add_argument("--host", default=DEFAULT_HOST, help=f"the server's host (default: {DEFAULT_HOST})")
+    group.add_argument("--port", type=int, default=DEFAULT_PORT, help=f"the server's port (default: {DEFAULT_PORT})")
+    group.add_argument("--base-url", default=None, metavar="URL",
+                       help="the server's address in place of --host and --port, e.g. https://gpu.example.org/vllm")  # fmt: skip
     group.add_argument("--api-key-file", default=None, metavar="FILE",
-                       help="file with the server's key; else LUDIC_API_KEY or VLLM_API_KEY")  # fmt: skip
+                       help="file with the server's key, the first of several; else LUDIC_API_KEY or VLLM_API_KEY")  # fmt: skip
     group.add_argument("--concurrency", type=int, default=1024, help="completions in flight at once (default: 1024)")
     group.add_argument("--seed-requests", action="store_true",
                        help="send a seed with each request; slower, and repeatable only as far as the server is")  # fmt: skip
@@ -62,6 +66,7 @@ def check_engine_arguments(args: argparse.Namespace) -> None:
         raise ValueError(f"--host {args.host}: give a name or an IPv4 address; IPv6 addresses are not supported")
     if not 0 < args.port < 65536:
         raise ValueError(f"--port must be in 1 to 65535, not {args.port}")
+    _check_base_url(args)
     if args.engine == "local" and args.start_server:
         raise ValueError("--engine local generates in this process: it contradicts --start-server")
     if not args.server_wait >= 0:
@@ -69,6 +74,35 @@ def check_engine_arguments(args: argparse.Namespace) -> None:
     for flag in ("server_gpu", "server_args", "server_log"):
         if getattr(args, flag) not in (None, "") and not args.start_server:
             raise ValueError(f"--{flag.replace('_', '-')} is for --start-server, which was not given")
+
+
+def _check_base_url(args: argparse.Namespace) -> None:
+    if args.base_url is None:
+        return
+    if (args.host, args.port) != (DEFAULT_HOST, DEFAULT_PORT):
+        raise ValueError(f"--base-url {args.base_url} is the whole address: it contradicts --host and --port")
+    if args.start_server or args.engine == "local":
+        other = "--start-server" if args.start_server else "--engine local"
+        raise ValueError(f"--base-url {args.base_url} is of a server that runs: it contradicts {other}")
+    try:
+        address = urlsplit(args.base_url)
+        fits = address.scheme in ("http", "https") and address.hostname and (address.port or 1) > 0
+        fits = fits and not (
+            address.query or address.fragment or address.username or args.base_url.split() != [args.base_url]
+        )
+    except ValueError:  # a port that is no number
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"--base-url {args.base_url}: give http://HOST:PORT or https://HOST, with a path if there is one"
+        )
+    if args.base_url.rstrip("/").endswith("/v1"):
+        raise ValueError(f"--base-url {args.base_url}: leave out /v1, which the routes have themselves")
+
+
+def server_url(args: argparse.Namespace) -> str:
+    """The address of the server that the flags name."""
+    return str(args.base_url).rstrip("/") if args.base_url else f"http://{args.host}:{args.port}"
 
 
 def prepare_out_dir(path: str) -> Path:

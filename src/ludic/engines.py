@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ludic.cli import server_url
 from ludic.inference.server_process import ServerProcess
 from ludic.keys import read_api_key
 from ludic.telemetry.formatting import inert
@@ -34,11 +35,13 @@ async def open_engine(
     max_seq_len: int,
     say: Callable[[str], None],
     trains: bool = False,
+    files: str | None = None,
 ) -> "AsyncIterator[InferenceEngine]":
     """The engine that the flags ask for, checked against this run; closed, and its server ended, on the way out.
 
     A server that a killed trainer left paused is an error, unless this run `trains`: then its first sync sets it right.
-    A run that trains has the server to itself, and gets it back when it is lost.
+    A run that trains has the server to itself, and gets it back when it is lost. `files` is a folder or hub name that has the
+    model's config where `--model` is only the name that a server gives it.
 
     Raises:
         EngineError: the server is not there, not the right one, or held by another trainer.
@@ -54,16 +57,17 @@ async def open_engine(
     from ludic.inference.vllm_client import VLLMEngine, stop_token_ids
     from ludic.pretrained import load_config
 
-    model_config = load_config(args.model, trust_remote_code=args.trust_remote_code)
+    files = files or args.model
+    model_config = load_config(files, trust_remote_code=args.trust_remote_code)
     async with contextlib.AsyncExitStack() as stack:
         server = await _start_server(stack, args, out_dir, max_seq_len, say) if args.start_server else None
         trainer = uuid.uuid4().hex if trains else None
         client = VLLMEngine(
-            f"http://{args.host}:{args.port}" if server is None else server.base_url,
+            server_url(args) if server is None else server.base_url,
             model=args.model,
             api_key=read_api_key(args.api_key_file),
             concurrency=args.concurrency,
-            stop_token_ids=stop_token_ids(args.model, tokenizer, model_config),
+            stop_token_ids=stop_token_ids(files, tokenizer, model_config),
             seed_requests=args.seed_requests,
             vocab_size=model_config.get_text_config().vocab_size,
             trainer=trainer,

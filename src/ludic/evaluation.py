@@ -159,23 +159,19 @@ async def evaluate(
             All before anything is generated.
         Exception: the first failure of the engine, the environment or the writer; the rest is cancelled.
     """
-    if not samples:
-        raise ValueError("there is nothing to evaluate: the list of samples is empty")
     if samples_per_problem < 1 or concurrency < 1:
         raise ValueError(
             f"samples_per_problem and concurrency must be at least 1, not {samples_per_problem} and {concurrency}"
         )
-    problems = [_Problem.of(index, sample, environment, tokenizer) for index, sample in enumerate(samples)]
-    for problem in problems:
-        _check_length(problem, max_seq_len)
-    records = _match_records(done, problems, samples_per_problem)
+    problems = prepare_problems(environment, samples, tokenizer, max_seq_len=max_seq_len)
+    records = match_records(done, problems, samples_per_problem)
     progress = _Progress(len(problems), records, on_progress)
 
     per_request = min(samples_per_problem, concurrency)
     # A request holds one of these places, so that at most `concurrency` completions are in flight.
     places = asyncio.Semaphore(concurrency // per_request)
 
-    async def work(problem: _Problem, sample: SampleT) -> None:
+    async def work(problem: Problem, sample: SampleT) -> None:
         completions: list[Completion] = []
         for start in range(0, samples_per_problem, per_request):
             num_completions = min(per_request, samples_per_problem - start)
@@ -206,6 +202,73 @@ async def evaluate(
         seconds=progress.seconds,
         taken_over=frozenset(records),
     )
+
+
+def prepare_problems(
+    environment: Environment[SampleT],
+    samples: Sequence[SampleT],
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    max_seq_len: int | None = None,
+) -> list["Problem"]:
+    """The samples with their prompts encoded.
+
+    Raises:
+        ValueError: there are none, or a prompt leaves no room within `max_seq_len`.
+    """
+    if not samples:
+        raise ValueError("there is nothing to evaluate: the list of samples is empty")
+    problems = [Problem.of(index, sample, environment, tokenizer) for index, sample in enumerate(samples)]
+    for problem in problems:
+        _check_length(problem, max_seq_len)
+    return problems
+
+
+def match_records(
+    done: Sequence[ProblemRecord], problems: Sequence["Problem"], samples_per_problem: int
+) -> dict[int, ProblemRecord]:
+    """`done` by index, after a check that each record is of the problem that now has its place.
+
+    Raises:
+        ValueError: it is not; one line that says what differs.
+    """
+    records: dict[int, ProblemRecord] = {}
+    for record in done:
+        index = record["index"]
+        if not 0 <= index < len(problems):
+            raise TooFewProblemsError(1 + max(one["index"] for one in done), len(problems))
+        if record["question_id"] != problems[index].question_id:
+            raise ValueError(
+                f"the record of problem {index} was made with {_difference(record, problems[index])}: "
+                "evaluate into another file"
+            )
+        if len(record["completions"]) != samples_per_problem:
+            raise ValueError(
+                f"the record of problem {index} has {len(record['completions'])} completions, not "
+                f"{samples_per_problem}: evaluate into another file, or with as many samples as before"
+            )
+        records[index] = record
+    return records
+
+
+class TooFewProblemsError(ValueError):
+    """Fewer problems were asked for than are recorded already."""
+
+    def __init__(self, num_recorded: int, num_problems: int) -> None:
+        super().__init__(
+            f"the records reach to problem {num_recorded - 1}, and only {num_problems} problems are asked for"
+        )
+        self.num_recorded = num_recorded
+        """Problems that take in all records."""
+
+
+def _difference(record: ProblemRecord, problem: "Problem") -> str:
+    """Why a record is not of `problem`."""
+    if record["prompt"] != problem.messages:
+        return "another question or system prompt (did the data change, or their order?)"
+    if record["target"] != problem.target:
+        return f"another target ({record['target']!r:.80}, now {problem.target!r:.80})"
+    return "other token ids for the same messages (another tokenizer or chat template)"
 
 
 def summarise(
@@ -328,7 +391,7 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Problem:
+class Problem:
     """A sample on its way to the model."""
 
     index: int
@@ -340,7 +403,7 @@ class _Problem:
     @classmethod
     def of(
         cls, index: int, sample: SampleT, environment: Environment[SampleT], tokenizer: "PreTrainedTokenizerBase"
-    ) -> "_Problem":
+    ) -> "Problem":
         messages = environment.messages(sample)
         target = environment.target(sample)
         prompt_token_ids = encode_prompt(tokenizer, messages)
@@ -390,7 +453,7 @@ class _Progress:
             )
 
 
-def _check_length(problem: _Problem, max_seq_len: int | None) -> None:
+def _check_length(problem: Problem, max_seq_len: int | None) -> None:
     length = len(problem.prompt_token_ids)
     if max_seq_len is not None and length >= max_seq_len:
         raise ValueError(
@@ -400,7 +463,7 @@ def _check_length(problem: _Problem, max_seq_len: int | None) -> None:
 
 
 def _request_sampling(
-    sampling: SamplingParams, problem: _Problem, start: int, max_seq_len: int | None
+    sampling: SamplingParams, problem: Problem, start: int, max_seq_len: int | None
 ) -> SamplingParams:
     """`sampling` for one request: a seed of its own, no more tokens than fit, and no log-probs, which nobody reads."""
     sampling = replace(sampling, logprobs=False)
@@ -413,7 +476,7 @@ def _request_sampling(
 
 
 def _record(
-    problem: _Problem, completions: Sequence[Completion], texts: Sequence[str], scores: Sequence[Score]
+    problem: Problem, completions: Sequence[Completion], texts: Sequence[str], scores: Sequence[Score]
 ) -> ProblemRecord:
     return ProblemRecord(
         index=problem.index,
@@ -438,27 +501,6 @@ def _record(
             for completion, text, score in zip(completions, texts, scores, strict=True)
         ],
     )
-
-
-def _match_records(
-    done: Sequence[ProblemRecord], problems: Sequence[_Problem], samples_per_problem: int
-) -> dict[int, ProblemRecord]:
-    """`done` by index, after a check that each record is of the problem that now has its place."""
-    records: dict[int, ProblemRecord] = {}
-    for record in done:
-        index = record["index"]
-        if not 0 <= index < len(problems) or record["question_id"] != problems[index].question_id:
-            raise ValueError(
-                f"the record of problem {index} was made with another question, prompt or tokenizer: "
-                "evaluate into another file"
-            )
-        if len(record["completions"]) != samples_per_problem:
-            raise ValueError(
-                f"the record of problem {index} has {len(record['completions'])} completions, not "
-                f"{samples_per_problem}: evaluate into another file, or with as many samples as before"
-            )
-        records[index] = record
-    return records
 
 
 def _num_right(record: ProblemRecord) -> int:

@@ -71,7 +71,10 @@ def _read(path: str) -> str:
     """The text of the key file; its permissions are those of what was opened, not of what the name meant before."""
     try:
         with open(path, "rb") as file:
-            mode = os.fstat(file.fileno()).st_mode
+            about = os.fstat(file.fileno())
+            mode, pipe = about.st_mode, (about.st_dev, about.st_ino)
+            if pipe in _pipes:
+                return _pipes[pipe]
             if stat.S_ISREG(mode) and mode & 0o022:
                 raise ValueError(
                     f"--api-key-file {path} may be written by others (mode {stat.S_IMODE(mode):04o}): chmod 600 {path}"
@@ -85,7 +88,15 @@ def _read(path: str) -> str:
         raise ValueError(
             f"--api-key-file {path} holds more than {MAX_FILE_BYTES} bytes: one key a line, and nothing else"
         )
-    return content.decode("latin-1")
+    text = content.decode("latin-1")
+    if stat.S_ISFIFO(mode):
+        _pipes[pipe] = text
+    return text
+
+
+_pipes: dict[
+    tuple[int, int], str
+] = {}  # what came through a pipe: it comes once, and several parts of a run ask for it
 
 
 def check_key(key: str, source: str) -> str:

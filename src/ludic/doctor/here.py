@@ -11,7 +11,9 @@ import sys
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
+from ludic.cli import server_url
 from ludic.doctor.findings import Check, Finding, failed, ok, warning
 from ludic.pretrained import stored_dtype
 from ludic.training.checkpoint import list_checkpoints
@@ -123,12 +125,13 @@ def check_proxies(args: argparse.Namespace) -> Finding:
     if not names:
         return ok("network", "no proxy variables")
     exempt = (os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or "").split(",")
-    if args.host in (part.strip() for part in exempt):
-        return ok("network", f"proxy variables are set, and {args.host} is exempt")
+    host = urlsplit(server_url(args)).hostname
+    if host in (part.strip() for part in exempt):
+        return ok("network", f"proxy variables are set, and {host} is exempt")
     return warning(
         "network",
-        f"{', '.join(names)} set; ludic goes to {args.host} directly all the same, curl and others do not",
-        f"export NO_PROXY={args.host}",
+        f"{', '.join(names)} set; ludic goes to {host} directly all the same, curl and others do not",
+        f"export NO_PROXY={host}",
     )
 
 

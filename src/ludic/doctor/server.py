@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ludic.cli import server_url
 from ludic.doctor.findings import Check, Finding, failed, ok, warning
 from ludic.doctor.here import trainer_device
 from ludic.inference import handshake
@@ -56,7 +57,7 @@ class ServerChecks:
         self._config = config
         self._trainer = uuid.uuid4().hex
         self._key = read_api_key(args.api_key_file)
-        self._url = f"http://{args.host}:{args.port}"
+        self._url = server_url(args)
         self._control = ServerControl(self._url, api_key=self._key, trainer=self._trainer, timeout_s=30.0)
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._up = False

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from ludic.inference import generate_wire
 from ludic.inference.errors import (
@@ -49,12 +50,12 @@ _PASS_ON = (ServerLostError, ServerUnauthorizedError, ServerInUseError)
 
 
 def start_command(base_url: str, model: str) -> str:
-    """The command that starts the server which should be at `base_url`."""
-    _, _, address = base_url.partition("://")
-    host, _, port = address.rpartition(":")
-    where = (f" --host {host}" if host not in ("127.0.0.1", "localhost") else "") + (
-        f" --port {port}" if port != "8000" else ""
-    )
+    """The command that starts the server which should be at `base_url`, or behind the proxy there."""
+    address = urlsplit(base_url)
+    where = ""
+    if address.scheme == "http" and not address.path.strip("/"):
+        where += f" --host {address.hostname}" if address.hostname not in ("127.0.0.1", "localhost") else ""
+        where += f" --port {address.port or 80}" if address.port != 8000 else ""
     return f"python -m ludic.inference.vllm_server --model {model}{where}"
 
 
@@ -198,11 +199,31 @@ def weight_sync_info(control: ServerControl, model: str) -> dict[str, Any]:
 
 def boot_id(control: ServerControl) -> str | None:
     """Names this start of the server; None for a server that is not ludic's."""
+    return server_state(control).boot
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerState:
+    """What a server says of itself, beside whose it is."""
+
+    boot: str | None
+    """Names this start of it; None for one that is not ludic's."""
+    weights: Mapping[str, Any] | None
+    """Whose weights it holds, as `server_guard` says it; None for those that it was started with."""
+
+    @property
+    def policy_version(self) -> int:
+        """The update that made the weights; 0 for those that it was started with, or that are not proven."""
+        return int(self.weights["policy_version"]) if self.weights is not None and self.weights["proven"] else 0
+
+
+def server_state(control: ServerControl) -> ServerState:
+    """Ask the server for its state."""
     try:
         answer = control.ask("GET", TRAINER_PATH, "boot", timeout_s=LOOK_S)
     except RouteMissingError:
-        return None
-    return str(answer["boot"])
+        return ServerState(boot=None, weights=None)
+    return ServerState(boot=str(answer["boot"]), weights=answer.get("weights"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

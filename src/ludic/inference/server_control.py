@@ -4,6 +4,7 @@ Generation goes through `vllm_client`; this is what must be said one thing at a 
 """
 
 import copy
+import hashlib
 import json
 import threading
 from collections.abc import Sequence
@@ -19,11 +20,13 @@ from ludic.inference.errors import (
     RouteMissingError,
     ServerInUseError,
     ServerLostError,
+    ServerMismatchError,
     ServerUnauthorizedError,
     ServerUnreachableError,
 )
 from ludic.inference.generate_wire import NEUTRAL_SAMPLING
-from ludic.inference.server_guard import TRAINER_HEADER
+from ludic.inference.server_guard import TRAINER_HEADER, TRAINER_PATH
+from ludic.inference.tls import TLSAdapter, tls_context, tls_failure
 from ludic.telemetry.formatting import inert
 
 KEEP = {"mode": "keep", "clear_cache": "false"}
@@ -61,6 +64,7 @@ class ServerControl:
 
     Raises:
         ServerUnreachableError: nothing answers.
+        ServerMismatchError: its certificate is not trusted, or it does not speak TLS.
         ServerLostError: no answer in time.
         ServerInUseError: another trainer holds the server.
         RouteMissingError: 404 or 405.
@@ -81,9 +85,11 @@ class ServerControl:
         self._session = requests.Session()
         self._session.trust_env = False  # a proxy variable must not stand between the trainer and its own server
         self._session.mount("http://", HTTPAdapter(pool_maxsize=4))
-        self._session.mount("https://", HTTPAdapter(pool_maxsize=4))
+        if self.base_url.startswith("https://"):
+            self._session.mount("https://", TLSAdapter(tls_context(), pool_maxsize=4))
         if api_key:
             self._session.headers["Authorization"] = f"Bearer {api_key}"
+        self.trainer = trainer
         if trainer:
             self._session.headers[TRAINER_HEADER] = trainer
 
@@ -125,6 +131,8 @@ class ServerControl:
         except (requests.Timeout, TimeoutError) as error:
             raise ServerLostError(f"{path} on {self.base_url} did not answer within {deadline_s:g} s") from error
         except requests.ConnectionError as error:
+            if problem := tls_failure(error):
+                raise ServerMismatchError(f"{self.base_url} cannot be used: {problem}") from error
             raise ServerUnreachableError(
                 f"nothing answers at {self.base_url} ({path}): {error.__class__.__name__}"
             ) from error
@@ -282,6 +290,20 @@ class ServerControl:
             )
             for worker in answer["results"]
         ]
+
+    def weights_digest(self) -> str:
+        """16 hex digits that differ where the weights differ that the server computes with, as it holds them."""
+        answer = self.request("POST", "/collective_rpc", json_body={"method": "ludic_weights_digest", "args": []})
+        workers: list[str] = answer["results"]
+        return workers[0] if len(workers) == 1 else hashlib.sha256("".join(workers).encode()).hexdigest()[:16]
+
+    def note_weights(self, trainer: str, policy_version: int) -> None:
+        """Tell the server that it provably holds these weights of this trainer, for those who ask it whose they are."""
+        body = {"trainer": trainer, "policy_version": policy_version}
+        try:
+            self.request("PUT", TRAINER_PATH, json_body=body)
+        except RouteMissingError:  # vLLM with ludic's worker extension alone: nobody can ask it either
+            return
 
     def prompt_logprobs(self, model: str, token_ids: list[int], *, cache_salt: str) -> list[float]:
         """The server's log-probability of each prompt token after the first, in nats: [len(token_ids) - 1].

@@ -19,7 +19,12 @@ this server back.
            409 {"error": {"message": ..., ...}, "holder": {"trainer", "identity", "seconds_since_seen"} or null,
                 "lost": true where this trainer had the server once, and never gets it back}
     DELETE {"trainer": "<hex>"}; 200 or 409, as above
-    GET    {"boot": ..., "lease_s": 60.0, "holder": {...} or null}
+    PUT    {"trainer": "<hex>", "policy_version": 37}, at the end of a sync that was proven; 200 or 409, as above
+    GET    {"boot": ..., "lease_s": 60.0, "holder": {...} or null, "weights": {...} or null}
+
+Weights: `GET` also says whose weights the server computes with, while their trainer is there and when it has left: null for
+those that the server was started with, else {"proven": true, "policy_version", "identity", "since"}. From the first request
+that may change them until the next `PUT` it is {"proven": false, "identity"}, for they may be half replaced.
 
 Bodies: read here to their end, before any route sees a byte, up to a limit in bytes received and in seconds. What a web
 page sends to this machine (it says so in `Origin`) never changes the server.
@@ -37,6 +42,7 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
 from typing import Any, Literal
 
 from ludic.inference.generate_route import (
@@ -67,6 +73,7 @@ MAX_OTHER_BODY_BYTES = 8 * 2**20
 JSON numbers, fits."""
 MAX_TRAINER_BODY_BYTES = 16 * 2**10
 MAX_IDENTITY_FIELDS = 16
+TRAINER_FIELDS = frozenset({"trainer", "identity", "takes_over", "policy_version"})
 
 GENERATION_PATHS = frozenset(
     {
@@ -83,7 +90,10 @@ LOOKUP_PATHS = frozenset(
 HARMLESS_PATHS = GENERATION_PATHS | LOOKUP_PATHS
 """What may be posted to a server that belongs to somebody else: nothing here changes what the next answer will be."""
 RPC_PATH = "/collective_rpc"
-HARMLESS_RPC_METHODS = frozenset({"ludic_server_info"})
+HARMLESS_RPC_METHODS = frozenset({"ludic_server_info", "ludic_weights_digest"})
+KEEPS_WEIGHTS_PATHS = frozenset({"/pause", "/resume", "/init_weight_transfer_engine", "/reset_prefix_cache"})
+KEEPS_WEIGHTS_METHODS = frozenset({"ludic_expect_weights", "ludic_held_digests", "ludic_weight_digests"})
+"""What only a trainer may ask, and what leaves the weights as they are; of anything else that is not known."""
 HARMLESS_SOCKETS = frozenset({"/v1/realtime"})
 
 _TRAINER_ID = re.compile(r"[0-9a-f]{8,64}")
@@ -114,6 +124,8 @@ class ServerGuard:
         self._app = app
         self.boot = os.environ.get(BOOT_VARIABLE) or new_boot()
         self.lease = TrainerLease(clock)
+        self._weights: dict[str, Any] | None = None
+        """Whose weights the server holds, as `GET` says it; None for those that it was started with."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -138,6 +150,8 @@ class ServerGuard:
                 await answer.json(200, self._trainer_route(scope["method"], body))
                 return
             self._admit(kind, trainer)
+            if kind == "control" and not _keeps_weights(path, body):
+                self._weights = {"proven": False, "identity": self._identity_of(trainer)}
             if trainer is not None and kind != "lookup":
                 answer.check = lambda: self._admit("generation", trainer)  # once more, at the end
         except RefusedError as error:
@@ -173,12 +187,18 @@ class ServerGuard:
     def _trainer_route(self, method: str, body: bytes) -> dict[str, Any]:
         state: dict[str, Any] = {"boot": self.boot, "lease_s": LEASE_S}
         if method in ("GET", "HEAD"):
-            return state | {"holder": self._described(self.lease.holder())}
-        if method not in ("POST", "DELETE"):
-            raise RefusedError(405, f"{TRAINER_PATH} takes GET, POST and DELETE, not {method}")
+            return state | {"holder": self._described(self.lease.holder()), "weights": self._weights}
+        if method not in ("POST", "PUT", "DELETE"):
+            raise RefusedError(405, f"{TRAINER_PATH} takes GET, POST, PUT and DELETE, not {method}")
         fields = _decoded(body)
         trainer = _checked_id("trainer", fields.get("trainer"))
         try:
+            if method == "PUT":
+                version = _checked_version(fields.get("policy_version"))
+                self.lease.keep(trainer, changes=True)
+                self._weights = {"proven": True, "policy_version": version, "identity": self._identity_of(trainer)}
+                self._weights["since"] = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+                return state
             if method == "DELETE":
                 self.lease.release(trainer)
                 return state
@@ -194,6 +214,11 @@ class ServerGuard:
         if not renewed and holder is not None:
             logger.info("the server now belongs to the trainer %s (%s)", trainer, holder.name())
         return state | {"renewed": renewed}
+
+    def _identity_of(self, trainer: str | None) -> Identity:
+        """What this trainer has said of itself; nothing of one that did not claim the server."""
+        holder = self.lease.holder()
+        return dict(holder.identity) if holder is not None and holder.trainer == trainer else {}
 
     def _conflict(self, error: NotHolderError) -> RefusedError:
         return RefusedError(409, str(error), {"holder": self._described(error.holder), "lost": error.lost})
@@ -212,6 +237,7 @@ class ServerGuard:
                 if any(name.lower() == b"origin" for name, _ in scope["headers"]):
                     raise RefusedError(403, f"{path} is not for web pages")
                 self._admit("control", None)
+                self._weights = {"proven": False, "identity": {}}
         except RefusedError as error:
             await send({"type": "websocket.close", "code": 1008, "reason": str(error)[:120]})
             return
@@ -259,12 +285,21 @@ def _kind(method: str, path: str, body: bytes) -> Kind:
 
 def _asks_worker(body: bytes) -> bool:
     """Whether a call of the workers is one that only asks."""
+    return _rpc_method(body) in HARMLESS_RPC_METHODS
+
+
+def _keeps_weights(path: str, body: bytes) -> bool:
+    return path in KEEPS_WEIGHTS_PATHS or (path == RPC_PATH and _rpc_method(body) in KEEPS_WEIGHTS_METHODS)
+
+
+def _rpc_method(body: bytes) -> str:
+    """The method that a call of the workers names; "" for a call that vLLM will refuse."""
     try:
         call = json.loads(body)
-    except (ValueError, RecursionError):  # vLLM will refuse it
-        return False
+    except (ValueError, RecursionError):
+        return ""
     method = call.get("method") if isinstance(call, dict) else None
-    return isinstance(method, str) and method in HARMLESS_RPC_METHODS
+    return method if isinstance(method, str) else ""
 
 
 def _limit(path: str) -> int:
@@ -317,9 +352,15 @@ def _decoded(body: bytes) -> dict[str, Any]:
         fields = json.loads(body)
     except (ValueError, RecursionError) as error:
         raise RefusedError(400, f"the body is not JSON: {error}") from error
-    if not isinstance(fields, dict) or not fields.keys() <= {"trainer", "identity", "takes_over"}:
-        raise RefusedError(400, "the body must be an object with the fields trainer, identity and takes_over")
+    if not isinstance(fields, dict) or not fields.keys() <= TRAINER_FIELDS:
+        raise RefusedError(400, f"the body must be an object with fields of {', '.join(sorted(TRAINER_FIELDS))}")
     return fields
+
+
+def _checked_version(value: object) -> int:
+    if type(value) is not int or not 0 <= value < 2**53:
+        raise RefusedError(400, f"policy_version must be a whole number from 0, not {value!r:.80}")
+    return value
 
 
 def _checked_identity(value: object) -> Identity:

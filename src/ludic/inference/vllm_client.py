@@ -36,6 +36,7 @@ from ludic.inference.errors import (
 from ludic.inference.generate_wire import COMPLETIONS_ROUTE, OWN_ROUTE, BadReplyError, Generated, GenerateRequest
 from ludic.inference.server_control import ServerControl, error_text
 from ludic.inference.server_guard import BOOT_HEADER, TRAINER_HEADER
+from ludic.inference.tls import tls_context
 from ludic.inference.weight_sync import WeightSync
 from ludic.inference.weighted_semaphore import WeightedSemaphore
 from ludic.pretrained import load_config
@@ -74,7 +75,7 @@ class VLLMEngine:
     Without `connect` it treats the server as plain vLLM.
 
     Args:
-        base_url: for example `http://127.0.0.1:8000`.
+        base_url: for example `http://127.0.0.1:8000`, or `https://gpu.example.org/vllm` of a proxy in front of the server.
         model: the name under which the server serves the model.
         concurrency: completions (not requests) in flight at once. What the server cannot run at once waits in its queue,
             next to the engine; so rather too many than too few, e.g. twice the rollouts of an update where generation
@@ -136,7 +137,8 @@ class VLLMEngine:
     async def connect(
         self, tokenizer: "PreTrainedTokenizerBase", *, max_seq_len: int | None = None, may_be_paused: bool = False
     ) -> None:
-        """Check that this server is the one that the run needs, and find out which route it generates by.
+        """Check that this server is the one that the run needs, and find out which route it generates by, and, without a
+        trainer's id, which update's weights it holds.
 
         Raises:
             ServerUnreachableError: nothing listens there; names the command that starts a server.
@@ -154,7 +156,10 @@ class VLLMEngine:
         handshake.check_tokenizer(control, self.model, tokenizer)
         handshake.check_chat_template(control, self.model, tokenizer)
         self._has_generate_route = handshake.has_generate_route(control)
-        self._boot = handshake.boot_id(control)
+        state = handshake.server_state(control)
+        self._boot = state.boot
+        if self.trainer is None:  # a trainer's version is its own
+            self._policy_version = state.policy_version
         if not may_be_paused and handshake.stays_paused(control):
             raise ServerMismatchError(
                 f"the server at {self.base_url} is paused, as a trainer that was killed in a sync leaves it, and its weights "
@@ -294,7 +299,11 @@ class VLLMEngine:
         timeout = aiohttp.ClientTimeout(total=_deadline_s(request), sock_connect=CONNECT_TIMEOUT_S)
         # No redirects: they would carry prompts and the key to wherever a reply says.
         async with self._http().post(
-            route.path, data=route.encode(request), headers=_JSON, timeout=timeout, allow_redirects=False
+            f"{self.base_url}{route.path}",  # whole, since the address may have a path of its own
+            data=route.encode(request),
+            headers=_JSON,
+            timeout=timeout,
+            allow_redirects=False,
         ) as response:
             if response.status == 200:
                 boot = response.headers.get(BOOT_HEADER)
@@ -327,9 +336,9 @@ class VLLMEngine:
         if self._session is None:
             # The semaphore is the limit. A connection carries one request: what else comes on it, say a second reply, is for
             # nobody, where on a kept connection it would be taken for the reply to the next request.
-            connector = aiohttp.TCPConnector(limit=0, force_close=True)
+            tls = tls_context() if self.base_url.startswith("https://") else True
+            connector = aiohttp.TCPConnector(limit=0, force_close=True, ssl=tls)
             self._session = aiohttp.ClientSession(
-                self.base_url,
                 connector=connector,
                 headers={"Accept-Encoding": "identity", **self._headers},
                 auto_decompress=False,  # a small reply must not become a large one

@@ -9,6 +9,7 @@ The transport `ludic_shm` takes a whole policy from a safetensors file on a dire
 model is touched, so a file that is refused leaves the old weights serving. It never deletes files: they are the trainer's.
 """
 
+import hashlib
 import inspect
 import json
 import os
@@ -29,7 +30,7 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.logger import init_logger
 from vllm.v1.request import Request
 
-from ludic.inference.digest import digest_hex, tensor_digests
+from ludic.inference.digest import digest_hex, tensor_digest, tensor_digests
 from ludic.inference.vllm_logprobs import LogprobRecorder, recording_problem, start_recording, warm_up
 from ludic.inference.vllm_model import (
     check_complete,
@@ -39,7 +40,7 @@ from ludic.inference.vllm_model import (
     reload_policy,
 )
 from ludic.inference.vllm_nccl import NCCL_BACKEND, BucketWeightTransferEngine
-from ludic.inference.vllm_packed import PackedWeights
+from ludic.inference.vllm_packed import PackedWeights, packed_layers, read_weight
 from ludic.inference.weight_transport import UNTOUCHED
 
 if TYPE_CHECKING:
@@ -235,6 +236,20 @@ class LudicWorkerExtension:
         """
         specs: dict[str, TensorSpec] = json.loads(specs_json)
         return dict(zip(specs, _held_digests(self.model_runner.get_model(), specs), strict=True))
+
+    def ludic_weights_digest(self) -> str:
+        """One digest of all that this worker's model multiplies with, in the form in which it holds it.
+
+        The same weights in another dtype, on another kind of device or in other shards have another digest.
+        """
+        model = self.model_runner.get_model()
+        tensors = dict(sorted(model.named_parameters()))
+        if self._weight_update_active or any(tensor.is_meta for tensor in tensors.values()):
+            raise ValueError("a weight update is under way: ask again when it is finished")
+        digests = list(zip(tensors, tensor_digests(list(tensors.values())), strict=True))
+        for names, layer in packed_layers(model):  # on the CPU, where the parameter is empty
+            digests.append((names[0], tensor_digest(read_weight(layer))))
+        return hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:16]
 
     def ludic_record_logprobs(self) -> str:
         """From now on record the log-probs of the requests marked for it. The answer says why not, "" if it does."""

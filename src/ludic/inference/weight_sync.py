@@ -242,6 +242,9 @@ class WeightSync:
             laps.end("probe")
         if proof.in_memory == proof.total:
             talk.transport.confirm()
+        if talk.control.trainer is not None:
+            talk.control.note_weights(talk.control.trainer, policy_version)
+            laps.end("note")
         talk.found_paused = talk.pausing = talk.transport.touched = False
         return WeightSyncReport(
             policy_version=policy_version,

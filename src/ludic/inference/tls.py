@@ -1,0 +1,67 @@
+"""HTTPS to a server behind a proxy that has a certificate: whom both HTTP clients trust, and what a refusal means.
+
+The settings are those that other programs go by: SSL_CERT_FILE or REQUESTS_CA_BUNDLE name a PEM file of certificates that are
+trusted in place of, or beside, the system's. There is no switch that turns verification off: a self-signed certificate is
+trusted by naming its file. Left out: client certificates.
+"""
+
+import os
+import ssl
+from typing import Any
+
+from requests.adapters import HTTPAdapter
+from requests.certs import where
+
+TRUST = "put the PEM file of the certificate, or of the authority that signed it, into SSL_CERT_FILE"
+
+
+def tls_context() -> ssl.SSLContext:
+    """Trusts SSL_CERT_FILE (OpenSSL reads it) or the system's store and requests' own, and REQUESTS_CA_BUNDLE.
+
+    Raises:
+        ValueError: a variable names a file that cannot be read, or that holds no certificate.
+    """
+    context = ssl.create_default_context()
+    if not os.environ.get("SSL_CERT_FILE"):
+        context.load_verify_locations(where())  # where Python was built for another system, its store is not found
+    for name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"):
+        path = os.environ.get(name)
+        if path:
+            try:
+                context.load_verify_locations(**{"capath" if os.path.isdir(path) else "cafile": path})
+            except (OSError, ssl.SSLError) as error:
+                raise ValueError(
+                    f"{name} names {path}, which cannot be read as certificates ({error.strerror or error}): "
+                    "give a PEM file"
+                ) from error
+    return context
+
+
+class TLSAdapter(HTTPAdapter):
+    """requests with `tls_context` in the place of its own bundle."""
+
+    def __init__(self, context: ssl.SSLContext, **options: Any) -> None:
+        self._context = context
+        super().__init__(**options)
+
+    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
+        super().init_poolmanager(*args, ssl_context=self._context, **kwargs)  # type: ignore[no-untyped-call]
+
+    def cert_verify(self, conn: Any, url: Any, verify: Any, cert: Any) -> None:
+        """Nothing to set: the context verifies, and the pool requires it."""
+
+
+def tls_failure(error: BaseException) -> str:
+    """What to say of a request that failed in the TLS handshake, with the way out; "" where it failed otherwise."""
+    inner: BaseException | None = error
+    seen: set[int] = set()
+    while inner is not None and id(inner) not in seen:
+        seen.add(id(inner))
+        if isinstance(inner, ssl.SSLCertVerificationError):
+            return f"its certificate is not trusted ({inner.verify_message}): {TRUST}"
+        if isinstance(inner, ssl.SSLError):
+            return f"it does not speak TLS as it should ({inner.reason or inner}): is it http:// that was meant?"
+        reasons = [one for one in (inner.__cause__, inner.__context__, *inner.args) if isinstance(one, BaseException)]
+        reason = getattr(inner, "reason", None)  # urllib3's MaxRetryError
+        inner = next(iter([*([reason] if isinstance(reason, BaseException) else []), *reasons]), None)
+    return ""
