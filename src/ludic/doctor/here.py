@@ -1,4 +1,8 @@
-"""The checks of this machine: versions, GPUs, network, disk, memory, data, grader. None of them needs a server."""
+"""The checks of this machine and this model: versions, GPUs, network, disk, memory, a dry run, data, grader. None of them
+needs a server.
+
+torch and transformers take seconds to import, so that is left to the checks that need them: `--help` must not wait for it.
+"""
 
 import argparse
 import importlib.metadata
@@ -8,16 +12,18 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ludic.doctor.dry_run import check_architecture, check_saving, check_token_ids
 from ludic.doctor.findings import Check, Finding, failed, ok, warning
-from ludic.training.checkpoint import list_checkpoints
 from ludic.training.config import GRPOConfig, RunPaths
+from ludic.types import ChatMessage
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PreTrainedTokenizerBase
 
 SUPPORTED = {"torch": ((2, 11), None), "transformers": ((5, 10), None), "vllm": ((0, 26), (0, 32))}
 """Lowest and highest version, of the two first numbers; None: no highest."""
@@ -35,8 +41,10 @@ HUB_TIMEOUT_S = 5.0
 
 def local_checks(args: argparse.Namespace, config: GRPOConfig) -> list[tuple[str, Check]]:
     """All of them, in the order in which they are worth reading."""
+    tokenizer = cache(lambda: _load_tokenizer(args))
     return [
-        *quick_local_checks(args, config),
+        *quick_local_checks(args, config, tokenizer),
+        ("token ids", lambda: check_template_ids(args, tokenizer())),
         ("network", lambda: check_proxies(args)),
         ("hub", lambda: check_hub(args)),
         ("data", lambda: check_data(args)),
@@ -44,14 +52,36 @@ def local_checks(args: argparse.Namespace, config: GRPOConfig) -> list[tuple[str
     ]
 
 
-def quick_local_checks(args: argparse.Namespace, config: GRPOConfig) -> list[tuple[str, Check]]:
-    """Those that take no time, which every training run makes."""
+def quick_local_checks(
+    args: argparse.Namespace, config: GRPOConfig, tokenizer: "Callable[[], PreTrainedTokenizerBase]"
+) -> list[tuple[str, Check]]:
+    """Those that take seconds at most, which every training run makes."""
     return [
         ("versions", check_versions),
         ("GPUs", lambda: check_gpus(args)),
         ("memory", lambda: check_memory(args, config)),
         ("disk", lambda: check_disk(args, config)),
+        ("architecture", lambda: check_architecture(args, config)),
+        ("saving", lambda: check_saving(args, config, tokenizer())),
     ]
+
+
+def _load_tokenizer(args: argparse.Namespace) -> "PreTrainedTokenizerBase":
+    from ludic.prompts import load_tokenizer
+
+    return load_tokenizer(args.model, args.chat_template, trust_remote_code=args.trust_remote_code)
+
+
+def check_template_ids(args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase") -> list[Finding]:
+    """`check_token_ids` for what the chat template adds; a training run holds all of its prompts."""
+    from ludic.prompts import encode_prompt
+
+    question: ChatMessage = {"role": "user", "content": "What is 2 + 2?"}
+    try:
+        prompt = encode_prompt(tokenizer, [{"role": "system", "content": "Answer briefly."}, question])
+    except ValueError:  # a template without system turns
+        prompt = encode_prompt(tokenizer, [question])
+    return check_token_ids(args, tokenizer, prompt)
 
 
 def check_versions() -> list[Finding]:
@@ -197,25 +227,14 @@ def check_grader() -> Finding:
     return ok("grader", "math-verify answers")
 
 
-@cache
-def _model_shape(model: str, trust_remote_code: bool) -> "tuple[PretrainedConfig, int]":
-    """The configuration, and the number of parameters: counted on the meta device, without memory."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from ludic.pretrained import load_config
-
-    config = load_config(model, trust_remote_code=trust_remote_code)
-    with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    return config, sum(parameter.numel() for parameter in empty.parameters())
-
-
 def check_memory(args: argparse.Namespace, config: GRPOConfig) -> Finding:
     """What training needs, by the shape of the model and the token budget, against what the device has free."""
     import torch
 
-    shape, parameters = _model_shape(args.model, args.trust_remote_code)
+    from ludic.doctor.dry_run import model_shape
+
+    shape, empty = model_shape(args.model, args.trust_remote_code)
+    parameters = empty.num_parameters()
     text = shape.get_text_config()
     budget = config.micro_token_budget or config.max_seq_len
     on_gpu = torch.cuda.is_available()
@@ -258,10 +277,13 @@ def _free_memory() -> int:
 
 def check_disk(args: argparse.Namespace, config: GRPOConfig) -> Finding:
     """Is there room for the checkpoints that stay, and the one that is being written?"""
+    from ludic.doctor.dry_run import model_shape
+    from ludic.training.checkpoint import list_checkpoints
+
     folder = Path(args.out_dir)
     while not folder.exists():
         folder = folder.parent
-    _, parameters = _model_shape(args.model, args.trust_remote_code)
+    parameters = model_shape(args.model, args.trust_remote_code)[1].num_parameters()
     there = len(list_checkpoints(RunPaths(out_dir=Path(args.out_dir)).checkpoints)) if vars(args).get("resume") else 0
     need = (1 + max(0, config.keep_checkpoints - there)) * CHECKPOINT_BYTES * parameters
     free = shutil.disk_usage(folder).free
