@@ -56,7 +56,6 @@ FAMILIES: dict[str, tuple[dict[str, Any], str | None]] = {
     "gpt2": ({"n_positions": 128}, None),
     "opt": ({"ffn_dim": 64, "word_embed_proj_dim": 32}, None),
     "biogpt": ({}, None),
-    "gpt_bigcode": ({"n_positions": 128}, None),
     "starcoder2": ({}, None),
     "cohere2": ({**WINDOWS, "logit_scale": 0.25}, None),
     "glm4": ({"head_dim": 16}, None),

@@ -154,7 +154,7 @@ def _check_round_trip(learner: "Learner") -> Finding:
     weights = learner.masters.state_dict(learner.model)
     with tempfile.TemporaryDirectory() as folder:
         try:
-            learner.model.save_pretrained(folder, state_dict=weights)
+            learner.model.save_pretrained(folder, state_dict=dict(weights))  # which it empties
             loaded = load_model(folder, dtype=torch.float32).state_dict()
         except DOES_NOT_RUN as error:
             reason = " ".join(str(error).split())

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -27,6 +28,7 @@ _EXPERTS = re.compile(r"(num|n)_(local_|routed_)?experts")
 _LAYER_NUMBER = re.compile(r"layer_(idx|id|number|index)")
 DOES_NOT_RUN = (
     *(ValueError, TypeError, AttributeError, LookupError, RuntimeError, ArithmeticError, AssertionError, ImportError),
+    StrictDataclassError,
 )
 """What a constructor or a forward of transformers may raise for a configuration that was cut in the wrong place."""
 
@@ -142,7 +144,8 @@ def _cut_heads(part: "PretrainedConfig", full: "PreTrainedModel") -> None:
     key_heads = getattr(part, "num_key_value_heads", None)
     groups = key_heads if isinstance(key_heads, int) else heads
     kept_groups = math.gcd(groups, 2)
-    kept = kept_groups * math.gcd(heads // groups, 2)
+    sharing = heads // groups  # query heads of each key head
+    kept = kept_groups * next((n for n in range(2, sharing) if sharing % n == 0), sharing)
     if heads % groups or kept >= heads or hidden * kept % heads:
         return
     for name, value in list(vars(part).items()):  # a projection of the hidden size to itself stays one
