@@ -223,7 +223,7 @@ def test_the_check_at_start_finds_positions_mixed_outside_of_attention() -> None
     model.get_submodule("model.layers.0.mlp").register_forward_hook(
         lambda _m, _i, output: output + output.roll(1, dims=1)
     )
-    with pytest.raises(RuntimeError, match="Qwen2ForCausalLM lets packed sequences see each other"):
+    with pytest.raises(ValueError, match="Qwen2ForCausalLM lets packed sequences see each other"):
         check_isolation(model)
 
 
@@ -238,7 +238,7 @@ def test_the_check_at_start_finds_a_prompt_that_is_not_seen_as_the_sequences_own
         return gathered(states, torch.where(indices == 1, 0, indices) if shares else indices)
 
     monkeypatch.setattr(attention, "_gathered", without_the_second_token)
-    with pytest.raises(RuntimeError, match="Qwen2ForCausalLM does not see a shared prompt as it sees its own"):
+    with pytest.raises(ValueError, match="Qwen2ForCausalLM does not see a shared prompt as it sees its own"):
         check_isolation(model)
 
 

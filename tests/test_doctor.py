@@ -6,6 +6,9 @@ import importlib.metadata
 import json
 import shutil
 import socket
+import subprocess
+import sys
+import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +19,7 @@ import torch
 from aiohttp import web
 from transformers import Qwen2Config
 
-from ludic.doctor import here
+from ludic.doctor import here, vllm_probe
 from ludic.doctor.__main__ import build_parser, main
 from ludic.doctor.findings import Finding, failed, ok, run_checks
 from ludic.doctor.server import ServerChecks, check_free_port, server_checks
@@ -61,6 +64,9 @@ def test_a_machine_with_nothing_wrong_passes_every_local_check(args: argparse.Na
         "GPUs",
         "memory",
         "disk",
+        "architecture",
+        "saving",
+        "token ids",
         "network",
         "hub",
         "data",
@@ -152,19 +158,88 @@ def test_proxy_variables_without_an_exemption_are_a_warning(
     assert here.check_proxies(args).status == "ok"
 
 
-def test_a_hub_that_cannot_be_reached_is_a_warning_only_where_it_is_needed(
-    args: argparse.Namespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert here.check_hub(args).status == "ok"
-    args.model = "somebody/some-model"
-    finding = here.check_hub(args)  # the tests are offline
-    assert finding.status == "warning" and "the model" in finding.found
+@pytest.fixture
+def empty_caches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """No hub, and caches of models and data sets with nothing in them."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
     monkeypatch.delenv("HF_HUB_OFFLINE")
+    here._hub_problem.cache_clear()
     with socket.socket() as taken:  # bound, and nobody listens
         taken.bind(("127.0.0.1", 0))
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{taken.getsockname()[1]}")
-        finding = here.check_hub(args)
-    assert finding.status == "warning" and "cannot be reached" in finding.found and "HF_HUB_OFFLINE=1" in finding.fix
+        assert here._hub_problem() is not None
+    return tmp_path
+
+
+def put_model_into_cache(cache: Path, *, shards: Sequence[str]) -> None:
+    folder = cache / "hub" / "models--somebody--some-model"
+    snapshot = folder / "snapshots" / "abc"
+    snapshot.mkdir(parents=True, exist_ok=True)
+    (folder / "refs").mkdir(exist_ok=True)
+    (folder / "refs" / "main").write_text("abc")
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (snapshot / "model.safetensors.index.json").write_text(json.dumps(index))
+    for name in ("config.json", "tokenizer.json", *shards):
+        (snapshot / name).write_text("{}")
+
+
+def test_a_hub_that_cannot_be_reached_has_failed_unless_the_cache_has_all_that_is_needed(
+    args: argparse.Namespace, empty_caches: Path
+) -> None:
+    assert here.check_hub(args).status == "ok"  # nothing is needed
+    args.model = "somebody/some-model"
+    finding = here.check_hub(args)
+    assert finding.status == "failed" and "cannot be reached" in finding.found and "the model" in finding.found
+    put_model_into_cache(empty_caches, shards=["model-1.safetensors"])
+    assert here.check_hub(args).status == "failed"  # half of the weights
+    put_model_into_cache(empty_caches, shards=["model-1.safetensors", "model-2.safetensors"])
+    finding = here.check_hub(args)
+    assert finding.status == "warning" and "in the cache" in finding.found and "HF_HUB_OFFLINE=1" in finding.fix
+
+
+def test_offline_mode_has_failed_where_the_cache_is_empty(
+    args: argparse.Namespace, empty_caches: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    here._hub_problem.cache_clear()
+    args.model = "somebody/some-model"
+    finding = here.check_hub(args)
+    assert finding.status == "failed" and "HF_HUB_OFFLINE=1" in finding.found
+
+
+def test_data_from_the_hub_is_ok_only_where_the_hub_answers_or_the_cache_has_it(
+    args: argparse.Namespace, empty_caches: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args.dataset = None
+    finding = here.check_data(args)
+    assert finding.status == "failed" and "cannot be reached" in finding.found and "--dataset" in finding.fix
+    folder = empty_caches / "datasets" / "openai___gsm8k" / "main" / "0.0.0" / "abc"
+    folder.mkdir(parents=True)
+    (folder / "gsm8k-train.arrow").touch()
+    assert here.check_data(args).status == "failed"  # half of it
+    (folder / "gsm8k-test.arrow").touch()
+    assert here.check_data(args).status == "ok" and "in the cache" in here.check_data(args).found
+    shutil.rmtree(folder)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        thread = threading.Thread(target=lambda: server.accept()[0].sendall(b"HTTP/1.0 200 OK\r\n\r\n"))
+        thread.start()
+        here._hub_problem.cache_clear()
+        finding = here.check_data(args)
+        thread.join()
+    assert finding.status == "ok" and "downloaded when a run starts" in finding.found
+
+
+def test_a_folder_without_problems_to_train_on_is_not_called_data(args: argparse.Namespace, tmp_path: Path) -> None:
+    args.dataset = args.model  # a model's folder: it has files, and no data
+    assert "holds no train.jsonl" in here.check_data(args).found
+    folder = tmp_path / "tables"
+    folder.mkdir()
+    args.dataset = str(folder)
+    (folder / "train-00000.parquet").touch()
+    finding = here.check_data(args)
+    assert finding.status == "ok" and "not read before a run starts" in finding.found
 
 
 def test_data_that_cannot_be_read_is_named_with_its_line(args: argparse.Namespace, tmp_path: Path) -> None:
@@ -194,7 +269,48 @@ def test_a_port_that_is_taken_is_found_before_a_server_is_started(args: argparse
         finding = check_free_port(args)
         assert finding.status == "failed" and str(args.port) in finding.found and "--port" in finding.found
     assert check_free_port(args).status == "ok"
-    assert [name for name, _ in server_checks(args, from_arguments(args))] == ["port"]
+    assert [name for name, _ in server_checks(args, from_arguments(args))] == ["port", "vLLM"]
+
+
+FAKE_VLLM = {
+    "starts": ("__version__ = '0.32.0'", "device_type = 'cuda'", "", "ok", "0.32.0 can start here, on cuda"),
+    "no device": ("__version__ = '0.32.0'", "device_type = ''", "", "failed", "finds no device"),
+    "no library": ("raise ImportError('libcudart.so.13: not found')", "", "", "failed", "libcudart.so.13: not found"),
+    "no kernels": (
+        *("__version__ = '0.32.0'", "device_type = 'cuda'"),
+        "import sys; sys.stderr.write('Failed to import from vllm._C: libcudart.so.13\\n')",
+        *("failed", "without its kernels: Failed to import from vllm._C: libcudart.so.13"),
+    ),
+    "hangs": ("import time; time.sleep(60)", "", "", "warning", "not done after"),
+}
+
+
+def put_vllm_on_the_path(folder: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    """Make a package vllm that does what a broken one does, and have child processes import it."""
+    package, platform, kernels, _, _ = FAKE_VLLM[case]
+    (folder / "vllm").mkdir()
+    (folder / "vllm" / "__init__.py").write_text(package)
+    (folder / "vllm" / "_custom_ops.py").write_text(kernels)
+    (folder / "vllm" / "platforms.py").write_text(f"class current_platform:\n    {platform or 'pass'}\n")
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+
+
+@pytest.mark.parametrize("case", FAKE_VLLM)
+def test_a_vllm_that_cannot_start_here_has_failed_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    put_vllm_on_the_path(tmp_path, monkeypatch, case)
+    if case == "hangs":
+        monkeypatch.setattr(vllm_probe, "DEADLINE_S", 0.5)
+    finding = vllm_probe.check_vllm()
+    *_, status, said = FAKE_VLLM[case]
+    assert finding.status == status and said in finding.found
+
+
+@pytest.mark.vllm
+def test_a_real_vllm_that_starts_is_said_to_start_with_its_device() -> None:
+    finding = vllm_probe.check_vllm()
+    assert finding.status == "ok" and "can start here, on " in finding.found
 
 
 # --- the server -------------------------------------------------------------------------------------------------------
@@ -245,13 +361,30 @@ async def test_a_server_that_fits_passes_every_check_and_belongs_to_nobody_after
     assert await asyncio.to_thread(handshake.holder, control) is None
 
 
-async def test_no_server_is_one_failure_with_the_command_that_starts_one(args: argparse.Namespace) -> None:
+async def test_no_server_is_one_failure_with_the_command_that_starts_one(
+    args: argparse.Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ludic.doctor.server.installed", lambda name: None)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         args.port = free.getsockname()[1]
         found = await findings_of(args)
     assert found["server"].status == "failed" and "ludic.inference.vllm_server --model" in found["server"].found
     assert sum(finding.status == "failed" for finding in found.values()) == 1
+    assert "not looked at" in found["same GPU"].found and "vLLM" not in found
+
+
+async def test_no_server_where_vllm_cannot_start_either_says_both(
+    args: argparse.Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_vllm_on_the_path(tmp_path, monkeypatch, "no device")
+    monkeypatch.setattr("ludic.doctor.server.installed", lambda name: "0.32.0")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        args.port = free.getsockname()[1]
+        found = await findings_of(args)
+    assert found["server"].status == "failed"
+    assert found["vLLM"].status == "failed" and "finds no device" in found["vLLM"].found
 
 
 def other_tokenizer(server: FakeServer) -> None:
@@ -359,6 +492,19 @@ def test_the_command_says_one_line_a_check_and_its_exit_code_says_whether_one_fa
     assert main([*flags, "--engine", "local"]) == 1
     assert main([*flags, "--group-size", "1"]) == 2
     assert "--group-size must be at least 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("flags", "code"), [(["--help"], 0), (["--no-such-flag"], 2)])
+def test_help_and_a_wrong_flag_do_not_wait_for_torch(flags: list[str], code: int) -> None:
+    script = (
+        "import sys\n"
+        "from ludic.doctor.__main__ import main\n"
+        "try: main(sys.argv[1:])\n"
+        "finally: sys.stderr.write(' '.join({'torch', 'transformers', 'numpy', 'jinja2'} & set(sys.modules)) + '|')"
+    )
+    done = subprocess.run([sys.executable, "-c", script, *flags], capture_output=True, text=True)
+    assert done.returncode == code and done.stderr.rstrip().endswith("|")
+    assert not {"torch", "transformers", "numpy", "jinja2"} & set(done.stderr.splitlines()[-1].rstrip("|").split())
 
 
 def test_what_a_server_says_of_itself_cannot_act_on_the_terminal() -> None:

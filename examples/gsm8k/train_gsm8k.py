@@ -35,7 +35,7 @@ from ludic.cli import (
     prepare_out_dir,
     run_script,
 )
-from ludic.doctor import quick_checks
+from ludic.doctor import check_token_ids, quick_checks
 from ludic.engines import open_engine
 from ludic.pretrained import load_config, load_model, stored_dtype
 from ludic.prompts import chat_template_fingerprint, encode_prompt, load_tokenizer
@@ -156,7 +156,7 @@ async def _run(args: argparse.Namespace, config: GRPOConfig, paths: RunPaths, st
     train_samples = load("train", dataset=args.dataset, limit=args.limit)
     eval_samples = _load_eval_samples(args, config)
     environment = GSM8K(system_prompt=args.system_prompt)
-    _check_prompts(environment, tokenizer, config, train_samples)
+    _check_prompts(args, environment, tokenizer, config, train_samples, eval_samples)
     task = _task(args, tokenizer, eval_samples)
     if resume_from is not None:
         given = {**dataclasses.asdict(config), "num_train_samples": len(train_samples), **task}
@@ -165,7 +165,7 @@ async def _run(args: argparse.Namespace, config: GRPOConfig, paths: RunPaths, st
             _say(f"changed since the checkpoint, so this is not the run that was interrupted: {line}")
 
     if not args.no_checks:
-        _check_this_machine(args, config)
+        _check_this_machine(args, config, tokenizer)
 
     from ludic.training.trainer import GRPOTrainer
 
@@ -328,16 +328,28 @@ def _load_eval_samples(args: argparse.Namespace, config: GRPOConfig) -> list[GSM
 
 
 def _check_prompts(
-    environment: GSM8K, tokenizer: "PreTrainedTokenizerBase", config: GRPOConfig, samples: list[GSM8KSample]
+    args: argparse.Namespace,
+    environment: GSM8K,
+    tokenizer: "PreTrainedTokenizerBase",
+    config: GRPOConfig,
+    train_samples: list[GSM8KSample],
+    eval_samples: list[GSM8KSample],
 ) -> None:
-    """Find the prompt that is too long before a server is started for it."""
-    for sample in samples:
-        length = len(encode_prompt(tokenizer, environment.messages(sample)))
-        if length > config.max_prompt_len:
+    """Find the prompt that is too long, or has an id that the model does not know, before a server is started for it."""
+    token_ids: set[int] = set()
+    for number, sample in enumerate([*train_samples, *eval_samples]):
+        prompt = encode_prompt(tokenizer, environment.messages(sample))
+        token_ids.update(prompt)
+        if number < len(train_samples) and len(prompt) > config.max_prompt_len:
             raise ValueError(
-                f"a prompt is {length} tokens, more than --max-seq-len {config.max_seq_len} allows "
+                f"a prompt is {len(prompt)} tokens, more than --max-seq-len {config.max_seq_len} allows "
                 f"with one token for an answer: {sample.question[:60]!r}..."
             )
+    for finding in check_token_ids(args, tokenizer, token_ids):
+        if finding.status == "failed":  # not left out by --no-checks: the server would die of it
+            raise ValueError(f"{finding.name}: {finding.found}; {finding.fix}")
+        if finding.status == "warning":
+            _say(str(finding))
 
 
 def _seed_generators(seed: int) -> None:
@@ -350,13 +362,13 @@ def _seed_generators(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _check_this_machine(args: argparse.Namespace, config: GRPOConfig) -> None:
+def _check_this_machine(args: argparse.Namespace, config: GRPOConfig, tokenizer: "PreTrainedTokenizerBase") -> None:
     """The quick checks of `python -m ludic.doctor`: a warning is said, a failure ends the run before it costs anything.
 
     Raises:
         ValueError: a check failed.
     """
-    for finding in quick_checks(args, config):
+    for finding in quick_checks(args, config, tokenizer):
         if finding.status == "failed":
             raise ValueError(f"{finding.name}: {finding.found}; {finding.fix} (--no-checks goes on all the same)")
         if finding.status == "warning":

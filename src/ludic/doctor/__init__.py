@@ -7,14 +7,22 @@ watches for.
 
 import argparse
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
+from ludic.doctor.dry_run import check_token_ids
 from ludic.doctor.findings import Finding, run_checks
 from ludic.doctor.here import quick_local_checks
 from ludic.training.config import GRPOConfig
 
-__all__ = ["Finding", "quick_checks"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Finding", "check_token_ids", "quick_checks"]
 
 
-def quick_checks(args: argparse.Namespace, config: GRPOConfig) -> Iterator[Finding]:
-    """What every training run looks at before it loads anything: versions, GPUs, memory, disk."""
-    return run_checks(quick_local_checks(args, config))
+def quick_checks(
+    args: argparse.Namespace, config: GRPOConfig, tokenizer: "PreTrainedTokenizerBase"
+) -> Iterator[Finding]:
+    """What every training run looks at before it loads its model: versions, GPUs, memory, disk, and a dry run of an update
+    and a checkpoint."""
+    return run_checks(quick_local_checks(args, config, lambda: tokenizer))

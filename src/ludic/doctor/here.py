@@ -1,4 +1,8 @@
-"""The checks of this machine: versions, GPUs, network, disk, memory, data, grader. None of them needs a server."""
+"""The checks of this machine and this model: versions, GPUs, network, disk, memory, a dry run, data, grader. None of them
+needs a server.
+
+torch and transformers take seconds to import, so that is left to the checks that need them: `--help` must not wait for it.
+"""
 
 import argparse
 import importlib.metadata
@@ -8,19 +12,20 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from ludic.cli import server_url
+from ludic.doctor.dry_run import check_architecture, check_saving, check_token_ids
 from ludic.doctor.findings import Check, Finding, failed, ok, warning
-from ludic.pretrained import stored_dtype
-from ludic.training.checkpoint import list_checkpoints
 from ludic.training.config import GRPOConfig, RunPaths
+from ludic.types import ChatMessage
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PreTrainedTokenizerBase
 
 SUPPORTED = {"torch": ((2, 11), None), "transformers": ((5, 10), None), "vllm": ((0, 26), (0, 32))}
 """Lowest and highest version, of the two first numbers; None: no highest."""
@@ -38,8 +43,10 @@ HUB_TIMEOUT_S = 5.0
 
 def local_checks(args: argparse.Namespace, config: GRPOConfig) -> list[tuple[str, Check]]:
     """All of them, in the order in which they are worth reading."""
+    tokenizer = cache(lambda: _load_tokenizer(args))
     return [
-        *quick_local_checks(args, config),
+        *quick_local_checks(args, config, tokenizer),
+        ("token ids", lambda: check_template_ids(args, tokenizer())),
         ("network", lambda: check_proxies(args)),
         ("hub", lambda: check_hub(args)),
         ("data", lambda: check_data(args)),
@@ -47,14 +54,36 @@ def local_checks(args: argparse.Namespace, config: GRPOConfig) -> list[tuple[str
     ]
 
 
-def quick_local_checks(args: argparse.Namespace, config: GRPOConfig) -> list[tuple[str, Check]]:
-    """Those that take no time, which every training run makes."""
+def quick_local_checks(
+    args: argparse.Namespace, config: GRPOConfig, tokenizer: "Callable[[], PreTrainedTokenizerBase]"
+) -> list[tuple[str, Check]]:
+    """Those that take seconds at most, which every training run makes."""
     return [
         ("versions", check_versions),
         ("GPUs", lambda: check_gpus(args)),
         ("memory", lambda: check_memory(args, config)),
         ("disk", lambda: check_disk(args, config)),
+        ("architecture", lambda: check_architecture(args, config)),
+        ("saving", lambda: check_saving(args, config, tokenizer())),
     ]
+
+
+def _load_tokenizer(args: argparse.Namespace) -> "PreTrainedTokenizerBase":
+    from ludic.prompts import load_tokenizer
+
+    return load_tokenizer(args.model, args.chat_template, trust_remote_code=args.trust_remote_code)
+
+
+def check_template_ids(args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase") -> list[Finding]:
+    """`check_token_ids` for what the chat template adds; a training run holds all of its prompts."""
+    from ludic.prompts import encode_prompt
+
+    question: ChatMessage = {"role": "user", "content": "What is 2 + 2?"}
+    try:
+        prompt = encode_prompt(tokenizer, [{"role": "system", "content": "Answer briefly."}, question])
+    except ValueError:  # a template without system turns
+        prompt = encode_prompt(tokenizer, [question])
+    return check_token_ids(args, tokenizer, prompt)
 
 
 def check_versions() -> list[Finding]:
@@ -66,7 +95,7 @@ def check_versions() -> list[Finding]:
         )
     found = []
     for name, (low, high) in SUPPORTED.items():
-        version = _installed(name)
+        version = installed(name)
         if version is None:
             if name == "vllm":
                 found.append("no vLLM here (a server may have its own environment)")
@@ -82,7 +111,8 @@ def check_versions() -> list[Finding]:
     return findings or [ok("versions", f"Python {sys.version.split()[0]}, " + ", ".join(found))]
 
 
-def _installed(name: str) -> str | None:
+def installed(name: str) -> str | None:
+    """The version of a package in this environment."""
     for distribution in (name, f"{name}-cpu"):  # vLLM's CPU build has that name
         try:
             return importlib.metadata.version(distribution)
@@ -136,53 +166,117 @@ def check_proxies(args: argparse.Namespace) -> Finding:
 
 
 def check_hub(args: argparse.Namespace) -> Finding:
-    """Can the Hugging Face hub be reached, where something has to come from it?"""
-    import requests
-
-    needed = [what for what, value in (("the model", args.model), ("the data set", args.dataset))
-              if value is None or not Path(value).exists()]  # fmt: skip
+    """Can the Hugging Face hub be reached, where something has to come from it, or is that in the cache?"""
+    needed = {}
+    if not Path(args.model).expanduser().exists():
+        needed["the model"] = model_in_cache(args.model)
+    if args.dataset is None:
+        needed["the data set"] = dataset_in_cache() is not None
     if not needed:
         return ok("hub", "not needed: model and data set are on this machine")
-    if os.environ.get("HF_HUB_OFFLINE") == "1":
-        return warning(
-            "hub", f"HF_HUB_OFFLINE=1, and {' and '.join(needed)} must be in the cache", "unset it to download"
-        )
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    try:
-        requests.head(endpoint, timeout=HUB_TIMEOUT_S, allow_redirects=False)
-    except requests.RequestException as error:
-        return warning(
+    why = _hub_problem()
+    if why is None:
+        return ok("hub", f"{_endpoint()} answers")
+    missing = [what for what, cached in needed.items() if not cached]
+    if missing:
+        return failed(
             "hub",
-            f"{endpoint} cannot be reached ({type(error).__name__}), and {' and '.join(needed)} must be in the cache",
-            "set HF_HUB_OFFLINE=1 to use the cache without waiting, or name folders with --model and --dataset",
+            f"{why}, and the cache has no complete copy of {' and '.join(missing)}",
+            "name folders with --model and --dataset, or download them where there is a network",
         )
-    return ok("hub", f"{endpoint} answers")
+    return warning(
+        "hub",
+        f"{why}; {' and '.join(needed)} are in the cache",
+        "set HF_HUB_OFFLINE=1 to use the cache without waiting, if it is not",
+    )
+
+
+def _endpoint() -> str:
+    return os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+
+
+@cache
+def _hub_problem() -> str | None:
+    """What keeps the hub from being asked; None if it answers."""
+    import requests
+
+    if os.environ.get("HF_HUB_OFFLINE") == "1":
+        return "HF_HUB_OFFLINE=1"
+    try:
+        requests.head(_endpoint(), timeout=HUB_TIMEOUT_S, allow_redirects=False)
+    except requests.RequestException as error:
+        return f"{_endpoint()} cannot be reached ({type(error).__name__})"
+    return None
+
+
+def model_in_cache(model: str) -> bool:
+    """Whether the hub's cache has the configuration, a tokenizer and all the weights of a model."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    def cached(name: str) -> str | None:
+        found = try_to_load_from_cache(model, name)
+        return found if isinstance(found, str) else None  # else it is known not to exist, or not known
+
+    try:
+        if cached("config.json") is None or not (cached("tokenizer.json") or cached("tokenizer_config.json")):
+            return False
+        index = cached("model.safetensors.index.json")
+        if index is None:
+            return cached("model.safetensors") is not None
+        return all(cached(shard) for shard in set(json.loads(Path(index).read_text())["weight_map"].values()))
+    except HFValidationError:  # no name of a model, but a folder that is not there
+        return False
+
+
+def dataset_in_cache() -> Path | None:
+    """Where the cache of the package datasets has GSM8K, prepared; None where it has not."""
+    from huggingface_hub.constants import HF_HOME
+
+    cache_folder = Path(os.environ.get("HF_DATASETS_CACHE") or Path(HF_HOME) / "datasets")
+    splits = ("train", "test")
+    for folder in (cache_folder / "openai___gsm8k" / "main").glob("*/*"):
+        if all(any(folder.glob(f"*-{split}*.arrow")) for split in splits):
+            return folder
+    return None
 
 
 def check_data(args: argparse.Namespace) -> Finding:
-    """Can the data set be read? Its rows are checked when they are loaded."""
+    """Is the data set there, and can it be read? Its rows are checked when they are loaded."""
     if args.dataset is None:
-        if importlib.util.find_spec("datasets") is None:
-            return failed(
-                "data", "the package datasets is not installed", "run uv sync --extra examples, or name a --dataset"
-            )
-        return ok("data", "from the hub")
+        return _check_hub_data()
     path = Path(args.dataset)
-    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
-    if not files and any(path.iterdir()):
-        return ok("data", f"{path} holds no JSONL files; it is read as parquet or CSV")
-    if not files:
-        return failed("data", f"{path} is empty", "name a folder with train.jsonl and test.jsonl")
-    for file in files:
-        with file.open(encoding="utf-8") as lines:
-            for number, line in enumerate(itertools.islice(lines, 100), start=1):
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    return failed("data", f"{file}:{number}: not valid JSON ({error})", "mend the file")
-                if not isinstance(row, dict):
-                    return failed("data", f"{file}:{number}: not a JSON object", "mend the file")
-    return ok("data", f"{', '.join(file.name for file in files)} in {path} can be read")
+    file = path / "train.jsonl" if path.is_dir() else path
+    if path.is_dir() and not file.exists():
+        tables = [table for kind in ("parquet", "csv") for table in path.rglob(f"train*.{kind}")]
+        if tables:
+            return ok("data", f"{path} holds {tables[0].name}, which is not read before a run starts")
+        return failed(
+            "data", f"{path} holds no train.jsonl (and no train*.parquet or train*.csv)", "name a folder that does"
+        )
+    with file.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(itertools.islice(lines, 100), start=1):
+            try:
+                row = json.loads(line) if line.strip() else {}
+            except ValueError as error:
+                return failed("data", f"{file}:{number}: not valid JSON ({error})", "mend the file")
+            if not isinstance(row, dict):
+                return failed("data", f"{file}:{number}: not a JSON object", "mend the file")
+    return ok("data", f"{file} can be read")
+
+
+def _check_hub_data() -> Finding:
+    if importlib.util.find_spec("datasets") is None:
+        return failed(
+            "data", "the package datasets is not installed", "run uv sync --extra examples, or name a --dataset"
+        )
+    folder = dataset_in_cache()
+    if folder is not None:
+        return ok("data", f"the hub's GSM8K is in the cache, {folder}")
+    why = _hub_problem()
+    if why is not None:
+        return failed("data", f"the hub's GSM8K is not in the cache, and {why}", "name a folder with --dataset")
+    return ok("data", "the hub's GSM8K is not in the cache; it is downloaded when a run starts")
 
 
 def check_grader() -> Finding:
@@ -201,25 +295,14 @@ def check_grader() -> Finding:
     return ok("grader", "math-verify answers")
 
 
-@cache
-def _model_shape(model: str, trust_remote_code: bool) -> "tuple[PretrainedConfig, int]":
-    """The configuration, and the number of parameters: counted on the meta device, without memory."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from ludic.pretrained import load_config
-
-    config = load_config(model, trust_remote_code=trust_remote_code)
-    with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    return config, sum(parameter.numel() for parameter in empty.parameters())
-
-
 def check_memory(args: argparse.Namespace, config: GRPOConfig) -> Finding:
     """What training needs, by the shape of the model and the token budget, against what the device has free."""
     import torch
 
-    shape, parameters = _model_shape(args.model, args.trust_remote_code)
+    from ludic.doctor.dry_run import model_shape
+
+    shape, empty = model_shape(args.model, args.trust_remote_code)
+    parameters = empty.num_parameters()
     text = shape.get_text_config()
     budget = config.micro_token_budget or config.max_seq_len
     on_gpu = torch.cuda.is_available()
@@ -262,10 +345,15 @@ def _free_memory() -> int:
 
 def check_disk(args: argparse.Namespace, config: GRPOConfig) -> Finding:
     """Is there room for the checkpoints that stay, and the one that is being written?"""
+    from ludic.doctor.dry_run import model_shape
+    from ludic.pretrained import stored_dtype
+    from ludic.training.checkpoint import list_checkpoints
+
     folder = Path(args.out_dir)
     while not folder.exists():
         folder = folder.parent
-    shape, parameters = _model_shape(args.model, args.trust_remote_code)
+    shape, empty = model_shape(args.model, args.trust_remote_code)
+    parameters = empty.num_parameters()
     dtype = stored_dtype(shape)
     size = CHECKPOINT_BYTES + (0 if dtype.itemsize == 4 else dtype.itemsize)
     there = len(list_checkpoints(RunPaths(out_dir=Path(args.out_dir)).checkpoints)) if vars(args).get("resume") else 0

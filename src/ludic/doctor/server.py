@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from ludic.cli import server_url
 from ludic.doctor.findings import Check, Finding, failed, ok, warning
-from ludic.doctor.here import trainer_device
+from ludic.doctor.here import installed, trainer_device
+from ludic.doctor.vllm_probe import check_vllm
 from ludic.inference import handshake
 from ludic.inference.errors import EngineError, ServerLostError, ServerUnreachableError
 from ludic.inference.server_control import ServerControl
@@ -22,12 +23,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SYNC_DEADLINE_S = 45.0
+LOOPBACK = ("127.0.0.1", "localhost")
 
 
 def server_checks(args: argparse.Namespace, config: GRPOConfig) -> list[tuple[str, Check]]:
     """The checks of a server that runs, or of the port of one that is to be started."""
     if args.start_server:
-        return [("port", lambda: check_free_port(args))]
+        return [("port", lambda: check_free_port(args)), ("vLLM", check_vllm)]
     checks = ServerChecks(args, config)
     return [
         ("server", checks.reachable),
@@ -64,12 +66,14 @@ class ServerChecks:
         self._held = False
         self._info: Mapping[str, Any] = {}
 
-    def reachable(self) -> Finding:
-        """Does it answer, serve this model, and in a context that is long enough?"""
+    def reachable(self) -> Finding | list[Finding]:
+        """Does it answer, serve this model, and in a context that is long enough? If not, can one be started here?"""
         try:
             served = handshake.served_model(self._control, self._args.model)
         except ServerUnreachableError as error:
-            return failed("server", str(error), "")
+            unreachable = failed("server", str(error), "")
+            here = self._args.host in LOOPBACK and installed("vllm") is not None
+            return [unreachable, check_vllm()] if here else unreachable
         self._up = True
         handshake.check_context(served, self._config.max_seq_len)
         return ok("server", f"{self._url} serves {self._args.model}, context {served.get('max_model_len')} tokens")
@@ -118,8 +122,10 @@ class ServerChecks:
         """Is the server's GPU another one than the trainer's?"""
         import torch
 
+        if not self._info:
+            return _skipped("same GPU")
         theirs = self._info.get("device_uuid")
-        if not self._info or not theirs or not torch.cuda.is_available():
+        if not theirs or not torch.cuda.is_available():
             return ok("same GPU", "nothing to compare: at least one side is on the CPU, or does not say")
         ours = str(torch.cuda.get_device_properties(trainer_device(self._args)).uuid)
         if ours != theirs:

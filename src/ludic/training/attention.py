@@ -42,6 +42,9 @@ ACTIVATION_BUDGET = 0.8
 no matrix product (norms, the gated product of the MLP): at Qwen2.5-0.5B's shape 30,000 in place of 43,300 bytes a token
 and layer."""
 
+OTHER_FAMILY = "train one of another family, such as Llama, Qwen2, Qwen3, Mistral, Gemma 3, Phi-3, OLMo 2 or SmolLM3"
+"""What to do about an architecture that cannot be trained: a setting of it cannot be changed without making it another model."""
+
 _SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
 _VARLEN_HEAD_DIM = 256
 _VARLEN_ASKS_FOR_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
@@ -63,16 +66,19 @@ def prepare_packed_attention(model: PreTrainedModel) -> None:
     config = model.config.get_text_config()
     layers = set(getattr(config, "layer_types", None) or ()) - _SUPPORTED_LAYERS
     if layers:
-        raise ValueError(f"{name} has layers of type {', '.join(sorted(layers))}, which packed rows would leak through")
+        kinds = ", ".join(sorted(layers))
+        raise ValueError(f"{name} has layers of type {kinds}, which packed rows would leak through; {OTHER_FAMILY}")
     if getattr(config, "attn_logit_softcapping", None) is not None:
         raise ValueError(
             f"{name} caps its attention logits at {config.attn_logit_softcapping}, which packed attention cannot do; "
-            "set attn_logit_softcapping to None, or choose another model"
+            f"{OTHER_FAMILY}"
         )
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, packed_attention)
     model.set_attn_implementation(ATTENTION_NAME)
     if model.config._attn_implementation != ATTENTION_NAME:
-        raise ValueError(f"{name} does not use transformers' attention interface, so its rows cannot be packed")
+        raise ValueError(
+            f"{name} does not use transformers' attention interface, so its rows cannot be packed; {OTHER_FAMILY}"
+        )
 
 
 def packed_attention_kwargs(micro_batch: MicroBatch) -> dict[str, torch.Tensor | int]:
@@ -158,7 +164,8 @@ def packed_attention(
     name = type(module).__name__
     if cu_seq_lens_q is None or cu_seq_lens_k is None or max_length_q is None or max_length_k is None:
         raise ValueError(
-            f"{name} runs packed attention, which needs packed_attention_kwargs(micro_batch) in the forward"
+            f"{name} runs packed attention, which needs packed_attention_kwargs(micro_batch) in the forward, "
+            f"handed on to every layer (if the family leaves that out, {OTHER_FAMILY})"
         )
     if query.shape[0] != 1 or query.shape[2] != key.shape[2]:
         raise ValueError(
@@ -181,7 +188,7 @@ def packed_attention(
             "a position bias": position_bias is not None,
         }
         reasons = [reason for reason, given in refused.items() if given] or ["attention in both directions"]
-        raise ValueError(f"{name}: packed attention cannot honour {', '.join(reasons)}")
+        raise ValueError(f"{name}: packed attention cannot honour {', '.join(reasons)}; {OTHER_FAMILY}")
     if torch.is_autocast_enabled(query.device.type):
         # Rotary embeddings in fp32 promote bf16 projections; varlen_attn is not on autocast's list, so cast here.
         dtype = torch.get_autocast_dtype(query.device.type)
@@ -254,7 +261,7 @@ def _one_by_one(
                 q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
             )
         )
-    return torch.cat(outputs, dim=2).transpose(1, 2)
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()  # as the kernel's is: some models take a view of it
 
 
 def compile_layers(model: PreTrainedModel) -> None:
@@ -283,7 +290,7 @@ def check_isolation(model: PreTrainedModel) -> None:
     Worth its milliseconds once a run: an architecture may mix positions outside its attention layers.
 
     Raises:
-        RuntimeError: if a sequence behind another, or with a shared prompt, is not what it is alone.
+        ValueError: if a sequence behind another, or with a shared prompt, is not what it is alone.
     """
     vocabulary: int = model.config.get_text_config().vocab_size
     first, other, second = ([(start + i) % vocabulary for i in range(5)] for start in (1, 11, 21))
@@ -306,9 +313,9 @@ def check_isolation(model: PreTrainedModel) -> None:
     for what, differences in leaks.items():
         gap = float((differences.norm(dim=-1) / alone.norm(dim=-1)).max())
         if not gap < 0.03:
-            raise RuntimeError(
+            raise ValueError(
                 f"{type(model).__name__} {what} (relative difference {gap:.2g}); its architecture mixes positions "
-                "outside of attention, so it cannot be trained on packed rows"
+                f"outside of attention, so it cannot be trained on packed rows; {OTHER_FAMILY}"
             )
 
 

@@ -304,6 +304,9 @@ def disable_dropout(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-        for holder in (module, getattr(module, "config", None)):  # attention keeps its own in either place
-            if isinstance(getattr(holder, "attention_dropout", None), float):
-                setattr(holder, "attention_dropout", 0.0)  # noqa: B010  # a module's attributes are tensors to the checker
+        for name, value in list(vars(module).items()):  # the rate of a functional dropout, or of dropping whole layers
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+        config = getattr(module, "config", None)
+        if isinstance(getattr(config, "attention_dropout", None), float):  # read from there at each forward
+            config.attention_dropout = 0.0
