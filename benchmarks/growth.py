@@ -36,7 +36,7 @@ from benchmarks.harness import (
     without_stop,
     write_report,
 )
-from benchmarks.ludic_updates import UpdateRecorder, build_trainer, load_policy, prepare_weight_sync
+from benchmarks.ludic_updates import UpdateRecorder, build_trainer, load_policy, probe_of
 from benchmarks.processes import (
     ensure_policy,
     gpus_for,
@@ -162,8 +162,7 @@ async def measure_points(args: argparse.Namespace, url: str | None) -> AsyncGene
     add_arguments(parser)
     given = from_arguments(parser.parse_args(["--eval-limit", "0", "--save-every", "0", *shlex.split(args.ludic_args)]))
     with tempfile.TemporaryDirectory() as folder:
-        async with open_engine(policy, url) as inner:
-            await prepare_weight_sync(inner, tokenizer, samples[0])
+        async with open_engine(policy, url, probe=probe_of(tokenizer, samples[0])) as inner:
             engine = LimitedEngine(inner)
             trainer = build_trainer(
                 settings_of(points[0], given, done=0),

@@ -48,7 +48,6 @@ from benchmarks.processes import (
 )
 from ludic.cli import hide_loading_bars
 from ludic.inference.engine import InferenceEngine
-from ludic.inference.vllm_client import VLLMEngine
 from ludic.training.attention import prepare_packed_attention
 from ludic.types import SamplingParams
 
@@ -96,9 +95,7 @@ def change_a_little(model: torch.nn.Module) -> None:
 async def proven_syncs(policy: Path, url: str | None, *, syncs: int, in_flight: int) -> AsyncIterator[Record]:
     """ludic's own syncs, half of them with `in_flight` completions being generated (0: none of them)."""
     model = load_masters(policy)
-    async with open_engine(policy, url) as engine:
-        if isinstance(engine, VLLMEngine):
-            await engine.enable_weight_sync(PROBE)
+    async with open_engine(policy, url, probe=PROBE) as engine:
         for version in range(syncs * (2 if in_flight else 1)):
             load = in_flight if version >= syncs else 0
             async with contextlib.AsyncExitStack() as stack:
