@@ -38,6 +38,7 @@ from benchmarks.harness import (
 )
 from benchmarks.ludic_updates import UpdateRecorder, build_trainer, load_policy, probe_of
 from benchmarks.processes import (
+    PartError,
     ensure_policy,
     gpus_for,
     ludic_server,
@@ -222,13 +223,15 @@ def measure_all(args: argparse.Namespace) -> None:
     settings = vllm_settings(device=args.device, max_model_len=longest, gpu_share=GPU_SHARE)
     with serving([ludic_server(args.policy, settings, gpu=serving_gpu)], log_dir=args.out) as servers:
         again = [*args.argv, "--worker", "--policy", str(args.policy), "--url", required(servers, "ludic")]
-        run_part(
+        rows = run_part(
             [sys.executable, "-m", "benchmarks.growth", *again],
             log_path=args.out / "growth.log",
             deadline_s=args.deadline,
             gpu=training_gpu,
             on_record=record,
         )
+    if "cut_off" in rows[-1]:
+        raise PartError(f"the trainer {rows[-1]['cut_off']}, so points are missing")
 
 
 async def measure_here(args: argparse.Namespace, url: str | None, take: Callable[[Record], None]) -> None:

@@ -62,6 +62,13 @@ def common_parser(description: str | None, *, name: str) -> argparse.ArgumentPar
     return parser
 
 
+def add_server_argument(parser: argparse.ArgumentParser) -> None:
+    """For the commands that need no server of their own."""
+    parser.add_argument(
+        "--server", metavar="URL", help="of a server of ludic's that serves --policy already (default: one is started)"
+    )
+
+
 def numbers(text: str) -> list[int]:
     """`8,16` as a flag's value; empty for none."""
     return [int(word) for word in text.split(",") if word]
@@ -77,6 +84,8 @@ def check_common_arguments(args: argparse.Namespace) -> None:
         raise ValueError(f"--dataset {args.dataset} holds no train.jsonl: name a folder with GSM8K's rows")
     if args.engine == "local" and args.device != "cpu":
         raise ValueError("--engine local is for --device cpu: a GPU's figures come from a server")
+    if vars(args).get("server") and args.policy is None:
+        raise ValueError(f"--server {args.server} needs --policy: name the folder that it serves")
 
 
 # -- the task --------------------------------------------------------------------------------------------------------------
