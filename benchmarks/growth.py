@@ -36,8 +36,9 @@ from benchmarks.harness import (
     without_stop,
     write_report,
 )
-from benchmarks.ludic_updates import UpdateRecorder, build_trainer, load_policy, prepare_weight_sync
+from benchmarks.ludic_updates import UpdateRecorder, build_trainer, load_policy, probe_of
 from benchmarks.processes import (
+    PartError,
     ensure_policy,
     gpus_for,
     ludic_server,
@@ -162,8 +163,7 @@ async def measure_points(args: argparse.Namespace, url: str | None) -> AsyncGene
     add_arguments(parser)
     given = from_arguments(parser.parse_args(["--eval-limit", "0", "--save-every", "0", *shlex.split(args.ludic_args)]))
     with tempfile.TemporaryDirectory() as folder:
-        async with open_engine(policy, url) as inner:
-            await prepare_weight_sync(inner, tokenizer, samples[0])
+        async with open_engine(policy, url, probe=probe_of(tokenizer, samples[0])) as inner:
             engine = LimitedEngine(inner)
             trainer = build_trainer(
                 settings_of(points[0], given, done=0),
@@ -223,13 +223,15 @@ def measure_all(args: argparse.Namespace) -> None:
     settings = vllm_settings(device=args.device, max_model_len=longest, gpu_share=GPU_SHARE)
     with serving([ludic_server(args.policy, settings, gpu=serving_gpu)], log_dir=args.out) as servers:
         again = [*args.argv, "--worker", "--policy", str(args.policy), "--url", required(servers, "ludic")]
-        run_part(
+        rows = run_part(
             [sys.executable, "-m", "benchmarks.growth", *again],
             log_path=args.out / "growth.log",
             deadline_s=args.deadline,
             gpu=training_gpu,
             on_record=record,
         )
+    if "cut_off" in rows[-1]:
+        raise PartError(f"the trainer {rows[-1]['cut_off']}, so points are missing")
 
 
 async def measure_here(args: argparse.Namespace, url: str | None, take: Callable[[Record], None]) -> None:

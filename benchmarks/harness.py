@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
+import uuid
 import zlib
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -61,6 +62,13 @@ def common_parser(description: str | None, *, name: str) -> argparse.ArgumentPar
     return parser
 
 
+def add_server_argument(parser: argparse.ArgumentParser) -> None:
+    """For the commands that need no server of their own."""
+    parser.add_argument(
+        "--server", metavar="URL", help="of a server of ludic's that serves --policy already (default: one is started)"
+    )
+
+
 def numbers(text: str) -> list[int]:
     """`8,16` as a flag's value; empty for none."""
     return [int(word) for word in text.split(",") if word]
@@ -76,6 +84,8 @@ def check_common_arguments(args: argparse.Namespace) -> None:
         raise ValueError(f"--dataset {args.dataset} holds no train.jsonl: name a folder with GSM8K's rows")
     if args.engine == "local" and args.device != "cpu":
         raise ValueError("--engine local is for --device cpu: a GPU's figures come from a server")
+    if vars(args).get("server") and args.policy is None:
+        raise ValueError(f"--server {args.server} needs --policy: name the folder that it serves")
 
 
 # -- the task --------------------------------------------------------------------------------------------------------------
@@ -142,24 +152,32 @@ def without_stop(policy: Path, folder: Path) -> tuple[Path, list[int]]:
 
 @contextlib.asynccontextmanager
 async def open_engine(
-    policy: Path, base_url: str | None, *, stops: Sequence[int] = (), concurrency: int = 1024
+    policy: Path,
+    base_url: str | None,
+    *,
+    stops: Sequence[int] = (),
+    concurrency: int = 1024,
+    probe: Sequence[int] | None = None,
 ) -> "AsyncIterator[InferenceEngine]":
-    """The connected client of the server at `base_url`, or without one the engine of this process."""
+    """The engine over the server at `base_url` as the scripts have it, or without one the engine of this process.
+
+    What trains gives a `probe`, as in `ludic.engines.open_engine`.
+    """
+    from ludic.engines import connected
     from ludic.inference.local import LocalEngine
     from ludic.inference.vllm_client import VLLMEngine
     from ludic.prompts import load_tokenizer
 
-    engine: InferenceEngine
     if base_url is None:
-        engine = LocalEngine.from_pretrained(policy, eos_token_ids=list(stops), device="cpu")
-    else:
-        client = VLLMEngine(base_url, model=str(policy), concurrency=concurrency, stop_token_ids=stops)
-        await client.connect(load_tokenizer(policy))
-        engine = client
-    try:
+        async with contextlib.aclosing(
+            LocalEngine.from_pretrained(policy, eos_token_ids=list(stops), device="cpu")
+        ) as local:
+            yield local
+        return
+    trainer = None if probe is None else uuid.uuid4().hex
+    client = VLLMEngine(base_url, model=str(policy), concurrency=concurrency, stop_token_ids=stops, trainer=trainer)
+    async with connected(client, load_tokenizer(policy), probe=probe, say=say) as engine:
         yield engine
-    finally:
-        await engine.aclose()
 
 
 def emit(record: Record) -> None:

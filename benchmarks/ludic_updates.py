@@ -123,14 +123,9 @@ def build_trainer(
     )
 
 
-async def prepare_weight_sync(
-    engine: InferenceEngine, tokenizer: "PreTrainedTokenizerBase", sample: GSM8KSample
-) -> None:
-    """What a server needs before the first sync; the local engine needs nothing."""
-    from ludic.inference.vllm_client import VLLMEngine
-
-    if isinstance(engine, VLLMEngine):
-        await engine.enable_weight_sync(encode_prompt(tokenizer, HashRewardGSM8K().messages(sample))[:64])
+def probe_of(tokenizer: "PreTrainedTokenizerBase", sample: GSM8KSample) -> list[int]:
+    """The prompt by whose log-probs weight syncs are proven."""
+    return encode_prompt(tokenizer, HashRewardGSM8K().messages(sample))[:64]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -157,11 +152,11 @@ async def main() -> int:
 
     with tempfile.TemporaryDirectory() as folder:
         out_dir = Path(folder)
+        probe = probe_of(tokenizer, samples[0])
         async with open_engine(
-            args, tokenizer, out_dir=out_dir, max_seq_len=config.max_seq_len, say=say, trains=True
+            args, tokenizer, out_dir=out_dir, max_seq_len=config.max_seq_len, say=say, probe=probe
         ) as engine:
             policy = load_policy(args.model, device)
-            await prepare_weight_sync(engine, tokenizer, samples[0])
             trainer = build_trainer(
                 config,
                 policy=policy,

@@ -360,9 +360,12 @@ def is_healthy(url: str) -> bool:
 def run_and_write(
     args: argparse.Namespace, measure: Callable[[], None], write_table: Callable[[argparse.Namespace], None]
 ) -> int:
-    """A table's command: measure (unless only the table is wanted), write what there is, and say what went wrong."""
+    """A table's command: measure (unless only the table is wanted), write what there is, and say what went wrong.
+
+    Returns the exit code: 1 where a part failed or was cut off, 2 where nothing could begin.
+    """
     end_on_sigterm()
-    code = 0
+    code, before = 0, len(records_of(args).all())
     if not args.table:
         try:
             measure()
@@ -371,4 +374,7 @@ def run_and_write(
             code = 2
     if records_of(args).last():
         write_table(args)
-    return code
+    failed = [record["part"] for record in records_of(args).all()[before:] if record.get("problem")]
+    if failed:
+        say(f"not complete: {', '.join(failed)}")
+    return code or int(bool(failed))

@@ -24,6 +24,7 @@ import torch
 
 from benchmarks.harness import (
     Record,
+    add_server_argument,
     check_common_arguments,
     common_parser,
     emit,
@@ -48,7 +49,6 @@ from benchmarks.processes import (
 )
 from ludic.cli import hide_loading_bars
 from ludic.inference.engine import InferenceEngine
-from ludic.inference.vllm_client import VLLMEngine
 from ludic.training.attention import prepare_packed_attention
 from ludic.types import SamplingParams
 
@@ -62,6 +62,7 @@ GPU_SHARE, KV_CACHE_GIB = 0.2, 6.0
 
 def build_parser() -> argparse.ArgumentParser:
     parser = common_parser(__doc__, name="sync")
+    add_server_argument(parser)
     parser.add_argument("--shapes", default="0.5b,1.5b", help="comma-separated (default: %(default)s)")
     parser.add_argument("--syncs", type=int, default=30, help="of each kind (default: 30)")
     parser.add_argument("--skip", type=int, default=3, help="first syncs that are left out (default: 3)")
@@ -96,9 +97,7 @@ def change_a_little(model: torch.nn.Module) -> None:
 async def proven_syncs(policy: Path, url: str | None, *, syncs: int, in_flight: int) -> AsyncIterator[Record]:
     """ludic's own syncs, half of them with `in_flight` completions being generated (0: none of them)."""
     model = load_masters(policy)
-    async with open_engine(policy, url) as engine:
-        if isinstance(engine, VLLMEngine):
-            await engine.enable_weight_sync(PROBE)
+    async with open_engine(policy, url, probe=PROBE) as engine:
         for version in range(syncs * (2 if in_flight else 1)):
             load = in_flight if version >= syncs else 0
             async with contextlib.AsyncExitStack() as stack:
@@ -190,15 +189,17 @@ def measure_all(args: argparse.Namespace) -> None:
     policies = {}
     for args.shape in shapes:
         policies[args.shape] = ensure_policy(args, random=True, gpu=training_gpu)
-    kinds = ("ludic", "nccl") if args.device == "cuda" else ("ludic",)
+    kinds = ("ludic", "nccl") if args.device == "cuda" and not args.server else ("ludic",)
     settings = vllm_settings(device=args.device, max_model_len=512, gpu_share=GPU_SHARE, kv_cache_gib=KV_CACHE_GIB)
     native = {**settings, "weight_transfer_config": json.dumps({"backend": "nccl"})}
     specs = [
         ludic_server(policies[shape], native if kind == "nccl" else settings, gpu=serving_gpu, name=f"{kind}_{shape}")
         for shape in shapes
         for kind in kinds
+        if args.engine == "vllm" and not args.server
     ]
-    with serving(specs if args.engine == "vllm" else [], log_dir=args.out) as servers:
+    with serving(specs, log_dir=args.out) as started:
+        servers = {f"ludic_{shape}": args.server for shape in shapes} if args.server else started
         for shape in shapes:
             for kind in kinds:
                 name = f"{kind}_{shape}"

@@ -310,7 +310,8 @@ def run_one(args: argparse.Namespace) -> None:
 
 
 def write_table(args: argparse.Namespace) -> None:
-    found = records_of(args).last()
+    records = records_of(args).last()
+    found = {name: record for name, record in records.items() if record.get("rows")}
     sections = []
     speed = [row for part in ("mfu", "mfu-1.5b", "mfu-7b") for row in found.get(part, {}).get("rows", [])]
     if speed:
@@ -336,7 +337,8 @@ def write_table(args: argparse.Namespace) -> None:
             ["gradient", "relative error"], [[row["row"], f"{row['relative_error']:.2e}"] for row in rows]
         )
         sections.append(f"Against separate rows, fp32, full logits (computed in {rows[0]['dtype']}):\n\n{table}")
-    write_report(args.out / "trainer.md", "The trainer alone", found["machine"], sections)
+    sections += [f"{part}: {record['problem']}." for part, record in records.items() if record.get("problem")]
+    write_report(args.out / "trainer.md", "The trainer alone", records["machine"], sections)
 
 
 def _speed_table(title: str, rows: Sequence[Record]) -> str:
@@ -365,6 +367,7 @@ def run_parts(args: argparse.Namespace) -> None:
             rows = run_part(command, log_path=args.out / f"trainer_{part}.log", deadline_s=args.deadline)
         except PartError as error:
             say(f"part {part} failed: {error}")
+            records.add(part, rows=[], problem=str(error))
             continue
         for row in rows:
             say(
@@ -372,7 +375,7 @@ def run_parts(args: argparse.Namespace) -> None:
                     f"{key} {value:.4g}" if isinstance(value, float) else f"{value}" for key, value in row.items()
                 )
             )
-        records.add(part, rows=[row for row in rows if "row" in row])
+        records.add(part, rows=[row for row in rows if "row" in row], problem=rows[-1].get("cut_off"))
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from benchmarks.generation import PromptSource, generate
 from benchmarks.harness import (
     Record,
+    add_server_argument,
     check_common_arguments,
     common_parser,
     machine,
@@ -60,6 +61,7 @@ GPU_SHARE = 0.4
 
 def build_parser() -> argparse.ArgumentParser:
     parser = common_parser(__doc__, name="update")
+    add_server_argument(parser)
     parser.add_argument("--phases", default=",".join(PHASES), help="comma-separated (default: %(default)s)")
     parser.add_argument("--updates", type=int, default=12, help="of each trainer (default: 12)")
     parser.add_argument("--slow-updates", type=int, default=9, help="of TRL's asynchronous trainer (default: 9)")
@@ -105,13 +107,16 @@ def measure_all(args: argparse.Namespace) -> None:
         device=args.device, max_model_len=args.max_seq_len, gpu_share=GPU_SHARE, kv_cache_gib=args.kv_cache_gib
     )
     makers = {"ludic": ludic_server, "trl": trl_server} if args.engine == "vllm" else {}
-    needed = {server_of(phase) for phase in phases}
+    running = {"ludic": args.server} if args.server else {}
+    needed = {server_of(phase) for phase in phases} - running.keys()
     specs = [make(policy, settings, gpu=serving_gpu) for name, make in makers.items() if name in needed]
-    with serving(specs, log_dir=args.out) as servers:
+    with serving(specs, log_dir=args.out) as started:
+        servers = running | started
         for phase in phases:
             url = servers.get(server_of(phase))
             if url is None and (args.engine == "vllm" or server_of(phase) == "trl"):
                 say(f"{phase} is left out: its server did not come up")
+                records.add(phase, rows=[], problem="its server did not come up")
                 continue
             try:
                 run_phase(args, phase, policy, url, gpu=training_gpu)

@@ -510,6 +510,45 @@ def test_a_pipe_whose_reader_is_gone_and_a_closed_stream_stop_no_run(tmp_path: P
     assert "closed file" in str(read_jsonl(path)[3]["event"])
 
 
+KEEPS_ITS_STREAMS = """
+import sys
+from ludic.signals import keep_standard_streams
+from ludic.telemetry.loggers import make_logger
+keep_standard_streams()
+logger = make_logger(sys.argv[1], metrics_path=sys.argv[2], run_name="r", config={}, total_steps=9)
+for step in (1, 2):
+    logger.log(step, {"loss": 0.5})
+    logger.event(step, "checkpoint written")
+logger.close()
+"""
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    ("output", "reason"),
+    [("/dev/full", "OSError: [Errno 28] No space left on device"), ("pipe", "BrokenPipeError: [Errno 32] Broken pipe")],
+)
+@pytest.mark.parametrize("name", ["rich", "print"])
+def test_a_script_whose_output_fails_switches_it_off_with_an_event(
+    tmp_path: Path, name: str, output: str, reason: str, unbuffered: str
+) -> None:
+    path = tmp_path / "m.jsonl"
+    if output == "pipe":
+        reading, writing = os.pipe()
+        os.close(reading)
+    else:
+        writing = os.open(output, os.O_WRONLY)
+    command = [sys.executable, "-c", KEEPS_ITS_STREAMS, name, str(path)]
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60, env=environment)
+    os.close(writing)
+    assert done.returncode == 0 and done.stderr == ""
+    failed = f"the log on standard output failed ({reason}); it is switched off, and the run goes on"
+    events = [record["event"] for record in read_jsonl(path) if "event" in record]
+    assert events == [failed, "checkpoint written", "checkpoint written"]
+    assert [record["step"] for record in read_jsonl(path) if "loss" in record] == [1, 2]
+
+
 def test_an_ascii_locale_shows_escapes_and_fails_nothing(tmp_path: Path) -> None:
     raw = io.BytesIO()
     stream = io.TextIOWrapper(raw, encoding="ascii")

@@ -68,12 +68,12 @@ class Fault:
     act: Act
 
 
-def plan(rounds: int, *, stops: bool = True) -> list[Fault]:
-    """The faults of a run, two updates apart so that the run gets on its feet in between."""
+def plan(rounds: int, *, stops: bool = True, most: int | None = None) -> list[Fault]:
+    """The first `most` faults of a run, two updates apart so that the run gets on its feet in between."""
     acts: list[tuple[Phase, Act]] = [("generation", "killed"), ("sync", "killed"), ("between updates", "killed")]
     if stops:
         acts += [("generation", "stopped"), ("sync", "stopped")]
-    chosen = acts * rounds
+    chosen = (acts * rounds)[:most]
     return [Fault(update=2 * number + 2, phase=phase, act=act) for number, (phase, act) in enumerate(chosen)]
 
 
@@ -358,6 +358,7 @@ def main() -> int:
     parser.add_argument("--dataset", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=1, help="how often each kind of fault comes")
+    parser.add_argument("--faults", type=int, metavar="N", help="only the first N of them (default: all)")
     parser.add_argument("--by-hand", action="store_true", help="the server is somebody else's, who starts it again")
     parser.add_argument("--no-stops", action="store_true", help="kills only")
     parser.add_argument("--lr", type=float, default=1e-5)
@@ -390,7 +391,7 @@ def main() -> int:
     ) as server:
         rows = asyncio.run(
             inject(
-                plan(args.rounds, stops=not args.no_stops),
+                plan(args.rounds, stops=not args.no_stops, most=args.faults),
                 model=args.model,
                 dataset=args.dataset,
                 folder=args.out,

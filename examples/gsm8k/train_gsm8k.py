@@ -170,17 +170,15 @@ async def _run(args: argparse.Namespace, config: GRPOConfig, paths: RunPaths, st
     from ludic.training.trainer import GRPOTrainer
 
     _seed_generators(config.seed)
+    probe = encode_prompt(tokenizer, environment.messages(train_samples[0]))[:64]
     async with open_engine(
-        args, tokenizer, out_dir=paths.out_dir, max_seq_len=config.max_seq_len, say=_say, trains=True
+        args, tokenizer, out_dir=paths.out_dir, max_seq_len=config.max_seq_len, say=_say, probe=probe
     ) as engine:
         # What takes long is done aside: the event loop tells the server meanwhile that this trainer lives.
         device = _training_device(args)
         policy, dtype = await _aside(
             device, load_policy, str(resume_from[0]) if resume_from else args.model, device, args, bool(resume_from)
         )
-        if hasattr(engine, "enable_weight_sync"):
-            probe = encode_prompt(tokenizer, environment.messages(train_samples[0]))[:64]
-            await engine.enable_weight_sync(probe)
         reference = (await _aside(device, load_policy, args.model, device, args))[0] if config.kl_coef > 0 else None
         if resume_from is None:
             # Not before there is a run that takes the place of the earlier one.

@@ -11,7 +11,7 @@ import shlex
 import sys
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ludic.inference.engine import InferenceEngine
+    from ludic.inference.vllm_client import VLLMEngine
 
 
 @contextlib.asynccontextmanager
@@ -34,14 +35,15 @@ async def open_engine(
     out_dir: Path,
     max_seq_len: int,
     say: Callable[[str], None],
-    trains: bool = False,
+    probe: Sequence[int] | None = None,
     files: str | None = None,
 ) -> "AsyncIterator[InferenceEngine]":
     """The engine that the flags ask for, checked against this run; closed, and its server ended, on the way out.
 
-    A server that a killed trainer left paused is an error, unless this run `trains`: then its first sync sets it right.
-    A run that trains has the server to itself, and gets it back when it is lost. `files` is a folder or hub name that has the
-    model's config where `--model` is only the name that a server gives it.
+    A run that trains gives a `probe`, the token ids of a prompt by whose log-probs weight syncs are proven: it has the
+    server to itself, recovers it when it is lost, and can send it weights. A server that a killed trainer left paused is
+    an error for all others; the first sync sets it right. `files` is a folder or hub name that has the model's config where
+    `--model` is only the name that a server gives it.
 
     Raises:
         EngineError: the server is not there, not the right one, or held by another trainer.
@@ -53,7 +55,6 @@ async def open_engine(
         finally:
             await engine.aclose()
         return
-    from ludic.inference.recovery import RecoveringEngine
     from ludic.inference.vllm_client import VLLMEngine, stop_token_ids
     from ludic.pretrained import load_config
 
@@ -61,7 +62,6 @@ async def open_engine(
     model_config = load_config(files, trust_remote_code=args.trust_remote_code)
     async with contextlib.AsyncExitStack() as stack:
         server = await _start_server(stack, args, out_dir, max_seq_len, say) if args.start_server else None
-        trainer = uuid.uuid4().hex if trains else None
         client = VLLMEngine(
             server_url(args) if server is None else server.base_url,
             model=args.model,
@@ -70,19 +70,48 @@ async def open_engine(
             stop_token_ids=stop_token_ids(files, tokenizer, model_config),
             seed_requests=args.seed_requests,
             vocab_size=model_config.get_text_config().vocab_size,
-            trainer=trainer,
+            trainer=None if probe is None else uuid.uuid4().hex,
         )
         if server is not None:
             stack.enter_context(server.losses_explained())
-        if trainer is None:
-            stack.push_async_callback(client.aclose)
+        yield await stack.enter_async_context(
+            connected(
+                client,
+                tokenizer,
+                probe=probe,
+                max_seq_len=max_seq_len,
+                server=server,
+                out_dir=out_dir,
+                wait_s=args.server_wait,
+                say=say,
+            )
+        )
+
+
+@contextlib.asynccontextmanager
+async def connected(
+    client: "VLLMEngine",
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    probe: Sequence[int] | None,
+    max_seq_len: int | None = None,
+    **recovery: Any,
+) -> "AsyncIterator[InferenceEngine]":
+    """`client`, connected; with a `probe`, for which it needs a trainer's id, as the engine that a run trains with.
+
+    `recovery` are the settings of `RecoveringEngine`.
+    """
+    if probe is None:
+        async with contextlib.aclosing(client):
             await client.connect(tokenizer, max_seq_len=max_seq_len)
             yield client
-            return
-        recovering = RecoveringEngine(client, server=server, out_dir=out_dir, wait_s=args.server_wait, say=say)
-        stack.push_async_callback(recovering.aclose)
-        await recovering.connect(tokenizer, max_seq_len=max_seq_len)
-        yield recovering
+        return
+    from ludic.inference.recovery import RecoveringEngine
+
+    async with contextlib.aclosing(RecoveringEngine(client, **recovery)) as engine:
+        await engine.connect(tokenizer, max_seq_len=max_seq_len)
+        await engine.enable_weight_sync(list(probe))
+        yield engine
 
 
 def _local_engine(model: str, trust_remote_code: bool) -> Any:

@@ -20,6 +20,7 @@ import signal
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Coroutine
 from types import FrameType, TracebackType
 from typing import Any, TextIO
@@ -222,6 +223,8 @@ class _Forgiving(io.RawIOBase):
     def __init__(self, descriptor: int) -> None:
         super().__init__()
         self._descriptor = descriptor
+        self.failure: OSError | None = None
+        """The last one."""
 
     def writable(self) -> bool:
         return True
@@ -241,9 +244,20 @@ class _Forgiving(io.RawIOBase):
                 left = left[os.write(self._descriptor, left) :]
             except BlockingIOError:  # somebody made it non-blocking
                 select.select([], [self._descriptor], [])
-            except OSError:  # the terminal was closed, nobody reads the pipe, the disk is full
+            except OSError as error:  # the terminal was closed, nobody reads the pipe, the disk is full
+                self.failure = error
                 break
         return size
+
+
+_kept_streams: "weakref.WeakKeyDictionary[TextIO, _Forgiving]" = weakref.WeakKeyDictionary()
+"""What is under the streams that `keep_standard_streams` made."""
+
+
+def write_failure(stream: TextIO) -> OSError | None:
+    """Why text written to `stream` was dropped, where `keep_standard_streams` made it and a write failed; else None."""
+    kept = _kept_streams.get(stream)
+    return None if kept is None else kept.failure
 
 
 def keep_standard_streams() -> None:
@@ -272,10 +286,13 @@ def _kept(stream: TextIO | None, descriptor: int) -> TextIO:
     with contextlib.suppress(OSError):
         stream.flush()
     unbuffered = isinstance(stream.buffer, io.FileIO)  # by PYTHONUNBUFFERED
-    return io.TextIOWrapper(
-        _Forgiving(descriptor) if unbuffered else io.BufferedWriter(_Forgiving(descriptor)),  # type: ignore[type-var]
+    raw = _Forgiving(descriptor)
+    kept = io.TextIOWrapper(
+        raw if unbuffered else io.BufferedWriter(raw),  # type: ignore[type-var]
         encoding=stream.encoding,
         errors="backslashreplace",
         line_buffering=stream.line_buffering,
         write_through=stream.write_through,
     )
+    _kept_streams[kept] = raw
+    return kept

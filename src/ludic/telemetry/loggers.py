@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Protocol, TextIO
 
 from rich.console import Console
 
+from ludic.signals import write_failure
 from ludic.telemetry.formatting import format_step, format_step_line, inert
 from ludic.telemetry.jsonl import JsonlFile
 from ludic.telemetry.live import LiveLogger
@@ -156,6 +157,8 @@ class _Outlet(io.TextIOBase, TextIO):
                 self._stream.flush()
             except (OSError, ValueError) as error:
                 self.error = error
+            else:
+                self.error = write_failure(self._stream)  # the scripts' standard output raises nothing
 
 
 class _Checked:
