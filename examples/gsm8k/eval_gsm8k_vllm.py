@@ -24,11 +24,15 @@ from ludic.cli import (
     prepare_out_dir,
     run_script,
 )
-from ludic.engines import open_engine
+from ludic.engines import open_engine, require_server
+from ludic.hub import cache_without_hub
+from ludic.signals import at_once
+from ludic.types import SamplingParams
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from environments.gsm8k import GSM8KSample
     from ludic.evaluation import EvaluationResult
 
 NAME = "eval_gsm8k_vllm.py"
@@ -160,31 +164,43 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
-async def run(args: argparse.Namespace) -> int:
-    """Check everything that can be checked without the engine, then generate, score and report."""
-    check_arguments(args)
-    out_dir = prepare_out_dir(args.out_dir)
-    out = out_dir / args.out
-
+def prepare(
+    args: argparse.Namespace, out: Path
+) -> "tuple[list[GSM8KSample], PreTrainedTokenizerBase, dict[str, object]]":
+    """The problems, the tokenizer, and what the records depend on: all that can be loaded and checked without the engine."""
     # The libraries are loaded here, so that --help and wrong flags answer at once.
-    from environments.gsm8k import GSM8K, load
-    from ludic.evaluation import evaluate, read_records
-    from ludic.prompts import encode_prompt, load_tokenizer
-    from ludic.telemetry import EvaluationDisplay, JsonlWriter
-    from ludic.types import SamplingParams
+    from environments.gsm8k import HUB_ID, load
+    from ludic.prompts import load_tokenizer
 
+    cache_without_hub([args.model], dataset=None if args.dataset else HUB_ID, say=say)
     hide_loading_bars()
-
-    sampling = SamplingParams(
-        temperature=args.temperature, top_p=args.top_p, max_tokens=args.max_tokens, seed=args.seed
-    )
     samples = load(args.split, dataset=args.dataset, limit=args.limit)
     tokenizer = load_tokenizer(args.model, args.chat_template, trust_remote_code=args.trust_remote_code)
     settings = settings_of(args, tokenizer)
     check_out(args, out, settings)
+    return samples, tokenizer, settings
+
+
+async def run(args: argparse.Namespace) -> int:
+    """Check everything that can be checked without the engine, then generate, score and report."""
+    check_arguments(args)
+    sampling = SamplingParams(
+        temperature=args.temperature, top_p=args.top_p, max_tokens=args.max_tokens, seed=args.seed
+    )
+    require_server(args)
+    out_dir = prepare_out_dir(args.out_dir)
+    out = out_dir / args.out
+
+    with at_once():
+        samples, tokenizer, settings = prepare(args, out)
+        from environments.gsm8k import GSM8K
+        from ludic.evaluation import evaluate, read_records
+        from ludic.prompts import encode_prompt
+        from ludic.telemetry import EvaluationDisplay, JsonlWriter
 
     async with contextlib.aclosing(GSM8K(system_prompt=args.system_prompt)) as environment:
-        longest = max(len(encode_prompt(tokenizer, environment.messages(sample))) for sample in samples)
+        with at_once():
+            longest = max(len(encode_prompt(tokenizer, environment.messages(sample))) for sample in samples)
         max_seq_len = args.max_seq_len or longest + args.max_tokens
         async with open_engine(args, tokenizer, out_dir=out_dir, max_seq_len=max_seq_len, say=say) as engine:
             if args.overwrite:  # not before there is an engine to make new ones

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 from rich.console import Console
 
-from environments.gsm8k import DEFAULT_SYSTEM_PROMPT, GSM8K, GSM8KSample, load
+from environments.gsm8k import DEFAULT_SYSTEM_PROMPT, GSM8K, HUB_ID, GSM8KSample, load
 from ludic.cli import (
     add_engine_arguments,
     check_engine_arguments,
@@ -36,22 +36,16 @@ from ludic.cli import (
     run_script,
 )
 from ludic.doctor import quick_checks
-from ludic.engines import open_engine
+from ludic.engines import open_engine, require_server
+from ludic.hub import cache_without_hub
 from ludic.pretrained import load_config, load_model
 from ludic.prompts import chat_template_fingerprint, encode_prompt, load_tokenizer
+from ludic.signals import at_once
 from ludic.telemetry.formatting import InertFormatter
 from ludic.telemetry.jsonl import drop_steps_after, read_jsonl
 from ludic.telemetry.loggers import make_logger, parse_logger_names
+from ludic.telemetry.progress import StatusLine
 from ludic.telemetry.report import ComparisonRow, comparison_table, reward_curve_text, save_reward_curve
-from ludic.training.checkpoint import (
-    TrainerState,
-    checkpoint_step,
-    find_checkpoint,
-    list_checkpoints,
-    read_state,
-    recover_folder,
-    verify_checkpoint,
-)
 from ludic.training.config import GRPOConfig, RunPaths, add_arguments, from_arguments
 from ludic.training.resume import changed_settings
 from ludic.training.run_lock import RunLock, identity
@@ -59,6 +53,7 @@ from ludic.training.run_lock import RunLock, identity
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from ludic.training.checkpoint import TrainerState
     from ludic.training.trainer import TrainingSummary
 
 Arguments = ParamSpec("Arguments")
@@ -131,13 +126,34 @@ async def main() -> int:
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"--limit must be at least 1, not {args.limit}")
     config = from_arguments(args)
+    require_server(args)
     paths = RunPaths(out_dir=prepare_out_dir(args.out_dir))
     with RunLock(paths.out_dir, identity(paths.out_dir)):  # until the end: two runs would write the same files
-        await _run(args, config, paths, started)
+        with at_once():
+            parts = _prepare(args, config, paths)
+        await _run(args, config, paths, parts, started)
     return 0
 
 
-async def _run(args: argparse.Namespace, config: GRPOConfig, paths: RunPaths, started: float) -> None:
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Parts:
+    """What a run is made of, beside its model and its engine."""
+
+    tokenizer: "PreTrainedTokenizerBase"
+    environment: GSM8K
+    train_samples: list[GSM8KSample]
+    eval_samples: list[GSM8KSample]
+    task: dict[str, Any]
+    resume_from: "tuple[Path, TrainerState] | None"
+
+
+def _prepare(args: argparse.Namespace, config: GRPOConfig, paths: RunPaths) -> _Parts:
+    """Find, load and check all that needs no engine."""
+    if not args.demo:
+        cache_without_hub([args.model], dataset=None if args.dataset else HUB_ID, say=_say)
+    # torch comes with this import, and takes seconds: not before the flags are checked.
+    from ludic.training.checkpoint import recover_folder
+
     hide_loading_bars()
     for line in recover_folder(paths.checkpoints):
         _say(line)
@@ -151,9 +167,9 @@ async def _run(args: argparse.Namespace, config: GRPOConfig, paths: RunPaths, st
         _build_demo(args, paths, config)
 
     _say(f"loading {args.model}")
-    tokenizer = load_tokenizer(args.model, args.chat_template, trust_remote_code=args.trust_remote_code)
     train_samples = load("train", dataset=args.dataset, limit=args.limit)
     eval_samples = _load_eval_samples(args, config)
+    tokenizer = load_tokenizer(args.model, args.chat_template, trust_remote_code=args.trust_remote_code)
     environment = GSM8K(system_prompt=args.system_prompt)
     _check_prompts(environment, tokenizer, config, train_samples)
     task = _task(args, tokenizer, eval_samples)
@@ -165,28 +181,42 @@ async def _run(args: argparse.Namespace, config: GRPOConfig, paths: RunPaths, st
 
     if not args.no_checks:
         _check_this_machine(args, config)
+    return _Parts(
+        tokenizer=tokenizer,
+        environment=environment,
+        train_samples=train_samples,
+        eval_samples=eval_samples,
+        task=task,
+        resume_from=resume_from,
+    )
 
-    from ludic.training.trainer import GRPOTrainer
 
-    _seed_generators(config.seed)
+async def _run(args: argparse.Namespace, config: GRPOConfig, paths: RunPaths, parts: _Parts, started: float) -> None:
+    with at_once():
+        from ludic.training.checkpoint import checkpoint_step, list_checkpoints
+        from ludic.training.trainer import GRPOTrainer
+
+        _seed_generators(config.seed)
+    tokenizer, environment, resume_from = parts.tokenizer, parts.environment, parts.resume_from
     async with open_engine(
         args, tokenizer, out_dir=paths.out_dir, max_seq_len=config.max_seq_len, say=_say, trains=True
     ) as engine:
-        # What takes long is done aside: the event loop tells the server meanwhile that this trainer lives.
         device = _training_device(args)
+        # What takes long is done aside: the event loop tells the server meanwhile that this trainer lives.
+        thread = None if args.engine == "local" else device
         policy, dtype = await _aside(
-            device, load_policy, str(resume_from[0]) if resume_from else args.model, device, args
+            thread, load_policy, str(resume_from[0]) if resume_from else args.model, device, args
         )
         if hasattr(engine, "enable_weight_sync"):
-            probe = encode_prompt(tokenizer, environment.messages(train_samples[0]))[:64]
+            probe = encode_prompt(tokenizer, environment.messages(parts.train_samples[0]))[:64]
             await engine.enable_weight_sync(probe)
-        reference = (await _aside(device, load_policy, args.model, device, args))[0] if config.kl_coef > 0 else None
+        reference = (await _aside(thread, load_policy, args.model, device, args))[0] if config.kl_coef > 0 else None
         if resume_from is None:
             # Not before there is a run that takes the place of the earlier one.
             _set_aside(paths, [paths.metrics, paths.rollouts, paths.summary, paths.curve, paths.checkpoints])
         else:
             for path in (paths.metrics, paths.rollouts):  # what came after the checkpoint is made again
-                await _aside(device, drop_steps_after, path, resume_from[1].step)
+                await _aside(thread, drop_steps_after, path, resume_from[1].step)
             later = [
                 path
                 for path in list_checkpoints(paths.checkpoints)
@@ -204,7 +234,7 @@ async def _run(args: argparse.Namespace, config: GRPOConfig, paths: RunPaths, st
         )
         with contextlib.closing(metric_logger):
             trainer = await _aside(
-                device,
+                thread,
                 GRPOTrainer,
                 config=config,
                 model=policy,
@@ -212,15 +242,15 @@ async def _run(args: argparse.Namespace, config: GRPOConfig, paths: RunPaths, st
                 tokenizer=tokenizer,
                 engine=engine,
                 environment=environment,
-                train_samples=train_samples,
-                eval_samples=eval_samples,
+                train_samples=parts.train_samples,
+                eval_samples=parts.eval_samples,
                 metric_logger=metric_logger,
                 paths=paths,
                 eval_concurrency=args.concurrency,
                 model_dtype=dtype,
                 reference_model=reference,
                 resume_from=resume_from,
-                task=task,
+                task=parts.task,
                 wandb_run_id=metric_logger.run_id,
             )
             if resume_from is not None and paths.metrics.exists():
@@ -248,7 +278,10 @@ def load_policy(path: str, device: Any, args: argparse.Namespace) -> tuple["PreT
 async def _aside(
     device: Any, function: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
 ) -> Result:
-    """`function` on another thread, with this one's GPU."""
+    """`function` on another thread, with this one's GPU; None: on this thread, where a signal ends it at once."""
+    if device is None:
+        with at_once():
+            return function(*args, **kwargs)
 
     def work() -> Result:
         if device.type == "cuda":  # each thread has a current device of its own
@@ -288,7 +321,7 @@ def _training_device(args: argparse.Namespace) -> Any:
     return device
 
 
-def _find_checkpoint(args: argparse.Namespace, paths: RunPaths) -> tuple[Path, TrainerState] | None:
+def _find_checkpoint(args: argparse.Namespace, paths: RunPaths) -> "tuple[Path, TrainerState] | None":
     """The checkpoint that --resume means, with its state.
 
     Raises:
@@ -296,6 +329,8 @@ def _find_checkpoint(args: argparse.Namespace, paths: RunPaths) -> tuple[Path, T
     """
     if args.resume is None:
         return None
+    from ludic.training.checkpoint import find_checkpoint, read_state, verify_checkpoint
+
     if args.resume == "latest":
         newest = find_checkpoint(paths.checkpoints)
         for line in newest.passed_over:
@@ -375,14 +410,16 @@ def _set_aside(paths: RunPaths, old: list[Path]) -> None:
 
 def _build_demo(args: argparse.Namespace, paths: RunPaths, config: GRPOConfig) -> None:
     """Make the demo's policy and problems, and point the flags at them."""
+    _say("demo: no GPU, no server, no network. Making word problems in GSM8K's format and a small policy of our own,")
+    _say("warm-started by imitating worked solutions (supervised, before GRPO begins) ...")
     import torch
     from demo import NUM_THREADS, build_demo
 
     torch.set_num_threads(NUM_THREADS)
-    _say("demo: no GPU, no server, no network. Making word problems in GSM8K's format and a small policy of our own,")
-    _say("warm-started by imitating worked solutions (supervised, before GRPO begins) ...")
     folder = paths.out_dir / "gsm8k_demo"
-    demo = build_demo(folder, seed=config.seed)
+    with StatusLine(_say) as status:
+        status.show("warm start: drawing problems and making a tokenizer")
+        demo = build_demo(folder, seed=config.seed, on_progress=status.show)
     args.model, args.dataset = str(demo.model_dir), str(folder)
     _say(
         f"the warm start took {demo.warm_start_s:.0f} s on {demo.num_warm_start:,} solutions: a policy of "

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from ludic.cli import add_engine_arguments, check_engine_arguments, hide_loading_bars
 from ludic.doctor.findings import run_checks
 from ludic.doctor.here import local_checks
-from ludic.doctor.server import server_checks
 from ludic.training.config import add_arguments, from_arguments
 
 DEFAULT_MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
@@ -34,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         check_engine_arguments(args)
         config = from_arguments(args)
+        from ludic.doctor.server import server_checks  # brings an HTTP client: --help and wrong flags answer without it
+
         checks = local_checks(args, config) + (server_checks(args, config) if args.engine == "vllm" else [])
     except ValueError as error:
         sys.stderr.write(f"python -m ludic.doctor: error: {error}\n")

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ludic.doctor.findings import Check, Finding, failed, ok, warning
-from ludic.training.checkpoint import list_checkpoints
 from ludic.training.config import GRPOConfig, RunPaths
 
 if TYPE_CHECKING:
@@ -258,6 +257,8 @@ def _free_memory() -> int:
 
 def check_disk(args: argparse.Namespace, config: GRPOConfig) -> Finding:
     """Is there room for the checkpoints that stay, and the one that is being written?"""
+    from ludic.training.checkpoint import list_checkpoints
+
     folder = Path(args.out_dir)
     while not folder.exists():
         folder = folder.parent
