@@ -38,7 +38,7 @@ SMALL = GRPOConfig(
     save_every=0,
 )
 LOGGED_EVERY_STEP = {
-    "loss", "reward_mean", "reward_std", "correct_rate", "parse_error_rate", "truncation_rate", "zero_variance_groups",
+    "loss", "reward_mean", "reward_std", "correct_rate", "parse_err_rate", "truncation_rate", "zero_variance_groups",
     "avg_completion_length", "total_completion_tokens", "prompt_tokens", "entropy", "clip_fraction", "kl", "logprob_gap",
     "grad_norm", "learning_rate", "policy_version", "staleness", "generation_s", "grading_s", "train_s", "sync_s",
     "tokens_per_s",

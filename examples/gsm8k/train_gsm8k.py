@@ -23,7 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
 
 from rich.console import Console
 
@@ -45,7 +45,7 @@ from ludic.telemetry.formatting import InertFormatter
 from ludic.telemetry.jsonl import drop_steps_after, read_jsonl
 from ludic.telemetry.loggers import make_logger, parse_logger_names
 from ludic.telemetry.progress import StatusLine
-from ludic.telemetry.report import ComparisonRow, comparison_table, reward_curve_text, save_reward_curve
+from ludic.telemetry.report import comparison_table, evaluation_rows, reward_curve_text, save_reward_curve
 from ludic.training.config import GRPOConfig, RunPaths, add_arguments, from_arguments
 from ludic.training.resume import changed_settings
 from ludic.training.run_lock import RunLock, identity
@@ -135,8 +135,7 @@ async def main() -> int:
     return 0
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class _Parts:
+class _Parts(NamedTuple):
     """What a run is made of, beside its model and its engine."""
 
     tokenizer: "PreTrainedTokenizerBase"
@@ -259,7 +258,7 @@ async def _run(args: argparse.Namespace, config: GRPOConfig, paths: RunPaths, pa
                 summary = await trainer.run()
             finally:
                 await environment.aclose()
-    _finish(args, config, paths, summary, time.perf_counter() - started)
+    _finish(args, config, paths, summary, time.perf_counter() - started, resume_from[1] if resume_from else None)
 
 
 def load_policy(path: str, device: Any, args: argparse.Namespace) -> tuple["PreTrainedModel", Any]:
@@ -428,24 +427,38 @@ def _build_demo(args: argparse.Namespace, paths: RunPaths, config: GRPOConfig) -
 
 
 def _finish(
-    args: argparse.Namespace, config: GRPOConfig, paths: RunPaths, summary: "TrainingSummary", seconds: float
+    args: argparse.Namespace,
+    config: GRPOConfig,
+    paths: RunPaths,
+    summary: "TrainingSummary",
+    seconds: float,
+    before: "TrainerState | None",
 ) -> None:
-    record = {**dataclasses.asdict(summary), "wall_seconds": seconds, "model": args.model}
+    """Write the summary and the curve, and say what came of a run that took this process `seconds` since `before`."""
+    own = {
+        name: getattr(summary, total) - (getattr(before, counted) if before else 0)
+        for name, total, counted in (
+            ("updates", "updates", "step"),
+            ("rollouts", "rollouts", "rollouts"),
+            ("completion_tokens", "completion_tokens", "completion_tokens"),
+        )
+    }
+    process = {"started_from": before.step if before else 0, **own, "wall_seconds": seconds}
+    record = {**dataclasses.asdict(summary), "this_process": process, "model": args.model}
     paths.summary.write_text(json.dumps(record, indent=2) + "\n")
-    metrics = [json.loads(line) for line in paths.metrics.read_text().splitlines() if line.strip()]
-    curve = [(row["step"], row["reward_mean"]) for row in metrics if row.get("reward_mean") is not None]
-    steps, rewards = [step for step, _ in curve], [reward for _, reward in curve]
-    if len(curve) > 1:
+    rows = [row for row in read_jsonl(paths.metrics) if row.get("reward_mean") is not None]
+    steps, rewards = [row["step"] for row in rows], [row["reward_mean"] for row in rows]
+    if len(rows) > 1:
         _say(reward_curve_text(steps, rewards))
-        points = [(row["step"], row["eval/accuracy"]) for row in metrics if row.get("eval/accuracy") is not None]
+        points = [(one["step"], one["accuracy"]) for one in summary.compared]
         save_reward_curve(paths.curve, steps, rewards, evaluations=points)
-    if len(summary.evaluations) > 1:
-        title = f"{summary.eval_problems} held-out problems, temperature {config.eval_temperature:g}"
-        Console().print(comparison_table(_comparison_rows(summary.evaluations), title=title))
-    _say(
-        f"{summary.updates} updates, {summary.rollouts} rollouts, {summary.completion_tokens} completion tokens "
-        f"in {seconds:.0f} s"
-    )
+    _compare(summary)
+    total = _amounts(summary.updates, summary.rollouts, summary.completion_tokens)
+    if before is None:
+        _say(f"{total} in {seconds:.0f} s")
+    else:
+        _say(f"{_amounts(**own)} in {seconds:.0f} s, after update {before.step}")
+        _say(f"the whole run: {total} in {summary.seconds:.0f} s of training")
     for what, path in (
         ("checkpoint", summary.last_checkpoint),
         ("metrics", paths.metrics),
@@ -458,21 +471,27 @@ def _finish(
     _say(f"next: {_next_command(args, config, paths, summary)}")
 
 
-def _comparison_rows(evaluations: list[dict[str, Any]]) -> list[ComparisonRow]:
-    before, after = evaluations[0], evaluations[-1]
+def _amounts(updates: int, rollouts: int, completion_tokens: int) -> str:
+    return f"{updates} updates, {rollouts} rollouts, {completion_tokens} completion tokens"
 
-    def row(name: str, key: str, kind: Literal["rate", "number"]) -> ComparisonRow:
-        intervals = {f"{when}_ci95": tuple(e[f"{key}_ci95"]) for when, e in (("before", before), ("after", after))
-                     if f"{key}_ci95" in e}  # fmt: skip
-        return ComparisonRow(name=name, before=before[key], after=after[key], kind=kind, **intervals)
 
-    return [
-        row("accuracy", "accuracy", "rate"),
-        row("strict accuracy", "strict_accuracy", "rate"),
-        row("no boxed answer", "parse_err_rate", "rate"),
-        row("truncated", "truncation_rate", "rate"),
-        row("tokens each", "avg_completion_length", "number"),
-    ]
+def _compare(summary: "TrainingSummary") -> None:
+    """The table of the first and the last evaluation that measured the same."""
+    compared = summary.compared
+    if len(compared) < len(summary.evaluations):
+        others = len(summary.evaluations) - len(compared)
+        _say(f"earlier evaluations with other problems, another prompt or other sampling, not compared: {others}")
+    if len(compared) < 2:
+        return
+    first, last = compared[0], compared[-1]
+    headings = (
+        f"update {first['step']}" if first["step"] else "before",
+        "after" if last["step"] == summary.updates else f"update {last['step']}",
+    )
+    title = f"{last['num_problems']} held-out problems"
+    if settings := last.get("settings"):
+        title += f", temperature {settings['temperature']:g}"
+    Console().print(comparison_table(evaluation_rows(first, last), title=title, headings=headings))
 
 
 def _next_command(args: argparse.Namespace, config: GRPOConfig, paths: RunPaths, summary: "TrainingSummary") -> str:
