@@ -48,7 +48,7 @@ print(f"{torch.cuda.get_device_name(0)} x {torch.cuda.device_count()}, vllm {vll
       f"transformers {transformers.__version__}")
 rows = [json.loads(line) for line in open(sys.argv[1])]
 names = ["generation_s", "grading_s", "wait_s", "train_s", "sync_s", "step_s", "total_completion_tokens", "tokens_per_s",
-         "logprob_gap", "reward_mean", "parse_error_rate", "truncation_rate", "trained_sequences"]
+         "logprob_gap", "reward_mean", "parse_err_rate", "truncation_rate", "trained_sequences"]
 names += sorted({name for row in rows for name in row if name.startswith("sync/")})
 print("step " + " ".join(f"{name:>12.12}" for name in names))
 for row in rows:

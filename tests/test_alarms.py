@@ -18,7 +18,7 @@ History = Callable[[int], Mapping[str, float]]
 PLAIN: dict[str, float] = {
     "reward_mean": 0.5,
     "correct_rate": 0.5,
-    "parse_error_rate": 0.02,
+    "parse_err_rate": 0.02,
     "truncation_rate": 0.01,
     "zero_variance_share": 0.3,
     "entropy": 0.4,
@@ -65,7 +65,7 @@ def noisy_run(seed: int, *, updates: int = 200, group_noise: float = 0.06) -> Hi
             step,
             reward_mean=correct,
             correct_rate=correct,
-            parse_error_rate=min(1.0, max(0.0, 0.05 * (1 - done) + abs(rng.gauss(0, 0.02)))),
+            parse_err_rate=min(1.0, max(0.0, 0.05 * (1 - done) + abs(rng.gauss(0, 0.02)))),
             truncation_rate=abs(rng.gauss(0.05, 0.03)),
             zero_variance_share=min(1.0, max(0.0, 0.35 + 0.25 * done + rng.gauss(0, 0.09))),
             entropy=0.4 * (1 - 0.6 * done) * math.exp(rng.gauss(0, 0.1)),
@@ -93,7 +93,7 @@ def noisy_run(seed: int, *, updates: int = 200, group_noise: float = 0.06) -> Hi
         ("truncated", from_update(11, truncation_rate=0.7), 12),  # (3 x 0.01 + 2 x 0.7) / 5 is above 0.25
         ("zero_variance", from_update(1, zero_variance_share=0.81), 5),
         ("zero_variance", from_update(21, zero_variance_share=1.0), 24),
-        ("parse_rate", from_update(21, parse_error_rate=0.25), 24),
+        ("parse_rate", from_update(21, parse_err_rate=0.25), 24),
         ("entropy", from_update(21, entropy=0.07), 25),
         ("logprob_gap", from_update(21, logprob_gap=0.04), 24),
         ("logprob_gap", from_update(21, logprob_gap=5.0), 21),
@@ -124,7 +124,7 @@ def test_the_reward_is_flat_once_the_line_through_its_window_does_not_rise() -> 
     [
         from_update(1, truncation_rate=0.25),
         from_update(1, zero_variance_share=0.8),
-        from_update(21, parse_error_rate=0.169),
+        from_update(21, parse_err_rate=0.169),
         from_update(21, entropy=0.0801),
         from_update(21, logprob_gap=0.0299),  # five times the first, and still little
         from_update(1, logprob_gap=0.2),  # much, and it does not rise
@@ -161,7 +161,7 @@ def test_the_noise_of_small_updates_is_not_taken_for_a_falling_parse_rate() -> N
     """Eight completions an update: up to six of the forty in a window without an answer are chance."""
 
     def small(errors: float) -> History:
-        return lambda step: plain(step, total_completion_tokens=1600.0, parse_error_rate=errors if step > 20 else 0.02)
+        return lambda step: plain(step, total_completion_tokens=1600.0, parse_err_rate=errors if step > 20 else 0.02)
 
     assert raised(small(0.3)) == []
     assert raised(small(0.4)) == [("parse_rate", 25)]
@@ -180,7 +180,7 @@ def test_a_policy_that_solves_two_in_a_hundred_hears_that_its_groups_teach_nothi
 
 def test_every_alarm_says_on_one_line_what_it_saw_over_which_updates_and_what_to_turn() -> None:
     bad: dict[str, Any] = {
-        "truncation_rate": 0.9, "zero_variance_share": 0.95, "parse_error_rate": 0.9, "entropy": 0.001, "logprob_gap": 1.0,
+        "truncation_rate": 0.9, "zero_variance_share": 0.95, "parse_err_rate": 0.9, "entropy": 0.001, "logprob_gap": 1.0,
         "changed_weights_share": 0.0, "grad_clipped": 1.0, "grad_norm": 8.0, "grader_failures": 99.0, "generation_s": 500.0,
         "reward_mean": 0.1,
     }  # fmt: skip

@@ -101,7 +101,7 @@ def test_the_fields_of_a_rollout_are_the_documented_ones(example_run: ExampleRun
 
 def test_the_fields_of_the_training_summary_are_the_documented_ones() -> None:
     documented = {name for name, _ in _first_cells(_section("Fields of `gsm8k_train_summary.json`"))}
-    assert documented == {field.name for field in dataclasses.fields(TrainingSummary)} | {"wall_seconds", "model"}
+    assert documented == {field.name for field in dataclasses.fields(TrainingSummary)} | {"this_process", "model"}
 
 
 def test_the_fields_of_an_evaluation_record_are_the_documented_ones() -> None:

@@ -125,7 +125,7 @@ async def test_every_figure_agrees_with_a_case_counted_by_hand(tokenizer: PreTra
     assert (result.accuracy, result.strict_accuracy, result.qwen_accuracy) == (0.75, 0.25, 0.25)
     assert result.accuracy_ci95 == pytest.approx(wilson_interval(0.75, 4))
     assert result.correct_rate == 0.25
-    assert result.parse_error_rate == 0.25
+    assert result.parse_err_rate == 0.25
     # Tokens are bytes here: 3 + 4 + 7 + 0, and a stop token each.
     assert (result.total_completion_tokens, result.avg_completion_length) == (18, 4.5)
     assert result.truncation_rate == 0.0

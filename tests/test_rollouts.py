@@ -268,7 +268,7 @@ def test_the_metrics_of_an_update_are_those_counted_by_hand() -> None:
         "reward_mean": 0.5,
         "reward_std": pytest.approx((0.5 / 4) ** 0.5),  # squares of 0.5, -0.5, 0 and 0
         "correct_rate": 0.25,
-        "parse_error_rate": 0.25,
+        "parse_err_rate": 0.25,
         "truncation_rate": 0.25,
         "avg_completion_length": 10.0,
         "total_completion_tokens": 40,

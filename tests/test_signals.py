@@ -146,6 +146,55 @@ def test_a_signal_outside_the_main_task_ends_the_script_too(tmp_path: Path, top:
     assert code == 143 and "interrupted by SIGTERM" in said and "Traceback" not in said
 
 
+def test_a_signal_at_once_ends_what_blocks_the_event_loop_and_what_encloses_it_is_closed(tmp_path: Path) -> None:
+    main = """
+        try:
+            with signals.at_once():
+                ready()
+                while True:
+                    sum(range(1000))
+        finally:
+            await asyncio.sleep(0)
+            Path("closed").write_text("closed")
+    """
+    with Script(tmp_path, main) as script:
+        script.wait_until_ready()
+        script.send(signal.SIGINT)
+        code, said = script.end()
+    assert code == 130 and (tmp_path / "closed").exists()
+    assert said == "script.py: caught SIGINT: stopping\nscript.py: interrupted by SIGINT\n"
+
+
+def test_a_signal_that_python_drops_in_a_destructor_ends_the_block_all_the_same(tmp_path: Path) -> None:
+    main = """
+        class Slow:
+            def __del__(self):
+                ready()
+                while not interrupts.caught:
+                    sum(range(1000))
+                sum(range(1000))
+        interrupts = signals._catching[-1]
+        with signals.at_once():
+            slow = Slow()
+            del slow
+        Path("went_on").write_text("")
+        return 0
+    """
+    with Script(tmp_path, main) as script:
+        script.wait_until_ready()
+        script.send(signal.SIGINT)
+        code, _ = script.end()
+    assert code == 130 and not (tmp_path / "went_on").exists()
+
+
+def test_after_a_block_of_at_once_a_signal_is_waited_for_in_good_order_again(tmp_path: Path) -> None:
+    with Script(tmp_path, "with signals.at_once():\n    pass\n" + textwrap.dedent(SAVES)) as script:
+        script.wait_until_ready()
+        script.send(signal.SIGTERM)
+        code, said = script.end()
+    assert code == 143 and (tmp_path / "saved").exists() and "stopping in good order" in said
+
+
 def test_an_error_while_an_interrupted_script_saves_is_said_and_the_exit_code_stays(tmp_path: Path) -> None:
     main = SAVES.replace('Path("saved").write_text("saved")', 'raise OSError("the disk is full")')
     with Script(tmp_path, main) as script:

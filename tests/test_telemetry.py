@@ -15,6 +15,7 @@ import types
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from ludic.telemetry import (
@@ -24,15 +25,18 @@ from ludic.telemetry import (
     comparison_table,
     drop_steps_after,
     encode_line,
+    evaluation_rows,
     format_metric,
     format_step_line,
     make_logger,
     parse_logger_names,
+    progress,
     read_jsonl,
     reward_curve_text,
     save_reward_curve,
 )
 from ludic.telemetry.live import sparkline
+from ludic.telemetry.progress import StatusLine
 from ludic.telemetry.report import smoothed
 
 ESCAPE = "\x1b"
@@ -694,6 +698,73 @@ def test_the_png_shows_evaluations_and_leaves_pyplot_alone(tmp_path: Path) -> No
     save_reward_curve(tmp_path / "deep" / "c.png", [1, 2, 3], [0.1, 0.2, 0.3], evaluations=[(0, 0.1), (3, 1.0)])
     assert (tmp_path / "deep" / "c.png").read_bytes() != (tmp_path / "plain.png").read_bytes()
     assert "matplotlib.pyplot" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("rewards", "scales"),
+    [([0.0, 0.5, 1.0], ["mean reward, accuracy"]), ([-0.5, 0.5, 1.5], ["mean reward", "accuracy"])],
+)
+def test_rewards_that_are_fractions_share_one_scale_with_the_accuracies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rewards: list[float], scales: list[str]
+) -> None:
+    drawn: list[Figure] = []
+    save = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *args, **kwargs: (drawn.append(self), save(self, *args, **kwargs))
+    )
+    save_reward_curve(tmp_path / "c.png", [1, 2, 3], rewards, evaluations=[(0, 0.1), (3, 1.0)])
+    axes = drawn[0].axes
+    assert [one.get_ylabel() for one in axes] == scales
+    low, high = axes[-1].get_ylim()
+    assert low <= 0 and high >= 1
+
+
+def test_a_status_stands_in_one_line_of_a_terminal_with_its_words_from_the_front() -> None:
+    said: list[str] = []
+    stream = Terminal()
+    with StatusLine(said.append, stream=stream) as status:
+        for seconds in range(3):
+            status.show(f"server loading, {seconds} s: " + "Loading the weights of a model " * 20)
+    lines = stream.getvalue().replace("\x1b[?25l", "").split("\n")
+    assert not said and "server loading, 2 s: Loading the weights" in lines[0]
+    assert all(len(re.sub("\x1b[^mKAlh]*[mKAlh]", "", piece)) <= 80 for line in lines for piece in line.split("\r"))
+    assert not any("server loading" in line for line in lines[1:])
+
+
+def test_where_there_is_no_terminal_a_status_is_a_plain_line_every_ten_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    said: list[str] = []
+    with StatusLine(said.append, stream=io.StringIO()) as status:
+        for second in range(31):
+            now = float(second)
+            status.show(f"{second} s")
+    assert said == ["10 s", "20 s", "30 s"]
+
+
+def test_the_rows_of_a_comparison_are_those_of_two_recorded_evaluations_under_their_headings() -> None:
+    before = {"accuracy": 0.25, "accuracy_ci95": [0.2, 0.3], "strict_accuracy": 0.2, "parse_err_rate": 0.5}
+    before |= {"truncation_rate": 0.1, "avg_completion_length": 12.0}
+    stream = io.StringIO()
+    table = comparison_table(evaluation_rows(before, {**before, "accuracy": 0.5}), headings=("update 50", "after"))
+    Console(file=stream, width=80).print(table)
+    heading, _, accuracy, *others = stream.getvalue().splitlines()[1:]
+    assert heading.split() == ["update", "50", "after", "change"]
+    assert accuracy.split() == [
+        "accuracy",
+        "25.0%",
+        "(20.0",
+        "to",
+        "30.0)",
+        "50.0%",
+        "(20.0",
+        "to",
+        "30.0)",
+        "+25.0",
+        "points",
+    ]
+    names = [line.split("  ")[1].strip() for line in others if line.strip()]
+    assert names == ["strict accuracy", "no boxed answer", "truncated", "tokens each"]
 
 
 def test_an_unwritable_png_is_an_os_error(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from environments.gsm8k import DEFAULT_SYSTEM_PROMPT
 from ludic.cli import run_script
 from ludic.training.checkpoint import TrainerState, latest_checkpoint, list_checkpoints, read_state, save_checkpoint
 from ludic.training.manifest import write_manifest
+from ludic.training.trainer import TrainingSummary
 from tests.conftest import write_digit_problems
 from tests.vllm_helpers import make_tiny_model, make_tiny_tokenizer
 
@@ -189,6 +190,18 @@ def test_resume_goes_on_where_the_run_ended(
     assert max(row["reward_mean"] for row in updates(out_dir)) <= 1.0
     summary = json.loads((out_dir / "gsm8k_train_summary.json").read_text())
     assert summary["updates"] == 3 and summary["rollouts"] == 48 and summary["accuracy_before"] == 0.0
+    own = summary["this_process"]
+    assert own["wall_seconds"] > 0
+    tokens = sum(row["completion_tokens"] for row in after[32:])
+    assert {**own, "wall_seconds": 0} == {
+        **{"started_from": 2, "updates": 1, "rollouts": 16, "completion_tokens": tokens, "wall_seconds": 0}
+    }
+    last = [line for line in resumed.stdout.splitlines() if " updates, " in line]
+    assert last[0].startswith(f"1 updates, 16 rollouts, {tokens} completion tokens in ")
+    assert last[0].endswith(", after update 2")
+    assert last[1].startswith(
+        f"the whole run: 3 updates, 48 rollouts, {summary['completion_tokens']} completion tokens in "
+    )
     assert [path.name for path in list_checkpoints(out_dir / "checkpoints_gsm8k")] == ["step_2", "step_3"]
     assert not (out_dir / "earlier_runs").exists()
 
@@ -270,6 +283,45 @@ def script() -> Iterator[ModuleType]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(SCRIPT.parent))  # as when the script is run: demo.py lies beside it
         yield module
+
+
+def evaluated(step: int, accuracy: float, **settings: object) -> dict[str, Any]:
+    figures = ("strict_accuracy", "parse_err_rate", "truncation_rate", "avg_completion_length")
+    given = {"temperature": 0.0, **settings}
+    return {"step": step, "num_problems": 8, "accuracy": accuracy, **dict.fromkeys(figures, 0.5), "settings": given}
+
+
+@pytest.mark.parametrize(
+    ("evaluations", "shown", "said"),
+    [
+        ([evaluated(0, 0.1), evaluated(2, 0.2), evaluated(4, 0.4)], ["before", "10.0%", "after", "40.0%"], False),
+        (
+            [evaluated(0, 0.1), evaluated(2, 0.2, problems="b"), evaluated(4, 0.4, problems="b")],
+            ["update 2", "20.0%", "after", "40.0%"],
+            True,
+        ),
+        ([evaluated(1, 0.1), evaluated(2, 0.2)], ["update 1", "10.0%", "update 2", "20.0%"], False),
+        ([evaluated(0, 0.1), evaluated(4, 0.4, problems="b")], [], True),
+        ([evaluated(4, 0.4)], [], False),
+    ],
+    ids=["the first with the last", "the same prompt only", "of the middle", "nothing comparable", "one"],
+)
+def test_the_end_of_a_run_compares_evaluations_that_measured_the_same_and_says_of_which_updates(
+    script: ModuleType,
+    capsys: pytest.CaptureFixture[str],
+    evaluations: list[dict[str, Any]],
+    shown: list[str],
+    said: bool,
+) -> None:
+    counts = {"eval_problems": 8, "updates": 4, "seconds": 1.0, "rollouts": 1, "completion_tokens": 1}
+    script._compare(
+        TrainingSummary(
+            accuracy_before=None, accuracy_after=None, last_checkpoint=None, evaluations=evaluations, **counts
+        )
+    )
+    printed = capsys.readouterr().out
+    assert all(piece in printed for piece in shown) and bool(shown) == ("strict accuracy" in printed)
+    assert ("not compared: 1" in printed) == said
 
 
 @pytest.fixture

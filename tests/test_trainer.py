@@ -45,7 +45,7 @@ SMALL = GRPOConfig(
     save_every=0,
 )
 LOGGED_EVERY_STEP = {
-    "loss", "reward_mean", "reward_std", "correct_rate", "parse_error_rate", "truncation_rate", "zero_variance_groups",
+    "loss", "reward_mean", "reward_std", "correct_rate", "parse_err_rate", "truncation_rate", "zero_variance_groups",
     "avg_completion_length", "total_completion_tokens", "prompt_tokens", "entropy", "clip_fraction", "kl", "logprob_gap",
     "grad_norm", "learning_rate", "policy_version", "staleness", "generation_s", "grading_s", "train_s", "sync_s",
     "tokens_per_s",
@@ -92,6 +92,8 @@ class ListLogger:
 class Run:
     """A trainer with its engine, model and log, from a policy's folder."""
 
+    read_state = staticmethod(read_state)
+
     def __init__(
         self,
         policy: Path,
@@ -124,7 +126,7 @@ class Run:
                 paths=self.paths,
                 model_dtype=model_dtype,
                 reference_model=load(policy) if with_reference else None,
-                resume_from=(checkpoint, read_state(checkpoint)) if checkpoint else None,
+                resume_from=(checkpoint, self.read_state(checkpoint)) if checkpoint else None,
             )
         except ValueError:
             asyncio.run(self.engine.aclose())
@@ -257,6 +259,49 @@ def test_two_updates_and_two_after_a_resume_are_four_updates(
     assert [getattr(resumed, name) for name in counted] == [getattr(summary, name) for name in counted]
     assert [evaluation["step"] for evaluation in resumed.evaluations] == [0, 2, 4]
     assert resumed.seconds > read_state(tmp_path / "parts" / "checkpoints_gsm8k" / "step_2").seconds
+
+
+class AskedOtherwise(AlwaysSeven):
+    """The same problems with another prompt."""
+
+    def messages(self, sample: int) -> list[ChatMessage]:
+        return [{"role": "system", "content": "Be brief."}, *super().messages(sample)]
+
+
+@pytest.mark.parametrize(
+    ("changed", "environment"),
+    [({}, AskedOtherwise()), ({"eval_temperature": 0.5}, None), ({"eval_limit": 3}, None)],
+    ids=["prompt", "temperature", "problems"],
+)
+def test_a_resumed_run_that_evaluates_otherwise_measures_anew_and_is_compared_with_that(
+    digit_policy_dir: Path, tmp_path: Path, changed: dict[str, Any], environment: AlwaysSeven | None
+) -> None:
+    settings = {"train_steps": 2, "max_seq_len": 64, "micro_token_budget": 640}
+    before = Run(digit_policy_dir, tmp_path, **settings).go()
+    assert before.compared == before.evaluations and before.accuracy_before is not None
+    settings |= {"train_steps": 3, **changed}
+    summary = Run(digit_policy_dir, tmp_path, resume=True, environment=environment, **settings).go()
+    assert [evaluation["step"] for evaluation in summary.evaluations] == [0, 2, 2, 3]
+    assert summary.compared == summary.evaluations[2:]
+    assert summary.accuracy_before is None and summary.accuracy_after is not None
+    assert summary.eval_problems == changed.get("eval_limit", before.eval_problems)
+
+
+def test_evaluations_that_do_not_say_how_they_were_made_are_compared_where_no_setting_has_changed(
+    digit_policy_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = Run(digit_policy_dir, tmp_path, train_steps=1).go()
+
+    def as_earlier_versions_wrote_it(checkpoint: Path) -> TrainerState:
+        state = read_state(checkpoint)
+        return dataclasses.replace(state, evaluations=[{**one, "settings": {}} for one in state.evaluations])
+
+    monkeypatch.setattr(Run, "read_state", staticmethod(as_earlier_versions_wrote_it))
+    summary = Run(digit_policy_dir, tmp_path, train_steps=2, resume=True).go()
+    assert [one["step"] for one in summary.compared] == [0, 1, 2]
+    assert summary.accuracy_before == first.accuracy_before
+    summary = Run(digit_policy_dir, tmp_path, train_steps=3, resume=True, eval_temperature=0.5).go()
+    assert [one["step"] for one in summary.compared] == [2, 3] and summary.accuracy_before is None
 
 
 def test_a_resumed_run_gives_the_engine_its_weights_before_the_first_rollout(

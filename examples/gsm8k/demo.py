@@ -20,10 +20,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+if TYPE_CHECKING:  # imported where they are used: the demo's flags are checked before
+    import torch
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 DEMO_FLAGS: dict[str, str] = {
     "--engine": "local",
@@ -243,8 +244,11 @@ PROMPT = "<|user|>{}<|end|><|assistant|>"
 """What the chat template makes of a question without a system prompt; a test holds the two together."""
 
 
-def build_tokenizer(texts: Sequence[str], *, vocab_size: int = 640) -> PreTrainedTokenizerFast:
+def build_tokenizer(texts: Sequence[str], *, vocab_size: int = 640) -> "PreTrainedTokenizerFast":
     r"""A byte-level BPE tokenizer trained on `texts`: it can write any text, and each digit is a token of its own."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
     tokenizer = Tokenizer(models.BPE())
     pieces = Regex(r"\\boxed\{|\d| ?[A-Za-z]+|[^\sA-Za-z\d]+|\s+")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -273,8 +277,11 @@ def build_tokenizer(texts: Sequence[str], *, vocab_size: int = 640) -> PreTraine
     )
 
 
-def build_policy(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
+def build_policy(tokenizer: "PreTrainedTokenizerFast", seed: int) -> "LlamaForCausalLM":
     """A Llama of 0.1 million parameters with random weights, in float32."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,
@@ -306,8 +313,8 @@ def student_solution(problem: Problem, rng: random.Random) -> str:
 
 
 def warm_start(
-    policy: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
+    policy: "LlamaForCausalLM",
+    tokenizer: "PreTrainedTokenizerFast",
     practice: Sequence[Problem],
     *,
     seed: int,
@@ -316,6 +323,8 @@ def warm_start(
     on_progress: Callable[[str], None] | None = None,
 ) -> None:
     """Train `policy` in place, one pass over `practice`, to imitate the students. Loss on the solutions only."""
+    import torch
+
     rng = random.Random(f"demo students {seed}")
     prompts = tokenizer([PROMPT.format(p.question) for p in practice])["input_ids"]
     solutions = tokenizer([student_solution(p, rng) + "<|end|>" for p in practice])["input_ids"]
@@ -336,7 +345,7 @@ def warm_start(
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if on_progress is not None and (step + 1) % 200 == 0:
+        if on_progress is not None and (step + 1) % 20 == 0:
             on_progress(f"warm start: step {step + 1} of {num_steps}, loss {loss.item():.3f}")
     policy.eval()
 
@@ -351,8 +360,10 @@ def _batches(
     return batches
 
 
-def _pad_batch(prompts: Sequence[list[int]], solutions: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+def _pad_batch(prompts: Sequence[list[int]], solutions: Sequence[list[int]]) -> "tuple[torch.Tensor, torch.Tensor]":
     """Input ids and labels [B, L], filled up on the right; labels are -100 where there is nothing to learn."""
+    import torch
+
     width = max(len(prompt) + len(solution) for prompt, solution in zip(prompts, solutions, strict=True))
     input_ids = torch.zeros(len(prompts), width, dtype=torch.long)
     labels = torch.full((len(prompts), width), -100)
@@ -388,6 +399,8 @@ def build_demo(
     on_progress: Callable[[str], None] | None = None,
 ) -> DemoSetup:
     """Write `model/`, `train.jsonl` and `test.jsonl` into `out_dir`. The same seed writes the same files."""
+    import torch
+
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     drawn = draw_problems(seed, num_train=num_train, num_test=num_test, num_warm_start=num_warm_start)

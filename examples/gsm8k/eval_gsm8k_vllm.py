@@ -27,12 +27,16 @@ from ludic.cli import (
     run_script,
     server_url,
 )
-from ludic.engines import open_engine
+from ludic.engines import open_engine, require_server
+from ludic.hub import cache_without_hub
 from ludic.keys import read_api_key
+from ludic.signals import at_once
+from ludic.types import SamplingParams
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from environments.gsm8k import GSM8KSample
     from ludic.evaluation import EvaluationResult, Problem, ProblemRecord
     from ludic.inference.weights_in_use import WeightsInUse
 
@@ -211,36 +215,47 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
+def prepare(
+    args: argparse.Namespace, out: Path
+) -> "tuple[list[GSM8KSample], PreTrainedTokenizerBase, dict[str, object], list[ProblemRecord]]":
+    """Problems, tokenizer, what the records depend on, and those that are there: all that needs no engine."""
+    # The libraries are loaded here, so that --help and wrong flags answer at once.
+    from environments.gsm8k import HUB_ID, load
+    from ludic.prompts import load_tokenizer
+
+    files = args.tokenizer or args.model
+    cache_without_hub([files], dataset=None if args.dataset else HUB_ID, say=say)
+    hide_loading_bars()
+    samples = load(args.split, dataset=args.dataset, limit=args.limit)
+    tokenizer = load_tokenizer(files, args.chat_template, trust_remote_code=args.trust_remote_code)
+    settings = settings_of(args, tokenizer)
+    return samples, tokenizer, settings, check_out(args, out, settings)
+
+
 async def run(args: argparse.Namespace) -> int:
     """Check everything that can be checked without the engine, then generate, score and report."""
     check_arguments(args)
-    out_dir = prepare_out_dir(args.out_dir)
-    out = out_dir / args.out
-
-    # The libraries are loaded here, so that --help and wrong flags answer at once.
-    from training_advice import training_advice
-
-    from environments.gsm8k import GSM8K, load
-    from ludic.evaluation import evaluate, prepare_problems
-    from ludic.prompts import load_tokenizer
-    from ludic.telemetry import EvaluationDisplay, JsonlWriter
-    from ludic.types import SamplingParams
-
-    hide_loading_bars()
-
     sampling = SamplingParams(
         temperature=args.temperature, top_p=args.top_p, max_tokens=args.max_tokens, seed=args.seed
     )
-    samples = load(args.split, dataset=args.dataset, limit=args.limit)
+    require_server(args)
+    out_dir = prepare_out_dir(args.out_dir)
+    out = out_dir / args.out
     files = args.tokenizer or args.model
-    tokenizer = load_tokenizer(files, args.chat_template, trust_remote_code=args.trust_remote_code)
-    settings = settings_of(args, tokenizer)
-    done = check_out(args, out, settings)
+
+    with at_once():
+        samples, tokenizer, settings, done = prepare(args, out)
+        from training_advice import training_advice
+
+        from environments.gsm8k import GSM8K
+        from ludic.evaluation import evaluate, prepare_problems
+        from ludic.telemetry import EvaluationDisplay, JsonlWriter
 
     async with contextlib.aclosing(GSM8K(system_prompt=args.system_prompt)) as environment:
-        problems = prepare_problems(environment, samples, tokenizer, max_seq_len=args.max_seq_len)
-        check_records(done, problems, args.samples)
-        longest = max(len(problem.prompt_token_ids) for problem in problems)
+        with at_once():
+            problems = prepare_problems(environment, samples, tokenizer, max_seq_len=args.max_seq_len)
+            check_records(done, problems, args.samples)
+            longest = max(len(problem.prompt_token_ids) for problem in problems)
         max_seq_len = args.max_seq_len or longest + args.max_tokens
         engine_args = argparse.Namespace(**vars(args) | {"seed_requests": True})  # of those that `sampling` has
         async with open_engine(

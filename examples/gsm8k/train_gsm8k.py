@@ -23,11 +23,11 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
 
 from rich.console import Console
 
-from environments.gsm8k import DEFAULT_SYSTEM_PROMPT, GSM8K, GSM8KSample, load
+from environments.gsm8k import DEFAULT_SYSTEM_PROMPT, GSM8K, HUB_ID, GSM8KSample, load
 from ludic.cli import (
     add_engine_arguments,
     check_engine_arguments,
@@ -36,23 +36,16 @@ from ludic.cli import (
     run_script,
 )
 from ludic.doctor import check_token_ids, quick_checks
-from ludic.engines import open_engine
+from ludic.engines import open_engine, require_server
+from ludic.hub import cache_without_hub
 from ludic.pretrained import load_config, load_model, stored_dtype
 from ludic.prompts import chat_template_fingerprint, encode_prompt, load_tokenizer
+from ludic.signals import at_once
 from ludic.telemetry.formatting import InertFormatter
 from ludic.telemetry.jsonl import drop_steps_after, read_jsonl
 from ludic.telemetry.loggers import make_logger, parse_logger_names
-from ludic.telemetry.report import ComparisonRow, comparison_table, reward_curve_text, save_reward_curve
-from ludic.training.checkpoint import (
-    TrainerState,
-    checkpoint_step,
-    find_checkpoint,
-    list_checkpoints,
-    masters_folder,
-    read_state,
-    recover_folder,
-    verify_checkpoint,
-)
+from ludic.telemetry.progress import StatusLine
+from ludic.telemetry.report import comparison_table, evaluation_rows, reward_curve_text, save_reward_curve
 from ludic.training.config import GRPOConfig, RunPaths, add_arguments, from_arguments
 from ludic.training.resume import changed_settings
 from ludic.training.run_lock import RunLock, identity
@@ -60,6 +53,7 @@ from ludic.training.run_lock import RunLock, identity
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from ludic.training.checkpoint import TrainerState
     from ludic.training.trainer import TrainingSummary
 
 Arguments = ParamSpec("Arguments")
@@ -132,13 +126,33 @@ async def main() -> int:
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"--limit must be at least 1, not {args.limit}")
     config = from_arguments(args)
+    require_server(args)
     paths = RunPaths(out_dir=prepare_out_dir(args.out_dir))
     with RunLock(paths.out_dir, identity(paths.out_dir)):  # until the end: two runs would write the same files
-        await _run(args, config, paths, started)
+        with at_once():
+            parts = _prepare(args, config, paths)
+        await _run(args, config, paths, parts, started)
     return 0
 
 
-async def _run(args: argparse.Namespace, config: GRPOConfig, paths: RunPaths, started: float) -> None:
+class _Parts(NamedTuple):
+    """What a run is made of, beside its model and its engine."""
+
+    tokenizer: "PreTrainedTokenizerBase"
+    environment: GSM8K
+    train_samples: list[GSM8KSample]
+    eval_samples: list[GSM8KSample]
+    task: dict[str, Any]
+    resume_from: "tuple[Path, TrainerState] | None"
+
+
+def _prepare(args: argparse.Namespace, config: GRPOConfig, paths: RunPaths) -> _Parts:
+    """Find, load and check all that needs no engine."""
+    if not args.demo:
+        cache_without_hub([args.model], dataset=None if args.dataset else HUB_ID, say=_say)
+    # torch comes with this import, and takes seconds: not before the flags are checked.
+    from ludic.training.checkpoint import recover_folder
+
     hide_loading_bars()
     for line in recover_folder(paths.checkpoints):
         _say(line)
@@ -152,9 +166,9 @@ async def _run(args: argparse.Namespace, config: GRPOConfig, paths: RunPaths, st
         _build_demo(args, paths, config)
 
     _say(f"loading {args.model}")
-    tokenizer = load_tokenizer(args.model, args.chat_template, trust_remote_code=args.trust_remote_code)
     train_samples = load("train", dataset=args.dataset, limit=args.limit)
     eval_samples = _load_eval_samples(args, config)
+    tokenizer = load_tokenizer(args.model, args.chat_template, trust_remote_code=args.trust_remote_code)
     environment = GSM8K(system_prompt=args.system_prompt)
     _check_prompts(args, environment, tokenizer, config, train_samples, eval_samples)
     task = _task(args, tokenizer, eval_samples)
@@ -166,26 +180,40 @@ async def _run(args: argparse.Namespace, config: GRPOConfig, paths: RunPaths, st
 
     if not args.no_checks:
         _check_this_machine(args, config, tokenizer)
+    return _Parts(
+        tokenizer=tokenizer,
+        environment=environment,
+        train_samples=train_samples,
+        eval_samples=eval_samples,
+        task=task,
+        resume_from=resume_from,
+    )
 
-    from ludic.training.trainer import GRPOTrainer
 
-    _seed_generators(config.seed)
-    probe = encode_prompt(tokenizer, environment.messages(train_samples[0]))[:64]
+async def _run(args: argparse.Namespace, config: GRPOConfig, paths: RunPaths, parts: _Parts, started: float) -> None:
+    with at_once():
+        from ludic.training.checkpoint import checkpoint_step, list_checkpoints
+        from ludic.training.trainer import GRPOTrainer
+
+        _seed_generators(config.seed)
+    tokenizer, environment, resume_from = parts.tokenizer, parts.environment, parts.resume_from
+    probe = encode_prompt(tokenizer, environment.messages(parts.train_samples[0]))[:64]
     async with open_engine(
         args, tokenizer, out_dir=paths.out_dir, max_seq_len=config.max_seq_len, say=_say, probe=probe
     ) as engine:
-        # What takes long is done aside: the event loop tells the server meanwhile that this trainer lives.
         device = _training_device(args)
+        # What takes long is done aside: the event loop tells the server meanwhile that this trainer lives.
+        thread = None if args.engine == "local" else device
         policy, dtype = await _aside(
-            device, load_policy, str(resume_from[0]) if resume_from else args.model, device, args, bool(resume_from)
+            thread, load_policy, str(resume_from[0]) if resume_from else args.model, device, args, bool(resume_from)
         )
-        reference = (await _aside(device, load_policy, args.model, device, args))[0] if config.kl_coef > 0 else None
+        reference = (await _aside(thread, load_policy, args.model, device, args))[0] if config.kl_coef > 0 else None
         if resume_from is None:
             # Not before there is a run that takes the place of the earlier one.
             _set_aside(paths, [paths.metrics, paths.rollouts, paths.summary, paths.curve, paths.checkpoints])
         else:
             for path in (paths.metrics, paths.rollouts):  # what came after the checkpoint is made again
-                await _aside(device, drop_steps_after, path, resume_from[1].step)
+                await _aside(thread, drop_steps_after, path, resume_from[1].step)
             later = [
                 path
                 for path in list_checkpoints(paths.checkpoints)
@@ -203,7 +231,7 @@ async def _run(args: argparse.Namespace, config: GRPOConfig, paths: RunPaths, st
         )
         with contextlib.closing(metric_logger):
             trainer = await _aside(
-                device,
+                thread,
                 GRPOTrainer,
                 config=config,
                 model=policy,
@@ -211,15 +239,15 @@ async def _run(args: argparse.Namespace, config: GRPOConfig, paths: RunPaths, st
                 tokenizer=tokenizer,
                 engine=engine,
                 environment=environment,
-                train_samples=train_samples,
-                eval_samples=eval_samples,
+                train_samples=parts.train_samples,
+                eval_samples=parts.eval_samples,
                 metric_logger=metric_logger,
                 paths=paths,
                 eval_concurrency=args.concurrency,
                 model_dtype=dtype,
                 reference_model=reference,
                 resume_from=resume_from,
-                task=task,
+                task=parts.task,
                 wandb_run_id=metric_logger.run_id,
             )
             if resume_from is not None and paths.metrics.exists():
@@ -228,7 +256,7 @@ async def _run(args: argparse.Namespace, config: GRPOConfig, paths: RunPaths, st
                 summary = await trainer.run()
             finally:
                 await environment.aclose()
-    _finish(args, config, paths, summary, time.perf_counter() - started)
+    _finish(args, config, paths, summary, time.perf_counter() - started, resume_from[1] if resume_from else None)
 
 
 def load_policy(
@@ -241,6 +269,8 @@ def load_policy(
     """
     import torch
 
+    from ludic.training.checkpoint import masters_folder
+
     config = load_config(path, trust_remote_code=args.trust_remote_code)
     weights = masters_folder(Path(path)) if resumes else path  # a new run starts from what is served
     model = load_model(weights, dtype=torch.float32, trust_remote_code=args.trust_remote_code)
@@ -250,7 +280,10 @@ def load_policy(
 async def _aside(
     device: Any, function: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
 ) -> Result:
-    """`function` on another thread, with this one's GPU."""
+    """`function` on another thread, with this one's GPU; None: on this thread, where a signal ends it at once."""
+    if device is None:
+        with at_once():
+            return function(*args, **kwargs)
 
     def work() -> Result:
         if device.type == "cuda":  # each thread has a current device of its own
@@ -290,7 +323,7 @@ def _training_device(args: argparse.Namespace) -> Any:
     return device
 
 
-def _find_checkpoint(args: argparse.Namespace, paths: RunPaths) -> tuple[Path, TrainerState] | None:
+def _find_checkpoint(args: argparse.Namespace, paths: RunPaths) -> "tuple[Path, TrainerState] | None":
     """The checkpoint that --resume means, with its state.
 
     Raises:
@@ -298,6 +331,8 @@ def _find_checkpoint(args: argparse.Namespace, paths: RunPaths) -> tuple[Path, T
     """
     if args.resume is None:
         return None
+    from ludic.training.checkpoint import find_checkpoint, read_state, verify_checkpoint
+
     if args.resume == "latest":
         newest = find_checkpoint(paths.checkpoints)
         for line in newest.passed_over:
@@ -389,14 +424,16 @@ def _set_aside(paths: RunPaths, old: list[Path]) -> None:
 
 def _build_demo(args: argparse.Namespace, paths: RunPaths, config: GRPOConfig) -> None:
     """Make the demo's policy and problems, and point the flags at them."""
+    _say("demo: no GPU, no server, no network. Making word problems in GSM8K's format and a small policy of our own,")
+    _say("warm-started by imitating worked solutions (supervised, before GRPO begins) ...")
     import torch
     from demo import NUM_THREADS, build_demo
 
     torch.set_num_threads(NUM_THREADS)
-    _say("demo: no GPU, no server, no network. Making word problems in GSM8K's format and a small policy of our own,")
-    _say("warm-started by imitating worked solutions (supervised, before GRPO begins) ...")
     folder = paths.out_dir / "gsm8k_demo"
-    demo = build_demo(folder, seed=config.seed)
+    with StatusLine(_say) as status:
+        status.show("warm start: drawing problems and making a tokenizer")
+        demo = build_demo(folder, seed=config.seed, on_progress=status.show)
     args.model, args.dataset = str(demo.model_dir), str(folder)
     _say(
         f"the warm start took {demo.warm_start_s:.0f} s on {demo.num_warm_start:,} solutions: a policy of "
@@ -405,24 +442,38 @@ def _build_demo(args: argparse.Namespace, paths: RunPaths, config: GRPOConfig) -
 
 
 def _finish(
-    args: argparse.Namespace, config: GRPOConfig, paths: RunPaths, summary: "TrainingSummary", seconds: float
+    args: argparse.Namespace,
+    config: GRPOConfig,
+    paths: RunPaths,
+    summary: "TrainingSummary",
+    seconds: float,
+    before: "TrainerState | None",
 ) -> None:
-    record = {**dataclasses.asdict(summary), "wall_seconds": seconds, "model": args.model}
+    """Write the summary and the curve, and say what came of a run that took this process `seconds` since `before`."""
+    own = {
+        name: getattr(summary, total) - (getattr(before, counted) if before else 0)
+        for name, total, counted in (
+            ("updates", "updates", "step"),
+            ("rollouts", "rollouts", "rollouts"),
+            ("completion_tokens", "completion_tokens", "completion_tokens"),
+        )
+    }
+    process = {"started_from": before.step if before else 0, **own, "wall_seconds": seconds}
+    record = {**dataclasses.asdict(summary), "this_process": process, "model": args.model}
     paths.summary.write_text(json.dumps(record, indent=2) + "\n")
-    metrics = [json.loads(line) for line in paths.metrics.read_text().splitlines() if line.strip()]
-    curve = [(row["step"], row["reward_mean"]) for row in metrics if row.get("reward_mean") is not None]
-    steps, rewards = [step for step, _ in curve], [reward for _, reward in curve]
-    if len(curve) > 1:
+    rows = [row for row in read_jsonl(paths.metrics) if row.get("reward_mean") is not None]
+    steps, rewards = [row["step"] for row in rows], [row["reward_mean"] for row in rows]
+    if len(rows) > 1:
         _say(reward_curve_text(steps, rewards))
-        points = [(row["step"], row["eval/accuracy"]) for row in metrics if row.get("eval/accuracy") is not None]
+        points = [(one["step"], one["accuracy"]) for one in summary.compared]
         save_reward_curve(paths.curve, steps, rewards, evaluations=points)
-    if len(summary.evaluations) > 1:
-        title = f"{summary.eval_problems} held-out problems, temperature {config.eval_temperature:g}"
-        Console().print(comparison_table(_comparison_rows(summary.evaluations), title=title))
-    _say(
-        f"{summary.updates} updates, {summary.rollouts} rollouts, {summary.completion_tokens} completion tokens "
-        f"in {seconds:.0f} s"
-    )
+    _compare(summary)
+    total = _amounts(summary.updates, summary.rollouts, summary.completion_tokens)
+    if before is None:
+        _say(f"{total} in {seconds:.0f} s")
+    else:
+        _say(f"{_amounts(**own)} in {seconds:.0f} s, after update {before.step}")
+        _say(f"the whole run: {total} in {summary.seconds:.0f} s of training")
     for what, path in (
         ("checkpoint", summary.last_checkpoint),
         ("metrics", paths.metrics),
@@ -435,21 +486,27 @@ def _finish(
     _say(f"next: {_next_command(args, config, paths, summary)}")
 
 
-def _comparison_rows(evaluations: list[dict[str, Any]]) -> list[ComparisonRow]:
-    before, after = evaluations[0], evaluations[-1]
+def _amounts(updates: int, rollouts: int, completion_tokens: int) -> str:
+    return f"{updates} updates, {rollouts} rollouts, {completion_tokens} completion tokens"
 
-    def row(name: str, key: str, kind: Literal["rate", "number"]) -> ComparisonRow:
-        intervals = {f"{when}_ci95": tuple(e[f"{key}_ci95"]) for when, e in (("before", before), ("after", after))
-                     if f"{key}_ci95" in e}  # fmt: skip
-        return ComparisonRow(name=name, before=before[key], after=after[key], kind=kind, **intervals)
 
-    return [
-        row("accuracy", "accuracy", "rate"),
-        row("strict accuracy", "strict_accuracy", "rate"),
-        row("no boxed answer", "parse_err_rate", "rate"),
-        row("truncated", "truncation_rate", "rate"),
-        row("tokens each", "avg_completion_length", "number"),
-    ]
+def _compare(summary: "TrainingSummary") -> None:
+    """The table of the first and the last evaluation that measured the same."""
+    compared = summary.compared
+    if len(compared) < len(summary.evaluations):
+        others = len(summary.evaluations) - len(compared)
+        _say(f"earlier evaluations with other problems, another prompt or other sampling, not compared: {others}")
+    if len(compared) < 2:
+        return
+    first, last = compared[0], compared[-1]
+    headings = (
+        f"update {first['step']}" if first["step"] else "before",
+        "after" if last["step"] == summary.updates else f"update {last['step']}",
+    )
+    title = f"{last['num_problems']} held-out problems"
+    if settings := last.get("settings"):
+        title += f", temperature {settings['temperature']:g}"
+    Console().print(comparison_table(evaluation_rows(first, last), title=title, headings=headings))
 
 
 def _next_command(args: argparse.Namespace, config: GRPOConfig, paths: RunPaths, summary: "TrainingSummary") -> str:

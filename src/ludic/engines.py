@@ -8,23 +8,47 @@ import argparse
 import asyncio
 import contextlib
 import shlex
-import sys
-import time
+import socket
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from ludic.cli import server_url
 from ludic.inference.server_process import ServerProcess
 from ludic.keys import read_api_key
+from ludic.signals import at_once
 from ludic.telemetry.formatting import inert
+from ludic.telemetry.progress import StatusLine
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ludic.inference.engine import InferenceEngine
     from ludic.inference.vllm_client import VLLMEngine
+
+
+CONNECT_S = 5.0
+
+
+def require_server(args: argparse.Namespace) -> None:
+    """Refuse a run whose server is missing before libraries, data and tokenizer are loaded for it.
+
+    Raises:
+        ServerUnreachableError: the flags name a server that runs, and nothing listens there.
+    """
+    if args.engine == "local" or args.start_server:
+        return
+    base_url = f"http://{args.host}:{args.port}"
+    address = urlsplit(base_url)
+    port = address.port or (443 if address.scheme == "https" else 80)
+    try:
+        socket.create_connection((address.hostname or "", port), timeout=CONNECT_S).close()
+    except OSError as error:
+        from ludic.inference.handshake import nothing_listens  # brings an HTTP client
+
+        raise nothing_listens(base_url, args.model) from error
 
 
 @contextlib.asynccontextmanager
@@ -49,7 +73,8 @@ async def open_engine(
         EngineError: the server is not there, not the right one, or held by another trainer.
     """
     if args.engine == "local":
-        engine = await asyncio.to_thread(_local_engine, args.model, args.trust_remote_code)
+        with at_once():
+            engine = _local_engine(args.model, args.trust_remote_code)
         try:
             yield engine
         finally:
@@ -130,13 +155,7 @@ async def _start_server(
     max_seq_len: int,
     say: Callable[[str], None],
 ) -> ServerProcess:
-    last_said = [time.monotonic()]
-
-    def on_progress(seconds: float, line: str) -> None:
-        if sys.stdout.isatty() or time.monotonic() - last_said[0] >= 10:
-            last_said[0] = time.monotonic()
-            say(f"server loading, {seconds:.0f} s: {inert(line[-100:])}")
-
+    status = StatusLine(say)
     log_path = Path(args.server_log) if args.server_log else out_dir / "vllm_server.log"
     server = ServerProcess(
         args.model,
@@ -146,11 +165,12 @@ async def _start_server(
         api_key=read_api_key(args.api_key_file),
         extra_args=_server_flags(args, max_seq_len),
         log_path=log_path,
-        on_progress=on_progress,
+        on_progress=lambda seconds, line: status.show(f"server loading, {seconds:.0f} s: {inert(line)}"),
     )
     stack.push_async_callback(asyncio.to_thread, server.close)
     say(f"starting the server; its log is {log_path}")
-    await asyncio.to_thread(server.start)
+    with status:
+        await asyncio.to_thread(server.start)
     say(f"the server is up at {server.base_url}")
     return server
 

@@ -93,7 +93,7 @@ class EvaluationResult:
     qwen_accuracy_ci95: tuple[float, float]
     correct_rate: float
     """Share that the environment itself calls correct: what the reward is made of."""
-    parse_error_rate: float
+    parse_err_rate: float
     """Share in which the environment's parser found no answer."""
     truncation_rate: float
     """Share that was cut off at the token limit."""
@@ -120,7 +120,6 @@ class EvaluationResult:
             for key, value in asdict(self).items()
             if key != "pass_at_k"
         }
-        figures = {"parse_err_rate" if key == "parse_error_rate" else key: value for key, value in figures.items()}
         figures |= {f"pass@{k}": value for k, value in self.pass_at_k.items()}
         return {"model": model, **figures, "settings": dict(settings)}
 
@@ -271,6 +270,14 @@ def _difference(record: ProblemRecord, problem: "Problem") -> str:
     return "other token ids for the same messages (another tokenizer or chat template)"
 
 
+def problems_digest(
+    samples: Sequence[SampleT], environment: Environment[SampleT], tokenizer: "PreTrainedTokenizerBase"
+) -> str:
+    """Sixteen hexadecimal digits that differ where the problems, their order, their prompts or their targets differ."""
+    problems = (Problem.of(index, sample, environment, tokenizer) for index, sample in enumerate(samples))
+    return hashlib.sha256("".join(problem.question_id for problem in problems).encode()).hexdigest()[:16]
+
+
 def summarise(
     records: Sequence[ProblemRecord], *, seconds: float, taken_over: Collection[int] = ()
 ) -> EvaluationResult:
@@ -305,7 +312,7 @@ def summarise(
         qwen_accuracy=_mean(qwen),
         qwen_accuracy_ci95=clustered_interval(qwen),
         correct_rate=share([completion["correct"] for completion in completions]),
-        parse_error_rate=share([completion["parse_error"] is not None for completion in completions]),
+        parse_err_rate=share([completion["parse_error"] is not None for completion in completions]),
         truncation_rate=share([completion["finish_reason"] == "length" for completion in completions]),
         avg_completion_length=total_tokens / num_completions,
         total_completion_tokens=total_tokens,

@@ -16,18 +16,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel
-
-_LOADING_ERRORS = (
-    *(OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, ImportError),
-    *(SafetensorError, StrictDataclassError),
-)
-"""What malformed files lead to in the constructors that transformers hands their contents to."""
 
 
 def load_config(name: str | os.PathLike[str], *, trust_remote_code: bool = False) -> "PretrainedConfig":
@@ -105,12 +98,20 @@ def stored_dtype(config: "PretrainedConfig") -> "torch.dtype":
     return cast("torch.dtype", named)
 
 
+def _loading_errors() -> tuple[type[Exception], ...]:
+    """What malformed files lead to in the constructors that transformers hands their contents to."""
+    from huggingface_hub.errors import StrictDataclassError  # brings an HTTP client: no flag has to wait for it
+
+    builtin = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, ImportError)
+    return *builtin, SafetensorError, StrictDataclassError
+
+
 @contextlib.contextmanager
 def loading(name: str | os.PathLike[str], what: str) -> Iterator[None]:
     """Turns what transformers raises while it loads `what` of `name` into one line that says what to do."""
     try:
         yield
-    except _LOADING_ERRORS as error:
+    except _loading_errors() as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         if "trust_remote_code" in str(error):
             reason = "it brings Python code of its own: read that code, and pass --trust-remote-code if you trust it"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, cast
 
 import jinja2
 
+from ludic.hub import looks_like_a_path
 from ludic.pretrained import loading
 from ludic.types import ChatMessage
 
@@ -48,7 +49,7 @@ def load_tokenizer(
             missing or broken; one line.
     """
     name = os.fspath(model)
-    if _looks_like_a_path(name) and not Path(name).expanduser().is_dir():
+    if looks_like_a_path(name) and not Path(name).expanduser().is_dir():
         raise ValueError(f"model folder {name} does not exist: give a folder with a saved model, or a hub name")
     from transformers import AutoTokenizer  # takes seconds, so a wrong folder is refused first
 
@@ -104,11 +105,6 @@ def chat_template_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
 
 def _plain(messages: Sequence[ChatMessage]) -> list[dict[str, str]]:
     return [{"role": message["role"], "content": message["content"]} for message in messages]
-
-
-def _looks_like_a_path(name: str) -> bool:
-    """Whether `name` cannot be a hub name, which is `model` or `owner/model`."""
-    return name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1
 
 
 def _no_template(name: str) -> str:

@@ -204,7 +204,7 @@ def rollout_metrics(groups: Sequence[RolloutGroup], *, policy_version: int) -> d
         "reward_mean": mean,
         "reward_std": (sum((reward - mean) ** 2 for reward in rewards) / count) ** 0.5,
         "correct_rate": sum(rollout.score.correct for rollout in rollouts) / count,
-        "parse_error_rate": sum(rollout.score.parse.error is not None for rollout in rollouts) / count,
+        "parse_err_rate": sum(rollout.score.parse.error is not None for rollout in rollouts) / count,
         "truncation_rate": sum(rollout.completion.finish_reason == "length" for rollout in rollouts) / count,
         "avg_completion_length": completion_tokens / count,
         "total_completion_tokens": completion_tokens,

@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from types import FrameType, TracebackType
 from typing import Any, TextIO
 
@@ -55,6 +55,7 @@ class Interrupts:
         self._seen: dict[str, tuple[float, signal.Signals]] = {}
         self._cancel: Callable[[], object] | None = None
         self._raised = False
+        self._at_once = False
         self._busy = False
         self._handlers: dict[signal.Signals, Any] = {}
         self._read, self._write, self._wakeup = -1, -1, -1
@@ -119,6 +120,22 @@ class Interrupts:
         os.close(self._write)  # the thread then reads the end of the pipe, and closes its own side
         self._write = -1
 
+    @contextlib.contextmanager
+    def raising(self) -> Iterator[None]:
+        """See `at_once`."""
+        self._at_once = True
+        try:
+            self._raise_if_caught()  # the event loop has not come to it yet
+            yield
+            self._raise_if_caught()  # raised in a destructor, where Python drops it
+        finally:
+            self._at_once = False
+
+    def _raise_if_caught(self) -> None:
+        if self.caught is not None:
+            self._raised = True
+            raise KeyboardInterrupt
+
     # -- what a signal does ----------------------------------------------------------------------------------------
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -126,9 +143,9 @@ class Interrupts:
         self._drain(self._read)
         while self._busy:  # the thread has read it: let it finish, since C code may hold the interpreter after this
             time.sleep(0.001)
-        if self._cancel is None and not self._raised and self._seen:  # no task to cancel: before or after `run`
-            self._raised = True
-            raise KeyboardInterrupt
+        # No task to cancel, before or after `run`; or one that blocks its event loop and has nothing to put in order.
+        if (self._cancel is None or self._at_once) and not self._raised:
+            self._raise_if_caught()
 
     def _watch(self, read: int) -> None:
         """In a thread: obey signals while the main thread cannot."""
@@ -154,7 +171,9 @@ class Interrupts:
     def _obey(self, number: signal.Signals) -> None:
         mine = (time.monotonic(), number)
         first = self._seen.setdefault("first", mine)  # no lock: the thread that holds it may be interrupted right here
-        if first is mine:
+        if first is mine and self._at_once:
+            tell(f"{self.name}: caught {number.name}: stopping\n")
+        elif first is mine:
             tell(
                 f"{self.name}: caught {number.name}: stopping in good order, what is finished is saved first; "
                 "a second signal leaves at once\n"
@@ -179,6 +198,20 @@ class Interrupts:
 
 
 _catching: list[Interrupts] = []
+
+
+@contextlib.contextmanager
+def at_once() -> Iterator[None]:
+    """A block in which a signal raises KeyboardInterrupt where the main thread stands, as it does without `Interrupts`.
+
+    For what blocks the event loop before there is anything to save: loading, tokenising, a warm start. A cancelled task would
+    go on to the end of it. No `await` inside: another task would not be told of the signal.
+    """
+    if not _catching or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    with _catching[-1].raising():
+        yield
 
 
 def _release_in_child() -> None:

@@ -35,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         check_engine_arguments(args)
         config = from_arguments(args)
+        from ludic.doctor.server import server_checks  # brings an HTTP client: --help and wrong flags answer without it
+
         checks = local_checks(args, config) + (server_checks(args, config) if args.engine == "vllm" else [])
     except ValueError as error:
         sys.stderr.write(f"python -m ludic.doctor: error: {error}\n")

@@ -59,6 +59,14 @@ def start_command(base_url: str, model: str) -> str:
     return f"python -m ludic.inference.vllm_server --model {model}{where}"
 
 
+def nothing_listens(base_url: str, model: str) -> ServerUnreachableError:
+    """The error of a run that finds no server."""
+    command = start_command(base_url, model)
+    return ServerUnreachableError(
+        f"nothing listens at {base_url}: start the server with `{command}`, or pass --start-server"
+    )
+
+
 def served_model(control: ServerControl, model: str) -> dict[str, Any]:
     """What `/v1/models` says of `model`.
 
@@ -69,10 +77,7 @@ def served_model(control: ServerControl, model: str) -> dict[str, Any]:
     try:
         answer = control.ask("GET", "/v1/models", "data", timeout_s=LOOK_S)
     except ServerUnreachableError as error:
-        raise ServerUnreachableError(
-            f"nothing listens at {control.base_url}: start the server with `{start_command(control.base_url, model)}`, "
-            "or pass --start-server"
-        ) from error
+        raise nothing_listens(control.base_url, model) from error
     models: list[dict[str, Any]] = answer["data"]
     for served in models:
         if served["id"] == model:

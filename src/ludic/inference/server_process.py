@@ -66,8 +66,8 @@ class ServerProcess:
         extra_args: further flags of the server, as on its command line.
         log_path: everything that the server prints; overwritten by the first start, appended to by restarts.
         timeout_s: how long it may take to become healthy, in seconds.
-        on_progress: called about once a second while it loads, with the seconds so far and its last log line. What it
-            raises ends the start.
+        on_progress: called about once a second while it loads, with the seconds so far and the words of its last log
+            line. What it raises ends the start.
         env: variables to set for the server beside this process's own.
     """
 
@@ -400,7 +400,8 @@ def _last_line(log_path: Path) -> str:
         log.seek(0, os.SEEK_END)
         log.seek(max(0, log.tell() - 4096))
         lines = log.read().decode(errors="replace").splitlines()
-    return next((line for line in reversed(lines) if line.strip()), "")
+    said = (_PREFIX.sub("", line).strip() for line in reversed(lines))
+    return next((line for line in said if line), "")
 
 
 def _child_environment(

@@ -31,7 +31,7 @@ class AlarmThresholds:
     zero_variance_share: float = 0.8
     """No variance: the mean `zero_variance_share` of `window` updates is above this."""
     parse_rate_fall: float = 0.15
-    """Parse rate falling: the mean `parse_error_rate` of `window` updates is this far above the best such mean of the run.
+    """Parse rate falling: the mean `parse_err_rate` of `window` updates is this far above the best such mean of the run.
     Never less than 2 / sqrt(completions in the window), four of its standard deviations: small updates are noisy."""
     entropy_share: float = 0.2
     """Entropy collapsing: the mean `entropy` of `window` updates is below this share of that of the first `window`."""
@@ -230,7 +230,7 @@ class _History:
 
 
 _WATCHED = frozenset({
-    "truncation_rate", "zero_variance_share", "correct_rate", "parse_error_rate", "completions", "entropy", "logprob_gap",
+    "truncation_rate", "zero_variance_share", "correct_rate", "parse_err_rate", "completions", "entropy", "logprob_gap",
     "changed_weights_share", "learning_rate", "reward_mean", "grad_clipped", "grad_norm", "grader_failures", "graded",
     "generation_s", "total_completion_tokens", "avg_completion_length",
 })  # fmt: skip
@@ -273,7 +273,7 @@ def _zero_variance(history: _History, t: AlarmThresholds) -> str | None:
 
 
 def _parse_rate(history: _History, t: AlarmThresholds) -> str | None:
-    seen = history["parse_error_rate"]
+    seen = history["parse_err_rate"]
     errors, completions = seen.mean(t.window), history["completions"].last(t.window)
     if errors is None:
         return None

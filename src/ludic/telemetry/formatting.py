@@ -87,9 +87,7 @@ def figure(value: float) -> str:
     return f"{value:.4g}"
 
 
-_RATES = frozenset(
-    {"correct_rate", "parse_error_rate", "parse_err_rate", "truncation_rate", "zero_variance_share", "clip_fraction"}
-)
+_RATES = frozenset({"correct_rate", "parse_err_rate", "truncation_rate", "zero_variance_share", "clip_fraction"})
 _COUNTS = frozenset(
     {"zero_variance_groups", "policy_version", "grader_failures", "grader_timeouts", "num_problems", "num_completions"}
 )

@@ -27,7 +27,7 @@ _TABLE: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
             ("reward_mean", "reward"),
             ("reward_std", "spread"),
             ("correct_rate", "correct"),
-            ("parse_error_rate", "no answer"),
+            ("parse_err_rate", "no answer"),
             ("truncation_rate", "truncated"),
             ("avg_completion_length", "tokens each"),
             ("zero_variance_groups", "flat groups"),

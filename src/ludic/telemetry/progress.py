@@ -1,11 +1,15 @@
-"""How far an evaluation is: a live bar on a terminal, now and then a plain line where the output is piped."""
+"""How far something is: live on a terminal, now and then a plain line where the output is piped."""
 
 import sys
+import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
 from rich.console import Console
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from ludic.telemetry.formatting import count, inert, percent, seconds
 
@@ -16,6 +20,7 @@ _LINES = 10
 """About so many plain lines in all, where problems come in steadily."""
 _SHORTEST_SILENCE_S = 1.0
 _LONGEST_SILENCE_S = 30.0
+_STATUS_SILENCE_S = 10.0
 
 
 class EvaluationDisplay:
@@ -80,3 +85,46 @@ class EvaluationDisplay:
         return progress.num_done > 0 and (
             (many and silence_s >= _SHORTEST_SILENCE_S) or silence_s >= _LONGEST_SILENCE_S
         )
+
+
+class StatusLine:
+    """What is being waited for: within its `with`, one line in place on a terminal; otherwise a plain line every ten seconds.
+
+    Safe to use from several threads.
+
+    Args:
+        say: writes a plain line.
+
+    Example:
+        >>> with StatusLine(print) as status:  # doctest: +SKIP
+        ...     status.show("server loading, 12 s: Loading safetensors checkpoint shards")
+    """
+
+    def __init__(self, say: Callable[[str], None], *, stream: TextIO | None = None) -> None:
+        self._say = say
+        self._stream = sys.stdout if stream is None else stream
+        self._live: Live | None = None
+        self._last_s = time.monotonic()
+
+    def __enter__(self) -> "StatusLine":
+        console = Console(file=self._stream)
+        if console.is_terminal:
+            self._live = Live(Text(), console=console, transient=True)
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def show(self, text: str) -> None:
+        """Show this state; on a terminal what does not fit is cut off at its end."""
+        live = self._live  # another thread may leave the block
+        if live is not None:
+            live.update(Text(text, no_wrap=True, overflow="ellipsis"))
+        elif time.monotonic() - self._last_s >= _STATUS_SILENCE_S:
+            self._last_s = time.monotonic()
+            self._say(text)

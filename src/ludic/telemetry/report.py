@@ -2,10 +2,10 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich import box
 from rich.table import Table
@@ -41,14 +41,16 @@ class ComparisonRow:
     after_ci95: tuple[float, float] | None = None
 
 
-def comparison_table(rows: Sequence[ComparisonRow], *, title: str = "") -> Table:
+def comparison_table(
+    rows: Sequence[ComparisonRow], *, title: str = "", headings: tuple[str, str] = ("before", "after")
+) -> Table:
     """A table of before, after and change, to be printed with a rich `Console`.
 
     A rate with intervals is shown as `52.0% (45.1 to 58.8)`; its change is in percentage points.
     """
     table = _table(title)
     table.add_column("")
-    for heading in ("before", "after", "change"):
+    for heading in (*headings, "change"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
@@ -66,31 +68,21 @@ def _table(title: str) -> Table:
     return Table(title=heading, box=box.SIMPLE_HEAD, title_style="bold", title_justify="left")
 
 
-def evaluation_rows(before: "EvaluationResult", after: "EvaluationResult") -> list[ComparisonRow]:
-    """The rows of `comparison_table` for two evaluations of the same problems."""
-    rows = [
-        ComparisonRow(
-            name=label,
-            before=getattr(before, name),
-            after=getattr(after, name),
-            kind="rate",
-            before_ci95=getattr(before, f"{name}_ci95"),
-            after_ci95=getattr(after, f"{name}_ci95"),
-        )
-        for name, label in (
-            ("accuracy", "accuracy, flexible rule"),
-            ("strict_accuracy", "accuracy, strict rule"),
-            ("qwen_accuracy", "accuracy, Qwen's rule"),
-        )
+def evaluation_rows(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[ComparisonRow]:
+    """The rows of `comparison_table` for the summaries of two evaluations of the same problems."""
+
+    def row(name: str, key: str, kind: Literal["rate", "number"]) -> ComparisonRow:
+        intervals = {f"{when}_ci95": tuple(one[f"{key}_ci95"]) for when, one in (("before", before), ("after", after))
+                     if f"{key}_ci95" in one}  # fmt: skip
+        return ComparisonRow(name=name, before=before[key], after=after[key], kind=kind, **intervals)
+
+    return [
+        row("accuracy", "accuracy", "rate"),
+        row("strict accuracy", "strict_accuracy", "rate"),
+        row("no boxed answer", "parse_err_rate", "rate"),
+        row("truncated", "truncation_rate", "rate"),
+        row("tokens each", "avg_completion_length", "number"),
     ]
-    for name, label in (("parse_error_rate", "no answer found"), ("truncation_rate", "truncated")):
-        rows.append(ComparisonRow(name=label, before=getattr(before, name), after=getattr(after, name), kind="rate"))
-    rows.append(
-        ComparisonRow(
-            name="tokens per completion", before=before.avg_completion_length, after=after.avg_completion_length
-        )
-    )
-    return rows
 
 
 def evaluation_table(result: "EvaluationResult", *, title: str = "") -> Table:
@@ -110,7 +102,7 @@ def evaluation_table(result: "EvaluationResult", *, title: str = "") -> Table:
     table.add_section()
     for label, text in (
         ("correct_rate", percent(result.correct_rate)),
-        ("parse_err_rate", percent(result.parse_error_rate)),
+        ("parse_err_rate", percent(result.parse_err_rate)),
         ("truncation_rate", percent(result.truncation_rate)),
         ("grader_failures", count(result.grader_failures)),
         ("problems", count(result.num_problems)),
@@ -184,6 +176,8 @@ def save_reward_curve(
 ) -> None:
     """Draw the reward per update, smoothed, with evaluation points, as a PNG.
 
+    Both share one scale from 0 to 1 where the rewards are fractions too; other rewards have theirs on the left.
+
     Args:
         path: the file, replaced if it is there.
         steps: [N] update numbers.
@@ -214,31 +208,34 @@ def save_reward_curve(
     axes.spines[["top", "right"]].set_visible(False)
     handles = axes.get_legend_handles_labels()[0]
     if evaluations:
-        handles += _draw_evaluations(axes, evaluations)
+        axes.margins(x=0.06)
+        if all(0 <= reward <= 1 for reward in rewards):
+            axes.set_ylabel("mean reward, accuracy")
+            handles += _draw_evaluations(axes, evaluations)
+        else:
+            right = axes.twinx()
+            right.set_ylabel("accuracy", color="#a3293c")
+            right.spines[["top", "left"]].set_visible(False)
+            handles += _draw_evaluations(right, evaluations)
     axes.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, frameon=False)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     picture.savefig(path, format="png", facecolor="white")
 
 
 def _draw_evaluations(axes: "Axes", evaluations: Sequence[tuple[int, float]]) -> "list[Line2D]":
-    """Accuracy against a scale of its own on the right, each point with its figure."""
+    """Accuracy on a scale from 0 to 1, each point with its figure."""
     from matplotlib.patheffects import withStroke
-    from matplotlib.ticker import FixedLocator, PercentFormatter
+    from matplotlib.ticker import FixedLocator
 
     steps, accuracies = zip(*evaluations, strict=True)
-    right = axes.twinx()
-    lines = right.plot(steps, accuracies, color="#d1495b", linestyle="--", linewidth=1.4, marker="D", markersize=7)
+    lines = axes.plot(steps, accuracies, color="#d1495b", linestyle="--", linewidth=1.4, marker="D", markersize=7)
     lines[0].set_label("accuracy on held-out problems")
     for step, accuracy in evaluations:
-        label = right.annotate(percent(accuracy), (step, accuracy), xytext=(0, 9), textcoords="offset points")
+        label = axes.annotate(percent(accuracy), (step, accuracy), xytext=(0, 9), textcoords="offset points")
         label.set(ha="center", color="#a3293c", fontsize=10, fontweight="bold")
         label.set_path_effects([withStroke(linewidth=3, foreground="white")])  # legible across a curve
-    right.set_ylabel("accuracy", color="#a3293c")
-    right.set_ylim(0, 1.1)  # room for the label of a point at 100%
-    right.yaxis.set_major_locator(FixedLocator([0, 0.2, 0.4, 0.6, 0.8, 1]))
-    right.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
-    right.spines[["top", "left"]].set_visible(False)
-    axes.margins(x=0.06)
+    axes.set_ylim(-0.02, 1.1)  # room for a point at 0, and for the label of one at 100%
+    axes.yaxis.set_major_locator(FixedLocator([0, 0.2, 0.4, 0.6, 0.8, 1]))
     return lines
 
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar
 import torch
 
 from ludic.environment import Environment
-from ludic.evaluation import EvaluationResult, evaluate
+from ludic.evaluation import EvaluationResult, evaluate, problems_digest
 from ludic.inference.engine import InferenceEngine, WeightSyncReport
 from ludic.pretrained import serving_files
 from ludic.prompts import encode_prompt
@@ -42,6 +42,7 @@ from ludic.training.config import GRPOConfig, RunPaths
 from ludic.training.learner import Learner
 from ludic.training.learner_thread import LearnerThread
 from ludic.training.memory import fit_budget
+from ludic.training.resume import changed_settings
 from ludic.training.schedule import DataOrder, check_same_data_order, schedule_factor
 from ludic.training.update_batch import UpdateBatch, named
 from ludic.types import RolloutGroup, SamplingParams, TrainingSample
@@ -66,7 +67,10 @@ MAX_SKIPPED = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingSummary:
-    """What a run did. Accuracies are fractions of 1 under the flexible rule, None where nothing was evaluated."""
+    """What a run did. Accuracies are fractions of 1 under the flexible rule, None where nothing was evaluated.
+
+    `accuracy_before` is None, too, where it was measured on other problems, with another prompt or other sampling.
+    """
 
     accuracy_before: float | None
     accuracy_after: float | None
@@ -77,7 +81,16 @@ class TrainingSummary:
     completion_tokens: int
     last_checkpoint: str | None
     evaluations: list[dict[str, Any]]
-    """Every evaluation's figures with its `step`."""
+    """Every evaluation's figures with its `step` and its `settings`."""
+
+    @property
+    def compared(self) -> list[dict[str, Any]]:
+        """The evaluations that can be held against the last one, and itself: those with its settings."""
+        return _comparable(self.evaluations)
+
+
+def _comparable(evaluations: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [one for one in evaluations if one.get("settings") == evaluations[-1].get("settings")]
 
 
 class GRPOTrainer(Generic[SampleT]):
@@ -132,7 +145,12 @@ class GRPOTrainer(Generic[SampleT]):
         self.metric_logger = metric_logger
         self.paths = paths
         self._eval_concurrency = eval_concurrency
-        self._eval_max_tokens = eval_max_tokens
+        self._eval_settings: dict[str, Any] = {
+            "problems": problems_digest(eval_samples[: config.eval_limit], environment, tokenizer),
+            "temperature": config.eval_temperature,
+            "max_tokens": eval_max_tokens or config.max_completion_len or config.max_seq_len,
+            "max_seq_len": config.max_seq_len,
+        }
         self._model_dtype = model_dtype
         self._source_files = serving_files(model_name)
         self._prompt_token_ids = self._tokenise(train_samples)
@@ -153,7 +171,13 @@ class GRPOTrainer(Generic[SampleT]):
             for group in optimizer.param_groups:  # what this run was given, not what the checkpoint was made with
                 group["betas"], group["weight_decay"] = (config.adam_beta1, config.adam_beta2), config.weight_decay
                 group["fused"] = optimizer.defaults["fused"]
-            self.state = dataclasses.replace(state, config=self._settings)
+            evaluations = state.evaluations
+            if not changed_settings(
+                {**state.config, **state.task}, {**self._settings, **(task or {})}, step=state.step
+            ):
+                # Those of earlier versions do not say what they were made with.
+                evaluations = [{**one, "settings": one.get("settings") or self._eval_settings} for one in evaluations]
+            self.state = dataclasses.replace(state, config=self._settings, evaluations=evaluations)
         self.state = dataclasses.replace(
             self.state, task=dict(task or {}), wandb_run_id=wandb_run_id or self.state.wandb_run_id
         )
@@ -176,7 +200,7 @@ class GRPOTrainer(Generic[SampleT]):
                 async with self.engine.reserve_model():
                     await self._sync_weights()
                 unfinished = self.state.step < config.train_steps
-                if not self.state.evaluations or (unfinished and self._owes_evaluation()):
+                if not self.state.evaluations or (unfinished and (self._owes_evaluation() or self._measures_anew())):
                     await self._evaluate()
                 if self.state.step < config.train_steps:
                     if self.engine.overlaps_training:  # generated while the memory is tried and layers are compiled
@@ -373,7 +397,6 @@ class GRPOTrainer(Generic[SampleT]):
         if not (config.eval_limit and self.eval_samples):
             return
         samples = self.eval_samples[: config.eval_limit]
-        max_tokens = self._eval_max_tokens or config.max_completion_len or config.max_seq_len
         result: EvaluationResult = await evaluate(
             self.engine,
             self.environment,
@@ -381,13 +404,13 @@ class GRPOTrainer(Generic[SampleT]):
             tokenizer=self.tokenizer,
             sampling=SamplingParams(
                 temperature=config.eval_temperature,
-                max_tokens=max_tokens,
+                max_tokens=self._eval_settings["max_tokens"],
                 seed=derive_seed(config.seed, self.state.step),
             ),
             concurrency=self._eval_concurrency,
             max_seq_len=config.max_seq_len,
         )
-        summary = result.to_summary(model=self.state.model, settings={})
+        summary = result.to_summary(model=self.state.model, settings=self._eval_settings)
         self.state = dataclasses.replace(
             self.state, evaluations=[*self.state.evaluations, {"step": self.state.step, **summary}]
         )
@@ -399,6 +422,10 @@ class GRPOTrainer(Generic[SampleT]):
         due = step in (0, config.train_steps) or (config.eval_every and step % config.eval_every == 0)
         evaluates = bool(due and config.eval_limit and self.eval_samples)
         return evaluates and self.state.evaluations[-1]["step"] != step
+
+    def _measures_anew(self) -> bool:
+        """Whether later evaluations cannot be held against the last one: a resumed run was given other settings."""
+        return bool(self.state.evaluations[-1].get("settings") != self._eval_settings)
 
     async def save(self) -> "Path":
         """Write a checkpoint of the last finished update; a cancellation waits until it is there.
@@ -444,12 +471,12 @@ class GRPOTrainer(Generic[SampleT]):
 
     def _summary(self) -> TrainingSummary:
         evaluations: list[dict[str, Any]] = self.state.evaluations
-        before = evaluations[0] if evaluations and evaluations[0]["step"] == 0 else None
+        before = next((one for one in _comparable(evaluations) if one["step"] == 0), None)
         after = evaluations[-1] if evaluations and evaluations[-1]["step"] == self.state.step > 0 else None
         return TrainingSummary(
             accuracy_before=before["accuracy"] if before else None,
             accuracy_after=after["accuracy"] if after else None,
-            eval_problems=evaluations[0]["num_problems"] if evaluations else 0,
+            eval_problems=evaluations[-1]["num_problems"] if evaluations else 0,
             updates=self.state.step,
             seconds=self.state.seconds,
             rollouts=self.state.rollouts,
