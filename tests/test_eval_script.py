@@ -27,6 +27,7 @@ from ludic.inference.server_guard import TRAINER_PATH
 from ludic.inference.weights_in_use import WeightsInUse
 from ludic.training.config import from_arguments
 from tests.fake_vllm import FakeServer, serving
+from tests.printed import printed_command
 from tests.vllm_helpers import make_tiny_model, make_tiny_tokenizer
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
@@ -75,14 +76,8 @@ def start(arguments: list[str]) -> "subprocess.Popen[str]":
     )
 
 
-def as_printed(text: str) -> list[str]:
-    """The command that a program has printed on a line of its own, with this Python in the place of uv's."""
-    (line,) = (line for line in text.splitlines() if line.strip().startswith("uv run python "))
-    return [sys.executable, *shlex.split(line)[3:]]
-
-
 def run_as_printed(text: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(as_printed(text), capture_output=True, text=True, timeout=120, env=ENVIRONMENT)
+    return subprocess.run(printed_command(text), capture_output=True, text=True, timeout=120, env=ENVIRONMENT)
 
 
 async def run(script: ModuleType, arguments: list[str]) -> int:
@@ -346,7 +341,7 @@ def test_the_command_that_trains_on_works_as_printed_with_the_local_engine(
     stdout, stderr = scored.communicate(timeout=120)
     assert scored.returncode == 0, stderr
     assert ("trains on the problems that were scored" in stdout) is (given == "file")
-    words = as_printed(stdout)
+    words = printed_command(stdout)
     metrics = Path(words[words.index("--out-dir") + 1]) / "gsm8k_train_metrics.jsonl"
     with (tmp_path / "training.txt").open("w") as log:
         training = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, env=ENVIRONMENT)
@@ -381,8 +376,8 @@ def test_the_command_that_trains_on_works_as_printed_with_the_local_engine(
 def test_the_command_that_trains_on_has_the_engine_of_the_evaluation_or_starts_one_that_it_can_train_with(
     script: ModuleType, model: Path, tmp_path: Path, given: list[str], weights: dict[str, Any], wanted: list[str]
 ) -> None:
+    from next_commands import training_advice
     from train_gsm8k import parse_arguments
-    from training_advice import training_advice
 
     (tmp_path / "train.jsonl").write_text('{"question": "1?", "answer": "#### 1"}\n')
     base = ["--model", "NAME" if "--tokenizer" in given else str(model), "--dataset", str(tmp_path)]
@@ -401,7 +396,7 @@ def test_the_command_that_trains_on_has_the_engine_of_the_evaluation_or_starts_o
 
 
 def test_weights_of_a_run_are_trained_on_from_its_checkpoint(script: ModuleType, model: Path, tmp_path: Path) -> None:
-    from training_advice import training_advice
+    from next_commands import training_advice
 
     args = script.build_parser().parse_args(["--model", str(model)])
     weights = WeightsInUse(
@@ -416,7 +411,7 @@ def test_weights_of_a_run_are_trained_on_from_its_checkpoint(script: ModuleType,
 
 
 def test_a_folder_without_problems_to_train_on_is_said(script: ModuleType, model: Path, tmp_path: Path) -> None:
-    from training_advice import training_advice
+    from next_commands import training_advice
 
     args = script.build_parser().parse_args(["--model", str(model), "--dataset", str(tmp_path)])
     (only,) = training_advice(args, WeightsInUse(description="", fingerprint=""), longest=4)
@@ -428,7 +423,8 @@ def test_the_resume_command_leaves_out_what_contradicts_it_however_it_was_abbrev
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["x y.py", "--overw", "--system-prompt", "a 'b'", "--resume-e", "--limit", "3"])
     assert (
-        script.resume_command() == "uv run python 'x y.py' --system-prompt 'a '\"'\"'b'\"'\"'' --limit 3 --resume-eval"
+        script.resume_command().split("python ", 1)[1]
+        == "'x y.py' --system-prompt 'a '\"'\"'b'\"'\"'' --limit 3 --resume-eval"
     )
 
 

@@ -69,10 +69,12 @@ def engine_arguments(model: Path, *flags: str) -> argparse.Namespace:
     return parser.parse_args(["--model", str(model), "--start-server", *flags])
 
 
-async def generate_once(args: argparse.Namespace, out_dir: Path, *, trains: bool, said: list[str]) -> None:
+async def generate_once(
+    args: argparse.Namespace, out_dir: Path, *, probe: list[int] | None = None, said: list[str]
+) -> None:
     tokenizer = make_tiny_tokenizer()
     async with engines.open_engine(
-        args, tokenizer, out_dir=out_dir, max_seq_len=64, say=said.append, trains=trains
+        args, tokenizer, out_dir=out_dir, max_seq_len=64, say=said.append, probe=probe
     ) as engine:
         await engine.generate(PROMPT, num_completions=1, sampling=FOUR_TOKENS)
 
@@ -83,7 +85,7 @@ async def test_an_evaluation_whose_own_server_ends_says_how_with_its_last_words_
     monkeypatch.setattr(engines, "ServerProcess", functools.partial(ServerProcess, python=stand_in(FAILS)))
     args = engine_arguments(tiny_model_dir, "--port", str(free_port("127.0.0.1")))
     with pytest.raises(ServerLostError) as lost:
-        await generate_once(args, tmp_path, trains=False, said=[])
+        await generate_once(args, tmp_path, said=[])
     assert str(lost.value) == f"{ENDING}{tmp_path / 'vllm_server.log'})"
 
 
@@ -94,7 +96,7 @@ async def test_a_run_that_starts_its_own_server_again_says_how_the_one_before_en
     args = engine_arguments(tiny_model_dir, "--port", str(free_port("127.0.0.1")))
     said: list[str] = []
     with pytest.raises(EngineError) as given_up:
-        await generate_once(args, tmp_path, trains=True, said=said)
+        await generate_once(args, tmp_path, probe=PROMPT, said=said)
     assert [line for line in said if line.startswith("the server was lost: ")] == [
         f"the server was lost: {ENDING}{tmp_path / 'vllm_server.log'})"
     ] * 2

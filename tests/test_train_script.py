@@ -7,7 +7,6 @@ starting Python takes longer than refusing a flag; a few go through a subprocess
 import importlib.util
 import json
 import re
-import shlex
 import shutil
 import signal
 import socket
@@ -29,6 +28,7 @@ from ludic.training.checkpoint import TrainerState, latest_checkpoint, list_chec
 from ludic.training.manifest import write_manifest
 from ludic.training.trainer import TrainingSummary
 from tests.conftest import write_digit_problems
+from tests.printed import printed_command
 from tests.vllm_helpers import make_tiny_model, make_tiny_tokenizer
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "gsm8k" / "train_gsm8k.py"
@@ -143,22 +143,17 @@ def test_a_run_says_each_step_and_sync_and_ends_with_the_next_command(finished: 
     assert sum(bool(re.search(r"\b[12]/2\b", line)) for line in lines) >= 2
     assert len([line for line in lines if "weight sync" in line and "0 differ" in line]) == 3
     assert "2 updates, 32 rollouts" in printed and "strict accuracy" in printed
-    (following,) = [line for line in lines if line.startswith("next: ")]
-    assert "eval_gsm8k_vllm.py" in following and str(out_dir / "checkpoints_gsm8k" / "step_2") in following
+    assert "next, to evaluate the checkpoint:" in lines
+    words = printed_command(printed)
+    assert words[1].endswith("eval_gsm8k_vllm.py") and str(out_dir / "checkpoints_gsm8k" / "step_2") in words
 
 
 def test_the_next_command_that_a_run_prints_works_as_it_stands(finished: tuple[Path, str], tmp_path: Path) -> None:
-    (following,) = [line for line in finished[1].splitlines() if line.startswith("next: ")]
-    words = shlex.split(following.removeprefix("next: uv run python "))
-    done = subprocess.run(
-        [sys.executable, *words, "--out-dir", str(tmp_path)],
-        cwd=SCRIPT.parents[2],
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    words = printed_command(finished[1])
+    done = subprocess.run(words, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "gsm8k_eval.jsonl.summary.json").read_text())["num_problems"] == 32
+    summary = json.loads((finished[0] / "gsm8k_eval_step_2.jsonl.summary.json").read_text())
+    assert summary["num_problems"] == 32
 
 
 def lay_out_in_the_old_form(checkpoint: Path) -> None:

@@ -11,7 +11,6 @@ import importlib
 import json
 import os
 import re
-import shlex
 import signal
 import socket
 import stat
@@ -39,6 +38,7 @@ from ludic.inference.vllm_client import VLLMEngine
 from ludic.inference.vllm_server import RequireApiKey, RunningServer, ServerStartError, start_server
 from ludic.keys import KEY_VARIABLES
 from ludic.types import SamplingParams
+from tests.printed import printed_command
 from tests.vllm_helpers import (
     CHAT_TEMPLATE,
     CPU_SERVER_ENV,
@@ -859,11 +859,6 @@ def test_the_workers_tell_what_a_trainer_must_know(tied: tuple[RunningServer, Pa
     assert info["tp_size"] == 1 and info["device_uuid"] == ""
 
 
-def as_printed(line: str) -> list[str]:
-    """A command that a program has printed, with this Python in the place of uv's."""
-    return [sys.executable, *shlex.split(line.strip().removeprefix("uv run python "))]
-
-
 def evaluate(*flags: str) -> "subprocess.CompletedProcess[str]":
     words = [sys.executable, "examples/gsm8k/eval_gsm8k_vllm.py", *flags]
     return subprocess.run(words, capture_output=True, text=True, timeout=120, cwd=ROOT, env=SCRIPT_ENVIRONMENT)
@@ -889,13 +884,13 @@ def test_the_commands_that_an_evaluation_prints_work_as_printed_against_its_serv
 
     refused = evaluate(*flags, "--limit", "3", "--resume-eval")
     assert refused.returncode == 2 and Path(f"{out}.summary.json").read_bytes() == summary
-    words = as_printed(re.findall("`(.*)`", refused.stderr)[0])
+    words = printed_command(re.findall("`(.*)`", refused.stderr)[0])
     finished = subprocess.run(words, capture_output=True, text=True, timeout=120, cwd=ROOT, env=SCRIPT_ENVIRONMENT)
     assert finished.returncode == 0, finished.stderr
     assert len(out.read_text().splitlines()) == 8
     assert f"weights: those of {folder}, as the server loaded them" in finished.stdout
 
-    words = as_printed(finished.stdout.splitlines()[-1])
+    words = printed_command(finished.stdout.splitlines()[-1])
     assert "--start-server" not in words and words[words.index("--base-url") + 1] == server.base_url
     metrics = Path(words[words.index("--out-dir") + 1]) / "gsm8k_train_metrics.jsonl"
     with (tmp_path / "training.txt").open("w") as log:
@@ -1023,7 +1018,7 @@ async def test_an_evaluation_uses_a_server_without_training_and_a_trainer_is_ref
     finally:
         await engine.aclose()
     message = str(refusal.value)
-    assert "--no-training" in message and f"`python -m ludic.inference.vllm_server --model {folder}" in message
+    assert "--no-training" in message and f"python -m ludic.inference.vllm_server --model {folder}" in message
     assert "\n" not in message
 
 

@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +26,7 @@ from ludic.cli import (
     run_script,
     server_url,
 )
+from ludic.commands import given_command
 from ludic.engines import open_engine, require_server
 from ludic.hub import cache_without_hub
 from ludic.keys import read_api_key
@@ -245,7 +245,7 @@ async def run(args: argparse.Namespace) -> int:
 
     with at_once():
         samples, tokenizer, settings, done = prepare(args, out)
-        from training_advice import training_advice
+        from next_commands import training_advice
 
         from environments.gsm8k import GSM8K
         from ludic.evaluation import evaluate, prepare_problems
@@ -334,11 +334,7 @@ def keep_or_explain(out: Path) -> Iterator[None]:
 
 def resume_command(*more: str) -> str:
     """The command that was given, with what finishes it."""
-    hidden = argparse.ArgumentParser(add_help=False)  # abbreviations too, as they were given
-    hidden.add_argument("--overwrite", action="store_true")
-    hidden.add_argument("--resume-eval", action="store_true")
-    flags = hidden.parse_known_args(sys.argv[1:])[1]
-    return shlex.join(["uv", "run", "python", sys.argv[0], *flags, *more, "--resume-eval"])
+    return given_command(*more, "--resume-eval", without=("--overwrite", "--resume-eval"))
 
 
 def report(args: argparse.Namespace, result: "EvaluationResult", weights: "WeightsInUse", paths: list[Path]) -> None:

@@ -16,12 +16,11 @@ import json
 import logging
 import os
 import random
-import shlex
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
 
@@ -35,6 +34,7 @@ from ludic.cli import (
     prepare_out_dir,
     run_script,
 )
+from ludic.commands import given_command
 from ludic.doctor import check_token_ids, quick_checks
 from ludic.engines import open_engine, require_server
 from ludic.hub import cache_without_hub
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ludic.training.checkpoint import TrainerState
-    from ludic.training.trainer import TrainingSummary
+    from ludic.training.trainer import GRPOTrainer, TrainingSummary
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -252,11 +252,23 @@ async def _run(args: argparse.Namespace, config: GRPOConfig, paths: RunPaths, pa
             )
             if resume_from is not None and paths.metrics.exists():
                 trainer.alarms.replay(read_jsonl(paths.metrics))
-            try:
-                summary = await trainer.run()
-            finally:
-                await environment.aclose()
+            async with contextlib.aclosing(environment):
+                with _resume_explained(args, trainer):
+                    summary = await trainer.run()
     _finish(args, config, paths, summary, time.perf_counter() - started, resume_from[1] if resume_from else None)
+
+
+@contextlib.contextmanager
+def _resume_explained(args: argparse.Namespace, trainer: "GRPOTrainer[GSM8KSample]") -> Iterator[None]:
+    """When the run ends before its time, say how to continue it."""
+    finished = False
+    try:
+        yield
+        finished = True
+    finally:
+        if not finished and trainer.last_checkpoint is not None and not args.demo:  # a demo makes its model anew
+            command = given_command("--resume", without=("--resume",))
+            sys.stderr.write(f"what is done is kept in {trainer.last_checkpoint}; continue with:\n  {command}\n")
 
 
 def load_policy(
@@ -483,7 +495,10 @@ def _finish(
     ):
         if path:
             _say(f"  {what + ':':<13} {path}")
-    _say(f"next: {_next_command(args, config, paths, summary)}")
+    from next_commands import evaluation_advice
+
+    for line in evaluation_advice(args, config, summary.last_checkpoint, paths.out_dir):
+        _say(line)
 
 
 def _amounts(updates: int, rollouts: int, completion_tokens: int) -> str:
@@ -507,21 +522,6 @@ def _compare(summary: "TrainingSummary") -> None:
     if settings := last.get("settings"):
         title += f", temperature {settings['temperature']:g}"
     Console().print(comparison_table(evaluation_rows(first, last), title=title, headings=headings))
-
-
-def _next_command(args: argparse.Namespace, config: GRPOConfig, paths: RunPaths, summary: "TrainingSummary") -> str:
-    """How to evaluate the last checkpoint on problems that were not trained on."""
-    words = ["uv", "run", "python", "examples/gsm8k/eval_gsm8k_vllm.py", "--model", str(summary.last_checkpoint)]
-    words += ["--engine", "local"] if args.engine == "local" else ["--start-server", "--port", "8001"]
-    problems = args.eval_dataset or args.dataset
-    if problems and Path(problems).is_dir():
-        words += ["--dataset", problems]
-    elif problems:
-        words += ["--dataset", args.eval_dataset or "PROBLEMS"]  # never the file that was trained on
-    if args.system_prompt:
-        words += ["--system-prompt", args.system_prompt]
-    words += ["--max-tokens", str(config.max_completion_len or 512), "--max-seq-len", str(config.max_seq_len)]
-    return shlex.join([*words, "--out-dir", str(paths.out_dir), "--limit", "250"])
 
 
 def _say(text: str) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from ludic.commands import server_command
 from ludic.inference import generate_wire
 from ludic.inference.errors import (
     EngineError,
@@ -52,11 +53,9 @@ _PASS_ON = (ServerLostError, ServerUnauthorizedError, ServerInUseError)
 def start_command(base_url: str, model: str) -> str:
     """The command that starts the server which should be at `base_url`, or behind the proxy there."""
     address = urlsplit(base_url)
-    where = ""
-    if address.scheme == "http" and not address.path.strip("/"):
-        where += f" --host {address.hostname}" if address.hostname not in ("127.0.0.1", "localhost") else ""
-        where += f" --port {address.port or 80}" if address.port != 8000 else ""
-    return f"python -m ludic.inference.vllm_server --model {model}{where}"
+    if address.scheme != "http" or address.path.strip("/"):  # a proxy: the server itself is elsewhere
+        return server_command(model)
+    return server_command(model, host=address.hostname or "127.0.0.1", port=address.port or 80)
 
 
 def nothing_listens(base_url: str, model: str) -> ServerUnreachableError:

@@ -1,19 +1,36 @@
-"""What to type after an evaluation in order to train on from the weights that were scored.
+"""What to type next: after a training the command that evaluates its checkpoint, after an evaluation the one that trains on.
 
-The command works as it is printed, in the folder in which the evaluation was called: with its engine or a server that training
-starts, its problems, prompt and lengths, and an --out-dir of its own.
+A command works as it is printed, in the folder in which it was printed: with the same engine or a server that it starts, the
+same problems, prompt and lengths. Where there is none, the reason is said instead.
 """
 
 import argparse
 import os
-import shlex
 from pathlib import Path
 
 from environments.gsm8k import load
 from ludic.cli import DEFAULT_HOST, DEFAULT_PORT
+from ludic.commands import python_command
 from ludic.inference.weights_in_use import WeightsInUse
 from ludic.pretrained import load_config
 from ludic.training.config import GRPOConfig, RunPaths
+
+
+def evaluation_advice(args: argparse.Namespace, config: GRPOConfig, checkpoint: str | None, out_dir: Path) -> list[str]:
+    """How to evaluate the last checkpoint on problems that were not trained on; or why there is no command for it."""
+    if checkpoint is None:
+        return ["no command evaluates this run: it has no checkpoint"]
+    problems = args.eval_dataset or args.dataset
+    if problems is not None and args.eval_dataset is None and not Path(problems).expanduser().is_dir():
+        return [f"no command evaluates this run: all of {problems} was trained on; name others with --eval-dataset"]
+    words = [os.path.relpath(Path(__file__).with_name("eval_gsm8k_vllm.py")), "--model", checkpoint]
+    words += ["--engine", "local"] if args.engine == "local" else _started_server(args)
+    words += ["--dataset", problems] if problems else []
+    words += ["--system-prompt", args.system_prompt] if args.system_prompt else []
+    words += _template_flags(args)
+    words += ["--max-tokens", str(config.max_completion_len or 512), "--max-seq-len", str(config.max_seq_len)]
+    words += ["--out-dir", str(out_dir), "--out", f"gsm8k_eval_{Path(checkpoint).name}.jsonl", "--limit", "250"]
+    return ["next, to evaluate the checkpoint:", "  " + python_command(*words)]
 
 
 def training_advice(args: argparse.Namespace, weights: WeightsInUse, *, longest: int) -> list[str]:
@@ -30,15 +47,12 @@ def training_advice(args: argparse.Namespace, weights: WeightsInUse, *, longest:
     if problems is None:
         return [f"no command trains on from here: {args.dataset} holds no problems to train on"]
     notes, data = problems
-    words = ["uv", "run", "python", os.path.relpath(Path(__file__).with_name("train_gsm8k.py")), "--model", model]
+    words = [os.path.relpath(Path(__file__).with_name("train_gsm8k.py")), "--model", model]
     words += [*data, *_engine_flags(args, weights, model), "--system-prompt", args.system_prompt]
-    if args.chat_template:
-        words += ["--chat-template", args.chat_template]
-    if args.trust_remote_code:
-        words += ["--trust-remote-code"]
+    words += _template_flags(args)
     words += _lengths(args, weights, longest)
     words += ["--out-dir", str(Path(args.out_dir) / f"train_from_{Path(model).name}")]  # the run there may own --model
-    return [*notes, "next, to train on from here:", "  " + shlex.join(words)]
+    return [*notes, "next, to train on from here:", "  " + python_command(*words)]
 
 
 def _training_problems(args: argparse.Namespace) -> tuple[list[str], list[str]] | None:
@@ -72,13 +86,23 @@ def _engine_flags(args: argparse.Namespace, weights: WeightsInUse, model: str) -
         where = ["--base-url", args.base_url] if args.base_url else []
         where += ["--host", args.host] if args.host != DEFAULT_HOST else []
         return [*where, *(["--port", str(args.port)] if args.port != DEFAULT_PORT else []), *key]
+    return [*_started_server(args), *key]
+
+
+def _started_server(args: argparse.Namespace) -> list[str]:
+    """The flags of a server that the command starts, as the one that this program started, if it did."""
     port = args.port if args.start_server else DEFAULT_PORT + (args.port == DEFAULT_PORT)  # the other one is taken
     started = ["--start-server", "--port", str(port)]
     for flag in ("host", "server_gpu", "server_args"):
         value = getattr(args, flag)
         if args.start_server and value not in (None, "", DEFAULT_HOST):
             started += [f"--{flag.replace('_', '-')}", str(value)]
-    return [*started, *key]
+    return started
+
+
+def _template_flags(args: argparse.Namespace) -> list[str]:
+    template = ["--chat-template", args.chat_template] if args.chat_template else []
+    return [*template, *(["--trust-remote-code"] if args.trust_remote_code else [])]
 
 
 def _lengths(args: argparse.Namespace, weights: WeightsInUse, longest: int) -> list[str]:

@@ -1,0 +1,54 @@
+"""Commands that a program prints for a person to type: each works as it is printed, in the folder where it was printed.
+
+They name the Python that runs now, so that a run in the environment of `scripts/make_vllm_cpu_env.sh` does not send people to
+another one, and the GPUs that were chosen for it.
+"""
+
+import argparse
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+_PROJECT = Path(__file__).resolve().parents[2]
+
+
+def python_command(*words: str) -> str:
+    """`words` behind this Python, quoted for a shell.
+
+    Example:
+        >>> python_command("-m", "ludic.doctor", "--model", "my model")  # in the project's own environment
+        "uv run python -m ludic.doctor --model 'my model'"
+    """
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = "" if chosen is None else f"CUDA_VISIBLE_DEVICES={shlex.quote(chosen)} "
+    return gpus + shlex.join([*_python(), *words])
+
+
+def given_command(*more: str, without: Sequence[str]) -> str:
+    """The command that this program was started with, and `more`; the flags in `without` (`--resume`) are left out."""
+    hidden = argparse.ArgumentParser(add_help=False)  # abbreviations too, as they were given
+    for flag in without:
+        hidden.add_argument(flag, nargs="?")
+    flags = hidden.parse_known_args(sys.argv[1:])[1]
+    return python_command(sys.argv[0], *flags, *more)
+
+
+def server_command(model: str, *, host: str = "127.0.0.1", port: int = 8000) -> str:
+    """What starts the server of `model`. No GPUs: those of the process that prints it are another's."""
+    words = ["-m", "ludic.inference.vllm_server", "--model", model]
+    words += ["--host", host] if host not in ("127.0.0.1", "localhost") else []
+    words += ["--port", str(port)] if port != 8000 else []
+    return shlex.join([*_python(), *words])
+
+
+def _python() -> list[str]:
+    if Path(sys.prefix).resolve() == _PROJECT / ".venv":
+        return ["uv", "run", "python"]
+    on_path = shutil.which("python")
+    if on_path is not None and os.path.abspath(on_path) == os.path.abspath(sys.executable):
+        return ["python"]
+    relative = os.path.relpath(sys.executable)
+    return [sys.executable if relative.startswith("..") else relative]
