@@ -25,8 +25,10 @@ STAND_IN = """\
     import asyncio, os, signal, sys
     sys.path[:0] = {path!r}
     from aiohttp import web
+    from ludic.inference.server_process import end_with_parent
     from tests.fake_vllm import FakeServer
     from tests.vllm_helpers import make_tiny_tokenizer
+    end_with_parent()
     value = lambda flag: sys.argv[sys.argv.index(flag) + 1]
     print("INFO: serving", value("--model"), flush=True)
     class DyingServer(FakeServer):
