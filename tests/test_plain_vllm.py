@@ -102,7 +102,7 @@ def test_an_evaluation_says_what_plain_vllm_does_not_tell_and_records_every_samp
     assert "weights: what the server serves as policy; it does not say which they are" in ended.stdout
     assert f"train_gsm8k.py --model {folder} --dataset {digit_problems} --start-server --port 8001" in ended.stdout
     settings = json.loads((tmp_path / "gsm8k_eval.jsonl.settings.json").read_text())
-    said = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+    said: dict[str, object] = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
     said |= {"presence_penalty": 0.0, "frequency_penalty": 0.0, "stop_token_ids": [1], "seeded": False}
     assert settings.items() >= said.items()
     assert settings["weights"].startswith("files ")

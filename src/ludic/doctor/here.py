@@ -155,7 +155,7 @@ def check_proxies(args: argparse.Namespace) -> Finding:
     if not names:
         return ok("network", "no proxy variables")
     exempt = (os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or "").split(",")
-    host = urlsplit(server_url(args)).hostname
+    host = urlsplit(server_url(args)).hostname or args.host
     if host in (part.strip() for part in exempt):
         return ok("network", f"proxy variables are set, and {host} is exempt")
     return warning(

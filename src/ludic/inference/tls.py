@@ -10,7 +10,7 @@ import ssl
 from typing import Any
 
 from requests.adapters import HTTPAdapter
-from requests.certs import where
+from requests.utils import DEFAULT_CA_BUNDLE_PATH
 
 TRUST = "put the PEM file of the certificate, or of the authority that signed it, into SSL_CERT_FILE"
 
@@ -23,7 +23,9 @@ def tls_context() -> ssl.SSLContext:
     """
     context = ssl.create_default_context()
     if not os.environ.get("SSL_CERT_FILE"):
-        context.load_verify_locations(where())  # where Python was built for another system, its store is not found
+        context.load_verify_locations(
+            DEFAULT_CA_BUNDLE_PATH
+        )  # where Python was built for another system, its store is not found
     for name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"):
         path = os.environ.get(name)
         if path:
@@ -45,7 +47,7 @@ class TLSAdapter(HTTPAdapter):
         super().__init__(**options)
 
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
-        super().init_poolmanager(*args, ssl_context=self._context, **kwargs)  # type: ignore[no-untyped-call]
+        super().init_poolmanager(*args, ssl_context=self._context, **kwargs)
 
     def cert_verify(self, conn: Any, url: Any, verify: Any, cert: Any) -> None:
         """Nothing to set: the context verifies, and the pool requires it."""

@@ -441,7 +441,7 @@ _JSON = {"Content-Type": "application/json"}
 def stop_token_ids(
     model: str, tokenizer: "PreTrainedTokenizerBase", config: "PretrainedConfig | None" = None
 ) -> list[int]:
-    """Every id that ends a turn: the tokenizer's, the model's, and its generation config's (which the server ignores)."""
+    """Every id that ends a turn: the tokenizer's, the model's, and its generation config's (which vLLM adds by itself, too)."""
     from transformers import GenerationConfig
 
     config = load_config(model) if config is None else config
