@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
+from http.server import HTTPServer, SimpleHTTPRequestHandler
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -221,9 +222,9 @@ def test_data_from_the_hub_is_ok_only_where_the_hub_answers_or_the_cache_has_it(
     (folder / "gsm8k-test.arrow").touch()
     assert here.check_data(args).status == "ok" and "in the cache" in here.check_data(args).found
     shutil.rmtree(folder)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
-        thread = threading.Thread(target=lambda: server.accept()[0].sendall(b"HTTP/1.0 200 OK\r\n\r\n"))
+    with HTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler) as hub:
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{hub.server_port}")
+        thread = threading.Thread(target=hub.handle_request)
         thread.start()
         here._hub_problem.cache_clear()
         finding = here.check_data(args)

@@ -15,10 +15,10 @@ from ludic.doctor import dry_run
 from ludic.doctor.__main__ import build_parser
 from ludic.doctor.dry_run import check_architecture, check_saving, check_token_ids
 from ludic.doctor.tiny_model import MAX_PARAMETERS, tiny_model
-from ludic.prompts import load_tokenizer
+from ludic.prompts import encode_prompt, load_tokenizer
 from ludic.training.attention import OTHER_FAMILY
 from ludic.training.config import GRPOConfig, from_arguments
-from ludic.training.learner import Learner
+from ludic.training.learner import Learner, disable_dropout
 from ludic.training.memory import worst_samples
 from tests.vllm_helpers import CHAT_TEMPLATE, make_tiny_model, make_tiny_tokenizer, randomize_weights
 
@@ -143,6 +143,18 @@ def test_the_dry_run_of_a_full_size_model_says_what_the_trainer_says_of_the_fami
         assert "\n" not in str(finding)
 
 
+@pytest.mark.parametrize("family", ["opt", "biogpt", "seed_oss"])
+def test_a_family_with_functional_dropout_computes_in_training_as_in_evaluation(family: str) -> None:
+    settings = {**SHAPE, **FAMILIES[family][0]} if family in FAMILIES else SHAPE
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings), dtype=torch.float32)
+    ids = torch.arange(2, 34).unsqueeze(0)
+    with torch.no_grad():
+        assert not torch.equal(model.train()(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
+        disable_dropout(model)
+        assert torch.equal(model.train()(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
+
+
 @pytest.mark.parametrize("family", ["gemma3_text", "smollm3", "qwen3_next", "deepseek_v3", "llama4_text"])
 def test_the_small_model_has_every_kind_of_layer_and_heads_of_the_same_size(family: str) -> None:
     config = full_size(family)
@@ -218,7 +230,7 @@ def test_weights_that_come_back_as_others_are_found(folder: Path, monkeypatch: p
 
     def one_is_lost(*args: Any, **kwargs: Any) -> Any:
         model = load_model(*args, **kwargs)
-        torch.nn.init.zeros_(model.get_submodule("model.norm").weight)
+        torch.nn.init.zeros_(model.get_parameter("model.norm.weight"))
         return model
 
     monkeypatch.setattr(pretrained, "load_model", one_is_lost)
@@ -234,9 +246,7 @@ def test_a_template_with_an_id_beyond_the_embedding_is_refused_with_the_token_th
     tokenizer = load_tokenizer(folder)
     tokenizer.add_special_tokens({"additional_special_tokens": [f"<|extra_{i}|>" for i in range(300)]})
     tokenizer.chat_template = CHAT_TEMPLATE.replace("<|assistant|>", "<|extra_299|>")
-    prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "1 + 1"}], add_generation_prompt=True, return_dict=False
-    )
+    prompt = encode_prompt(tokenizer, [{"role": "user", "content": "1 + 1"}])
     (finding,) = check_token_ids(arguments(folder), tokenizer, prompt)
     assert finding.status == "failed"
     assert f"'<|extra_299|>' (id {max(prompt)})" in finding.found and "512 rows" in finding.found

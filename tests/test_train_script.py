@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config
 
 from environments.gsm8k import DEFAULT_SYSTEM_PROMPT
 from ludic.cli import run_script
@@ -29,7 +29,7 @@ from ludic.training.manifest import write_manifest
 from ludic.training.trainer import TrainingSummary
 from tests.conftest import write_digit_problems
 from tests.printed import printed_command
-from tests.vllm_helpers import make_tiny_model, make_tiny_tokenizer
+from tests.vllm_helpers import make_tiny_model, make_tiny_tokenizer, tiny_config
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "gsm8k" / "train_gsm8k.py"
 SMALL = [
@@ -435,6 +435,46 @@ def test_a_model_folder_without_weights_is_refused(
     (model / "model.safetensors").unlink()
     message = refuse("--model", str(model))
     assert str(model) in message and "model.safetensors" in message
+
+
+def _caps_its_attention(model: Path) -> None:
+    config = {key: value for key, value in tiny_config("gemma", tie_word_embeddings=True).to_dict().items()
+              if key not in ("model_type", "architectures")}  # fmt: skip
+    Gemma2Config(**config).save_pretrained(model)
+
+
+def _cannot_be_saved(model: Path) -> None:
+    (model / "generation_config.json").write_text(json.dumps({"do_sample": False, "temperature": 0.7}))
+
+
+def _stops_at_no_token(model: Path) -> None:
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": 4096}))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (_caps_its_attention, "architecture: Gemma2ForCausalLM caps its attention logits at 50.0"),
+        (_cannot_be_saved, "saving: generation_config.json of"),
+        (_stops_at_no_token, "(id 4096), but the embedding has 512 rows"),
+    ],
+)
+def test_what_would_end_a_run_later_is_refused_before_a_server_is_started(
+    refuse: Callable[..., str],
+    digit_policy_dir: Path,
+    tmp_path: Path,
+    change: Callable[[Path], None],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def start(*_args: Any, **_kwargs: Any) -> None:
+        raise AssertionError("a server was started")
+
+    monkeypatch.setattr("ludic.inference.server_process.ServerProcess.start", start)
+    model = tmp_path / "model"
+    shutil.copytree(digit_policy_dir, model)
+    change(model)
+    assert said in refuse("--model", str(model), "--engine", "vllm", "--start-server")
 
 
 def test_a_prompt_that_only_its_tokens_show_to_be_too_long_is_refused(

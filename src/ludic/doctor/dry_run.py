@@ -9,7 +9,7 @@ import argparse
 import copy
 import dataclasses
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +18,7 @@ from ludic.doctor.findings import Finding, failed, ok, warning
 from ludic.training.config import GRPOConfig
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from ludic.training.learner import Learner
 
@@ -108,11 +108,12 @@ def check_saving(args: argparse.Namespace, config: GRPOConfig, tokenizer: "PreTr
     shape, _ = model_shape(args.model, args.trust_remote_code)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for what, save in {
+        saves: dict[str, Callable[[Path], object]] = {
             "config.json": shape.save_pretrained,
             "generation_config.json": _generation_config(args.model).save_pretrained,
             "the tokenizer": tokenizer.save_pretrained,
-        }.items():
+        }
+        for what, save in saves.items():
             try:
                 save(folder)
             except (ValueError, TypeError, AttributeError, OSError) as error:
@@ -134,7 +135,7 @@ def check_saving(args: argparse.Namespace, config: GRPOConfig, tokenizer: "PreTr
 _MENDS = {"generation_config.json": " (set do_sample to true, or take the sampling values out; training reads none)"}
 
 
-def _generation_config(model: str) -> "PretrainedConfig":
+def _generation_config(model: str) -> "GenerationConfig":
     from transformers import GenerationConfig
 
     try:
@@ -170,10 +171,14 @@ def check_token_ids(
     args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase", prompt_token_ids: Iterable[int]
 ) -> list[Finding]:
     """Has the embedding a row for each id of the prompts, and for the tokens that end, begin and fill up a sequence?"""
+    import torch
+
     from ludic.inference.vllm_client import stop_token_ids
 
     shape, full = model_shape(args.model, args.trust_remote_code)
-    rows = int(full.get_input_embeddings().weight.shape[0])
+    weight = full.get_input_embeddings().weight
+    assert isinstance(weight, torch.Tensor)
+    rows = weight.shape[0]
     fix = "give the tokenizer and the chat template that belong to this model"
     prompts = set(prompt_token_ids)
     stops = stop_token_ids(args.model, tokenizer, shape)

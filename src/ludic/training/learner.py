@@ -307,6 +307,6 @@ def disable_dropout(model: torch.nn.Module) -> None:
         for name, value in list(vars(module).items()):  # the rate of a functional dropout, or of dropping whole layers
             if "drop" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
-        config = getattr(module, "config", None)
-        if isinstance(getattr(config, "attention_dropout", None), float):  # read from there at each forward
-            config.attention_dropout = 0.0
+        config = getattr(module, "config", None)  # attention may read it from there at each forward
+        if isinstance(getattr(config, "attention_dropout", None), float):
+            setattr(config, "attention_dropout", 0.0)  # noqa: B010  # a module's attributes are tensors to the checker
