@@ -31,7 +31,8 @@ ELSEWHERE = {
 
 def in_the_gate(test: Callable[..., None]) -> Callable[..., None]:
     """In the part that has a vLLM for the CPU."""
-    return pytest.mark.vllm(pytest.mark.slow(pytest.mark.timeout(600)(test)))
+    marked: Callable[..., None] = pytest.mark.vllm(pytest.mark.slow(pytest.mark.timeout(600)(test)))
+    return marked
 
 
 def run(command: str, flags: str, out: Path | None = None) -> str:

@@ -467,7 +467,8 @@ def test_loss_inputs_take_the_policy_itself_as_old_when_the_update_is_on_policy(
 
 def _on_policy_gradient(name: str, samples: list[TrainingSample]) -> tuple[list[torch.Tensor], torch.Tensor]:
     """The losses of the micro-batches, and the gradient with regard to the log-probs, of one on-policy update."""
-    spec, losses, gradients = LOSSES[name], [], []
+    spec = LOSSES[name]
+    losses, gradients = list[torch.Tensor](), list[torch.Tensor]()
     settings = LossSettings(clip_low=spec.clip_low, clip_high=spec.clip_high)
     for row in pack(samples, token_budget=1024, normalisation=spec.normalisation):
         torch.manual_seed(0)
