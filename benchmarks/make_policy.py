@@ -39,6 +39,12 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """Qwen2.5's own shapes, vocabulary included, and one for CPUs. The tokenizer uses 8,192 (or 4,096) of the entries."""
 
+TRAINING: dict[str, Any] = {"seconds": 90.0, "budget": 16384, "batch_size": 64, "lr": 3e-4}
+"""Of the shapes for a GPU: see the flags."""
+TINY_TRAINING: dict[str, Any] = {"seconds": 40.0, "budget": 2048, "batch_size": 8, "lr": 3e-3}
+"""Two CPU cores take a quarter of a second over 8 solutions: small steps, or there are too few of them to learn where to end."""
+PROGRESS_S = 10.0
+
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -87,13 +93,15 @@ def training_row(tokenizer: PreTrainedTokenizerFast, environment: GSM8K, sample:
 def train(
     model: Qwen2ForCausalLM, rows: list[TrainingSample], *, seconds: float, batch_size: int, budget: int, lr: float
 ) -> tuple[int, float]:
-    """Supervised training for `seconds`; the number of steps, and the last loss in nats a token."""
+    """Supervised training for `seconds`, with a line of progress now and then; the number of steps, and the last loss in nats
+    a token."""
     device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), fused=device.type == "cuda")
     prepare_packed_attention(model)
     model.train()
     shuffler = random.Random(0)
     started, steps, loss = time.perf_counter(), 0, torch.zeros(())
+    said = started
     while time.perf_counter() - started < seconds:
         shuffler.shuffle(rows)
         for first in range(0, len(rows), batch_size):
@@ -117,6 +125,9 @@ def train(
             steps, loss = steps + 1, total
             if done >= 1:
                 break
+            if time.perf_counter() - said >= PROGRESS_S:
+                said = time.perf_counter()
+                sys.stderr.write(f"{said - started:.0f} of {seconds:.0f} s: {steps} steps, loss {loss.item():.2f}\n")
     return steps, loss.item()
 
 
@@ -144,11 +155,18 @@ def main() -> None:
     parser.add_argument("--out", required=True, type=Path, help="folder for the policy")
     parser.add_argument("--shape", choices=tuple(SHAPES), default="0.5b")
     parser.add_argument("--random", action="store_true", help="random weights, at once: enough to measure speed")
-    parser.add_argument("--seconds", type=float, default=90.0, help="of supervised training (default: 90)")
-    parser.add_argument("--budget", type=int, default=16384, help="tokens of a micro-batch (default: 16384)")
-    parser.add_argument("--batch-size", type=int, default=64, help="solutions a step (default: 64)")
-    parser.add_argument("--lr", type=float, default=3e-4, help="peak learning rate (default: 3e-4)")
+    for name, kind, words in (
+        ("seconds", float, "of supervised training"),
+        ("budget", int, "tokens of a micro-batch"),
+        ("batch_size", int, "solutions a step"),
+        ("lr", float, "peak learning rate"),
+    ):
+        default = f"(default: {TRAINING[name]:g}; {TINY_TRAINING[name]:g} for tiny)"
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=f"{words} {default}")
     args = parser.parse_args()
+    for name, value in (TINY_TRAINING if args.shape == "tiny" else TRAINING).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     samples = load("train", dataset=args.dataset)

@@ -308,6 +308,21 @@ def test_compiled_layers_serve_rows_of_every_shape_from_one_graph_for_each_kind_
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("family", ["qwen2", "gemma3"])
+def test_compiled_layers_have_the_gradient_of_plain_ones(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, row = _model(family), _row()
+    prepare_packed_attention(model)
+    expected = _gradient(model, _forward(model, row))
+    compiled = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda layer, **kwargs: compiled(layer, backend="aot_eager", **kwargs)
+    )
+    torch._dynamo.reset()
+    compile_layers(model)
+    torch.testing.assert_close(_gradient(model, _forward(model, row)), expected, atol=1e-5, rtol=1e-4)
+    torch._dynamo.reset()
+
+
 class _LargestTensor(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

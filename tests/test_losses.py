@@ -1,5 +1,6 @@
 import dataclasses
 import math
+import random
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -23,7 +24,7 @@ from transformers import (
 )
 
 from ludic.training.attention import prepare_packed_attention
-from ludic.training.logprobs import check_head, token_logprobs
+from ludic.training.logprobs import TokenStats, check_head, token_logprobs
 from ludic.training.losses import (
     LOSSES,
     LossInputs,
@@ -462,6 +463,43 @@ def test_loss_inputs_take_the_policy_itself_as_old_when_the_update_is_on_policy(
     assert torch.equal(inputs.old_logprobs, stats.logprobs)
     assert not inputs.old_logprobs.requires_grad
     assert inputs.logprobs.requires_grad
+
+
+def _on_policy_gradient(name: str, samples: list[TrainingSample]) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """The losses of the micro-batches, and the gradient with regard to the log-probs, of one on-policy update."""
+    spec = LOSSES[name]
+    losses, gradients = list[torch.Tensor](), list[torch.Tensor]()
+    settings = LossSettings(clip_low=spec.clip_low, clip_high=spec.clip_high)
+    for row in pack(samples, token_budget=1024, normalisation=spec.normalisation):
+        torch.manual_seed(0)
+        logprobs = (-3 * torch.rand(row.input_ids.shape) * row.loss_mask).requires_grad_()
+        output = spec.loss(loss_inputs(TokenStats(logprobs, torch.zeros_like(logprobs)), row), settings)
+        losses.append(output.loss.detach())
+        gradients += torch.autograd.grad(output.loss, logprobs)
+        assert output.metrics["clip_fraction"] == 0
+    return losses, torch.cat(gradients)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_with_one_step_an_update_cispo_is_dapo_to_the_bit_and_gspo_is_grpo_but_for_one_sums_rounding(seed: int) -> None:
+    draw = random.Random(seed)
+    samples = [
+        TrainingSample(
+            token_ids=list(range(1, 4 + length)),
+            loss_mask=[False] * 3 + [True] * length,
+            rollout_logprobs=None,
+            advantage=draw.gauss(0, 1),
+            policy_version=0,
+        )
+        for length in (draw.randint(1, 300) for _ in range(8))
+    ]
+    (_, dapo), (_, cispo) = (_on_policy_gradient(name, samples) for name in ("dapo", "cispo"))
+    assert torch.equal(dapo, cispo)
+    (grpo_losses, grpo), (gspo_losses, gspo) = (_on_policy_gradient(name, samples) for name in ("grpo", "gspo"))
+    assert all(map(torch.equal, grpo_losses, gspo_losses))
+    # A sequence's up to 300 equal terms are added and divided again: at most 300 roundings of 2^-24 each.
+    torch.testing.assert_close(gspo, grpo, rtol=300 * 2.0**-24, atol=0)
+    assert not torch.allclose(grpo, dapo, rtol=1e-2)  # another normalisation is another gradient
 
 
 @pytest.mark.gpu

@@ -52,7 +52,12 @@ class GRPOConfig:
     )
 
     train_steps: int = _setting(100, "optimisation", "updates in this run")
-    loss: str = _setting("dapo", "optimisation", "policy loss; dapo is the token mean", choices=LOSS_NAMES)
+    loss: str = _setting(
+        "dapo",
+        "optimisation",
+        "policy loss; dapo is the token mean; with one epoch an update gspo is grpo and cispo is dapo",
+        choices=LOSS_NAMES,
+    )
     learning_rate: float = _setting(1e-6, "optimisation", "peak learning rate of AdamW")
     lr_schedule: Schedule = _setting(
         "constant", "optimisation", "after the warm-up", choices=("constant", "linear", "cosine")

@@ -11,6 +11,10 @@ where they are known. Only the correction for the sampler needs them all; `check
 Notation in the formulas: pi the policy being trained, old the policy at the start of the update, rollout the sampler's
 own figures, ref the reference policy; A the advantage; r = pi / old, the ratio of the token's probabilities.
 
+With one optimizer step an update, the default, old is the policy itself: every r is 1, and no clip acts. Then `cispo` has
+`dapo`'s gradient to the bit, and `gspo` has `grpo`'s loss to the bit and its gradient but for the rounding of one sum a
+sequence. Only what a token's loss is divided by tells losses apart, until `epochs_per_update` is above 1.
+
 Left out on purpose: an entropy bonus, value losses, and losses over a full vocabulary (distillation).
 """
 
