@@ -11,8 +11,10 @@ import shutil
 import struct
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 from matplotlib.figure import Figure
@@ -30,7 +32,6 @@ from ludic.telemetry import (
     format_step_line,
     make_logger,
     parse_logger_names,
-    progress,
     read_jsonl,
     reward_curve_text,
     save_reward_curve,
@@ -709,9 +710,12 @@ def test_rewards_that_are_fractions_share_one_scale_with_the_accuracies(
 ) -> None:
     drawn: list[Figure] = []
     save = Figure.savefig
-    monkeypatch.setattr(
-        Figure, "savefig", lambda self, *args, **kwargs: (drawn.append(self), save(self, *args, **kwargs))
-    )
+
+    def keep_and_save(figure: Figure, *args: Any, **kwargs: Any) -> None:
+        drawn.append(figure)
+        save(figure, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", keep_and_save)
     save_reward_curve(tmp_path / "c.png", [1, 2, 3], rewards, evaluations=[(0, 0.1), (3, 1.0)])
     axes = drawn[0].axes
     assert [one.get_ylabel() for one in axes] == scales
@@ -733,7 +737,7 @@ def test_a_status_stands_in_one_line_of_a_terminal_with_its_words_from_the_front
 
 def test_where_there_is_no_terminal_a_status_is_a_plain_line_every_ten_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    monkeypatch.setattr(time, "monotonic", lambda: now)
     said: list[str] = []
     with StatusLine(said.append, stream=io.StringIO()) as status:
         for second in range(31):

@@ -308,12 +308,18 @@ def test_the_end_of_a_run_compares_evaluations_that_measured_the_same_and_says_o
     shown: list[str],
     said: bool,
 ) -> None:
-    counts = {"eval_problems": 8, "updates": 4, "seconds": 1.0, "rollouts": 1, "completion_tokens": 1}
-    script._compare(
-        TrainingSummary(
-            accuracy_before=None, accuracy_after=None, last_checkpoint=None, evaluations=evaluations, **counts
-        )
+    summary = TrainingSummary(
+        accuracy_before=None,
+        accuracy_after=None,
+        eval_problems=8,
+        updates=4,
+        seconds=1.0,
+        rollouts=1,
+        completion_tokens=1,
+        last_checkpoint=None,
+        evaluations=evaluations,
     )
+    script._compare(summary)
     printed = capsys.readouterr().out
     assert all(piece in printed for piece in shown) and bool(shown) == ("strict accuracy" in printed)
     assert ("not compared: 1" in printed) == said

@@ -276,7 +276,7 @@ class AskedOtherwise(AlwaysSeven):
 def test_a_resumed_run_that_evaluates_otherwise_measures_anew_and_is_compared_with_that(
     digit_policy_dir: Path, tmp_path: Path, changed: dict[str, Any], environment: AlwaysSeven | None
 ) -> None:
-    settings = {"train_steps": 2, "max_seq_len": 64, "micro_token_budget": 640}
+    settings: dict[str, Any] = {"train_steps": 2, "max_seq_len": 64, "micro_token_budget": 640}
     before = Run(digit_policy_dir, tmp_path, **settings).go()
     assert before.compared == before.evaluations and before.accuracy_before is not None
     settings |= {"train_steps": 3, **changed}

@@ -473,7 +473,7 @@ def _finish(
     process = {"started_from": before.step if before else 0, **own, "wall_seconds": seconds}
     record = {**dataclasses.asdict(summary), "this_process": process, "model": args.model}
     paths.summary.write_text(json.dumps(record, indent=2) + "\n")
-    rows = [row for row in read_jsonl(paths.metrics) if row.get("reward_mean") is not None]
+    rows: list[Any] = [row for row in read_jsonl(paths.metrics) if row.get("reward_mean") is not None]
     steps, rewards = [row["step"] for row in rows], [row["reward_mean"] for row in rows]
     if len(rows) > 1:
         _say(reward_curve_text(steps, rewards))
