@@ -20,6 +20,7 @@ import torch
 from aiohttp import web
 from transformers import Qwen2Config
 
+from ludic import hub
 from ludic.doctor import here, vllm_probe
 from ludic.doctor.__main__ import build_parser, main
 from ludic.doctor.findings import Finding, failed, ok, run_checks
@@ -159,17 +160,22 @@ def test_proxy_variables_without_an_exemption_are_a_warning(
     assert here.check_proxies(args).status == "ok"
 
 
+def forget_the_hub() -> None:
+    hub.why_unreachable.cache_clear()
+    here.hub_problem.cache_clear()
+
+
 @pytest.fixture
 def empty_caches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """No hub, and caches of models and data sets with nothing in them."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
     monkeypatch.delenv("HF_HUB_OFFLINE")
-    here._hub_problem.cache_clear()
+    forget_the_hub()
     with socket.socket() as taken:  # bound, and nobody listens
         taken.bind(("127.0.0.1", 0))
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{taken.getsockname()[1]}")
-        assert here._hub_problem() is not None
+        assert here.hub_problem() is not None
     return tmp_path
 
 
@@ -203,7 +209,7 @@ def test_offline_mode_has_failed_where_the_cache_is_empty(
     args: argparse.Namespace, empty_caches: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    here._hub_problem.cache_clear()
+    forget_the_hub()
     args.model = "somebody/some-model"
     finding = here.check_hub(args)
     assert finding.status == "failed" and "HF_HUB_OFFLINE=1" in finding.found
@@ -222,11 +228,11 @@ def test_data_from_the_hub_is_ok_only_where_the_hub_answers_or_the_cache_has_it(
     (folder / "gsm8k-test.arrow").touch()
     assert here.check_data(args).status == "ok" and "in the cache" in here.check_data(args).found
     shutil.rmtree(folder)
-    with HTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler) as hub:
-        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{hub.server_port}")
-        thread = threading.Thread(target=hub.handle_request)
+    with HTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler) as server:
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        thread = threading.Thread(target=server.handle_request)
         thread.start()
-        here._hub_problem.cache_clear()
+        forget_the_hub()
         finding = here.check_data(args)
         thread.join()
     assert finding.status == "ok" and "downloaded when a run starts" in finding.found

@@ -40,7 +40,7 @@ def require_server(args: argparse.Namespace) -> None:
     """
     if args.engine == "local" or args.start_server:
         return
-    base_url = f"http://{args.host}:{args.port}"
+    base_url = server_url(args)
     address = urlsplit(base_url)
     port = address.port or (443 if address.scheme == "https" else 80)
     try:

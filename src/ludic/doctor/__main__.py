@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ludic.cli import add_engine_arguments, check_engine_arguments, hide_loading_bars
 from ludic.doctor.findings import run_checks
-from ludic.doctor.here import local_checks
+from ludic.doctor.here import ask_hub_once, local_checks
 from ludic.training.config import add_arguments, from_arguments
 
 DEFAULT_MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
@@ -30,8 +30,6 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run all checks; 0 if none failed, else 1. 2 for flags that make no sense."""
     args = build_parser().parse_args(argv)
-    from ludic.doctor.server import server_checks  # its imports take time, which --help and a wrong flag need not
-
     try:
         check_engine_arguments(args)
         config = from_arguments(args)
@@ -41,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         sys.stderr.write(f"python -m ludic.doctor: error: {error}\n")
         return 2
+    ask_hub_once(args)
     hide_loading_bars()
     counts = {"ok": 0, "warning": 0, "failed": 0}
     for finding in run_checks(checks):

@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 from ludic.cli import server_url
 from ludic.doctor.dry_run import check_architecture, check_saving, check_token_ids
 from ludic.doctor.findings import Check, Finding, failed, ok, warning
+from ludic.hub import endpoint, is_offline, why_unreachable
 from ludic.training.config import GRPOConfig, RunPaths
 from ludic.types import ChatMessage
 
@@ -38,7 +39,6 @@ ACTIVATION_BYTES = 36
 11.5 GiB at 16,384 tokens. Without compiling it is about twice that."""
 CHECKPOINT_BYTES = 12
 """Of a parameter: float32 masters and two moments. The model in its own dtype comes on top, where that is not float32."""
-HUB_TIMEOUT_S = 5.0
 
 
 def local_checks(args: argparse.Namespace, config: GRPOConfig) -> list[tuple[str, Check]]:
@@ -174,9 +174,9 @@ def check_hub(args: argparse.Namespace) -> Finding:
         needed["the data set"] = dataset_in_cache() is not None
     if not needed:
         return ok("hub", "not needed: model and data set are on this machine")
-    why = _hub_problem()
+    why = hub_problem()
     if why is None:
-        return ok("hub", f"{_endpoint()} answers")
+        return ok("hub", f"{endpoint()} answers")
     missing = [what for what, cached in needed.items() if not cached]
     if missing:
         return failed(
@@ -191,22 +191,19 @@ def check_hub(args: argparse.Namespace) -> Finding:
     )
 
 
-def _endpoint() -> str:
-    return os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-
-
 @cache
-def _hub_problem() -> str | None:
+def hub_problem() -> str | None:
     """What keeps the hub from being asked; None if it answers."""
-    import requests
-
-    if os.environ.get("HF_HUB_OFFLINE") == "1":
+    if is_offline():
         return "HF_HUB_OFFLINE=1"
-    try:
-        requests.head(_endpoint(), timeout=HUB_TIMEOUT_S, allow_redirects=False)
-    except requests.RequestException as error:
-        return f"{_endpoint()} cannot be reached ({type(error).__name__})"
-    return None
+    reason = why_unreachable()
+    return reason and f"{endpoint()} cannot be reached ({reason})"
+
+
+def ask_hub_once(args: argparse.Namespace) -> None:
+    """Where the hub is needed and cannot be reached, its libraries use their cache alone: they would say each of their tries."""
+    if (args.dataset is None or not Path(args.model).expanduser().exists()) and hub_problem():
+        os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def model_in_cache(model: str) -> bool:
@@ -273,7 +270,7 @@ def _check_hub_data() -> Finding:
     folder = dataset_in_cache()
     if folder is not None:
         return ok("data", f"the hub's GSM8K is in the cache, {folder}")
-    why = _hub_problem()
+    why = hub_problem()
     if why is not None:
         return failed("data", f"the hub's GSM8K is not in the cache, and {why}", "name a folder with --dataset")
     return ok("data", "the hub's GSM8K is not in the cache; it is downloaded when a run starts")
