@@ -21,7 +21,7 @@ from aiohttp import web
 from transformers import Qwen2Config
 
 from ludic import hub
-from ludic.doctor import here, vllm_probe
+from ludic.doctor import dry_run, here, vllm_probe
 from ludic.doctor.__main__ import build_parser, main
 from ludic.doctor.findings import Finding, failed, ok, run_checks
 from ludic.doctor.server import ServerChecks, check_free_port, server_checks
@@ -142,7 +142,8 @@ def test_too_small_a_disk_and_a_folder_that_cannot_be_written_are_found(
 def test_a_checkpoint_needs_room_for_the_model_beside_its_masters_where_they_are_not_the_same(
     args: argparse.Namespace, monkeypatch: pytest.MonkeyPatch, dtype: str, said: str
 ) -> None:
-    monkeypatch.setattr(here, "_model_shape", lambda model, trust: (Qwen2Config(dtype=dtype), 2**30))
+    empty = SimpleNamespace(num_parameters=lambda: 2**30)
+    monkeypatch.setattr(dry_run, "model_shape", lambda model, trust: (Qwen2Config(dtype=dtype), empty))
     finding = here.check_disk(args, from_arguments(args))  # two that stay, and the next
     assert finding.found.startswith(said)
 

