@@ -248,6 +248,10 @@ def test_ctrl_c_saves_a_checkpoint_and_exits_130_and_an_earlier_run_was_set_asid
     assert max(row["step"] for row in read_jsonl(out_dir / "gsm8k_train_rollouts.jsonl")) >= state.step
     (aside,) = (out_dir / "earlier_runs").iterdir()
     assert snapshot(aside) == before
+    resume = [*printed_command(errors), "--train-steps", str(state.step + 1)]
+    resumed = subprocess.run(resume, capture_output=True, text=True, timeout=120)
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"continuing from {checkpoint} (update {state.step})" in resumed.stdout
 
 
 def wait_until(condition: Callable[[], bool], process: "subprocess.Popen[str]", timeout_s: float = 120) -> None:
