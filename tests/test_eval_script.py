@@ -364,10 +364,11 @@ def test_the_command_that_trains_on_works_as_printed_with_the_local_engine(
         (["--port", "8001"], {}, ["--start-server", "--port", "8000"]),
         (["--tokenizer", "MODEL"], {"is_ours": True}, ["--start-server", "--port", "8001"]),
         (
-            ["--start-server", "--port", "8004", "--server-args", "--dtype float32"],
+            ["--start-server", "--port", "8004", "--server-args=--dtype=float32"],
             {"is_ours": True},
-            ["--start-server", "--port", "8004", "--server-args", "--dtype float32"],
+            ["--start-server", "--port", "8004", "--server-args=--dtype=float32"],
         ),
+        (["--system-prompt=-- be brief --"], {"is_ours": True}, ["--system-prompt=-- be brief --"]),
         (["--trust-remote-code"], {"is_ours": True}, ["--trust-remote-code"]),
         (["--max-tokens", "600"], {"is_ours": True, "max_model_len": 512}, ["--max-seq-len", "512"]),
     ],
@@ -384,14 +385,15 @@ def test_the_command_that_trains_on_has_the_engine_of_the_evaluation_or_starts_o
     args = script.build_parser().parse_args([*base, *(str(model) if word == "MODEL" else word for word in given)])
     found = WeightsInUse(description="", fingerprint="", **weights)
     *_, line = training_advice(args, found, longest=40)
-    words = shlex.split(line)[4:]
+    words = printed_command(line)[2:]
     assert words[:2] == ["--model", str(model)]
     assert any(words[at : at + len(wanted)] == wanted for at in range(len(words)))
     assert ("--start-server" in words) is ("--start-server" in wanted)
     trained = parse_arguments(words)
     check_engine_arguments(trained)
     config = from_arguments(trained)
-    assert (trained.dataset, trained.system_prompt, config.eval_limit) == (str(tmp_path), "", 0)  # no test.jsonl
+    assert (trained.dataset, trained.system_prompt) == (str(tmp_path), args.system_prompt)
+    assert config.eval_limit == 0  # no test.jsonl
     assert config.max_completion_len == min(args.max_tokens, config.max_seq_len - 1)
 
 

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config
 from environments.gsm8k import DEFAULT_SYSTEM_PROMPT
 from ludic.cli import run_script
 from ludic.training.checkpoint import TrainerState, latest_checkpoint, list_checkpoints, read_state, save_checkpoint
+from ludic.training.config import from_arguments
 from ludic.training.manifest import write_manifest
 from ludic.training.trainer import TrainingSummary
 from tests.conftest import write_digit_problems
@@ -149,11 +150,51 @@ def test_a_run_says_each_step_and_sync_and_ends_with_the_next_command(finished: 
 
 
 def test_the_next_command_that_a_run_prints_works_as_it_stands(finished: tuple[Path, str], tmp_path: Path) -> None:
-    words = printed_command(finished[1])
+    words = [*printed_command(finished[1]), "--out-dir", str(tmp_path)]  # the folder of the run is for other tests too
     done = subprocess.run(words, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    summary = json.loads((finished[0] / "gsm8k_eval_step_2.jsonl.summary.json").read_text())
+    summary = json.loads((tmp_path / "gsm8k_eval_step_2.jsonl.summary.json").read_text())
     assert summary["num_problems"] == 32
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        (["--engine", "local"], ["--engine", "local"]),
+        ([], ["--start-server", "--port", "8001"]),
+        (["--port", "8001"], ["--start-server", "--port", "8000"]),
+        (["--start-server", "--server-args=--dtype=half"], ["--server-args=--dtype=half"]),
+        (["--start-server", "--server-gpu", "1"], ["--server-gpu", "1"]),
+        (["--system-prompt=-x 'y'"], ["--system-prompt=-x 'y'"]),
+        (["--chat-template", "chat.jinja", "--trust-remote-code"], ["--chat-template", "chat.jinja"]),
+        (["--eval-dataset", "other.jsonl"], ["--dataset", "other.jsonl"]),
+    ],
+    ids=str,
+)
+def test_the_command_that_evaluates_has_what_the_run_was_given(
+    script: ModuleType, given: list[str], wanted: list[str], tmp_path: Path
+) -> None:
+    import eval_gsm8k_vllm
+    from next_commands import evaluation_advice
+
+    args = script.build_parser().parse_args(["--dataset", str(tmp_path), *given])
+    checkpoint = str(tmp_path / "step 4")
+    _, line = evaluation_advice(args, from_arguments(args), checkpoint, tmp_path)
+    words = printed_command(line)[2:]
+    assert any(words[at : at + len(wanted)] == wanted for at in range(len(words)))
+    evaluated = eval_gsm8k_vllm.build_parser().parse_args(words)
+    eval_gsm8k_vllm.check_arguments(evaluated)
+    assert (evaluated.model, evaluated.system_prompt, evaluated.trust_remote_code) == (
+        checkpoint, args.system_prompt, args.trust_remote_code
+    )  # fmt: skip
+
+
+def test_no_command_evaluates_on_what_was_trained_on(script: ModuleType, tmp_path: Path) -> None:
+    from next_commands import evaluation_advice
+
+    args = script.build_parser().parse_args(["--dataset", str(tmp_path / "all.jsonl")])
+    (line,) = evaluation_advice(args, from_arguments(args), "step_4", tmp_path)
+    assert "all.jsonl was trained on" in line and "--eval-dataset" in line
 
 
 def lay_out_in_the_old_form(checkpoint: Path) -> None:

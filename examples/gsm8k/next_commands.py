@@ -10,7 +10,7 @@ from pathlib import Path
 
 from environments.gsm8k import load
 from ludic.cli import DEFAULT_HOST, DEFAULT_PORT
-from ludic.commands import python_command
+from ludic.commands import flag, python_command
 from ludic.inference.weights_in_use import WeightsInUse
 from ludic.pretrained import load_config
 from ludic.training.config import GRPOConfig, RunPaths
@@ -26,7 +26,7 @@ def evaluation_advice(args: argparse.Namespace, config: GRPOConfig, checkpoint: 
     words = [os.path.relpath(Path(__file__).with_name("eval_gsm8k_vllm.py")), "--model", checkpoint]
     words += ["--engine", "local"] if args.engine == "local" else _started_server(args)
     words += ["--dataset", problems] if problems else []
-    words += ["--system-prompt", args.system_prompt] if args.system_prompt else []
+    words += flag("--system-prompt", args.system_prompt) if args.system_prompt else []
     words += _template_flags(args)
     words += ["--max-tokens", str(config.max_completion_len or 512), "--max-seq-len", str(config.max_seq_len)]
     words += ["--out-dir", str(out_dir), "--out", f"gsm8k_eval_{Path(checkpoint).name}.jsonl", "--limit", "250"]
@@ -48,7 +48,7 @@ def training_advice(args: argparse.Namespace, weights: WeightsInUse, *, longest:
         return [f"no command trains on from here: {args.dataset} holds no problems to train on"]
     notes, data = problems
     words = [os.path.relpath(Path(__file__).with_name("train_gsm8k.py")), "--model", model]
-    words += [*data, *_engine_flags(args, weights, model), "--system-prompt", args.system_prompt]
+    words += [*data, *_engine_flags(args, weights, model), *flag("--system-prompt", args.system_prompt)]
     words += _template_flags(args)
     words += _lengths(args, weights, longest)
     words += ["--out-dir", str(Path(args.out_dir) / f"train_from_{Path(model).name}")]  # the run there may own --model
@@ -93,10 +93,10 @@ def _started_server(args: argparse.Namespace) -> list[str]:
     """The flags of a server that the command starts, as the one that this program started, if it did."""
     port = args.port if args.start_server else DEFAULT_PORT + (args.port == DEFAULT_PORT)  # the other one is taken
     started = ["--start-server", "--port", str(port)]
-    for flag in ("host", "server_gpu", "server_args"):
-        value = getattr(args, flag)
+    for name in ("host", "server_gpu", "server_args"):
+        value = getattr(args, name)
         if args.start_server and value not in (None, "", DEFAULT_HOST):
-            started += [f"--{flag.replace('_', '-')}", str(value)]
+            started += flag(f"--{name.replace('_', '-')}", str(value))
     return started
 
 

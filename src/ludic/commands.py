@@ -27,6 +27,16 @@ def python_command(*words: str) -> str:
     return gpus + shlex.join([*_python(), *words])
 
 
+def flag(name: str, value: str) -> list[str]:
+    """A flag with its value, also where the value looks like a flag.
+
+    Example:
+        >>> flag("--server-args", "--gpu-memory-utilization 0.3")
+        ['--server-args=--gpu-memory-utilization 0.3']
+    """
+    return [f"{name}={value}"] if value.startswith("-") else [name, value]
+
+
 def given_command(*more: str, without: Sequence[str]) -> str:
     """The command that this program was started with, and `more`; the flags in `without` (`--resume`) are left out."""
     hidden = argparse.ArgumentParser(add_help=False)  # abbreviations too, as they were given
