@@ -179,7 +179,9 @@ def test_it_is_an_environment() -> None:
         (r"\boxed{10}", "-10", 0, 0, 1),
         ("It is 3.50", "50", 0, 0, 1),
         ("It is 018", "18", 0, 1, 0),
-        (r"\boxed{18\%}", "18", 0, 0, 1),
+        (r"\boxed{18\%}", "18", 1, 1, 1),
+        (r"\boxed{18}, inside \boxed{...} as asked", "18", 1, 1, 1),
+        (r"<think>\boxed{17}</think> So it is 18.", "18", 0, 1, 1),
         ("\u0661\u0668", "18", 0, 0, 0),
     ],
 )
@@ -190,7 +192,7 @@ async def test_three_rules_are_reported_and_the_strict_one_is_the_reward(
     failures = {"grader_failed": 0.0, "grader_timeout": 0.0}
     assert score.parts == {"strict": strict, "flexible": flexible, "qwen": qwen, **failures}
     assert (score.reward, score.correct) == (float(strict), bool(strict))
-    assert (score.parse.answer is None) == ("boxed" not in text or text.endswith("{18"))
+    assert (score.parse.answer is None) == ("boxed" not in text or text.endswith("{18") or "</think>" in text)
 
 
 async def test_an_answer_is_graded_once_for_both_rules(environment: GSM8K) -> None:

@@ -1,9 +1,11 @@
+import re
 import time
 
 import pytest
-from hypothesis import example, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
+from environments.gsm8k import DEFAULT_SYSTEM_PROMPT
 from ludic.parsers import boxed_parser, closing_brace, last_number_parser
 from tests.fuzz.fuzz_parsers import SEEDS, check_text, decode
 
@@ -33,6 +35,8 @@ from tests.fuzz.fuzz_parsers import SEEDS, check_text, decode
         (r"\boxed{18}. As I wrote in \boxed.", "18"),
         (r"\boxed{18}, inside \boxed as asked", "18"),
         (r"\boxed{-}", "-"),
+        (r"\boxed{31\ }", "31"),
+        (r"\boxed{31\\ }", r"31\\"),
     ],
 )
 def test_the_last_box_is_the_answer(text: str, answer: str) -> None:
@@ -51,11 +55,50 @@ def test_the_last_box_is_the_answer(text: str, answer: str) -> None:
         (r"\boxed{18\}", "the last box is not closed"),
         (r"\boxed{17} then \boxed{\frac{36}{2}", "the last box is not closed"),
         (r"\boxed{}", "the last box is empty"),
-        (r"\boxed{17} then \boxed{ }", "the last box is empty"),
+        (r"\boxed{...}", "the last box is empty"),
+        (r"\boxed{17} then \boxed{} and \boxed{18", "the last box is not closed"),
     ],
 )
 def test_a_missing_unclosed_or_empty_box_is_an_error(text: str, error: str) -> None:
     assert boxed_parser(text).error == error
+
+
+@pytest.mark.parametrize(
+    "mention",
+    [r"\boxed{...}", r"\boxed{}", r"\boxed{ }", r"\fbox{…}", r"\boxed{\ldots}", r"\boxed{\dots\,}", r"\boxed{___}",
+     r"\boxed{?}",
+     r"\boxed{\text{}}", r"\boxed{\text{...}}", r"\boxed{answer}", r"\boxed{\text{your answer}}",
+     r"\boxed{<your final answer>}",
+     r"\boxed{\text{final answer here}}", r"\boxed", r"\boxed{} and \boxed{...}",
+     r"\boxed {\quad}", DEFAULT_SYSTEM_PROMPT],
+)  # fmt: skip
+def test_a_later_box_without_an_answer_does_not_decide_against_an_earlier_one(mention: str) -> None:
+    assert boxed_parser(rf"So \boxed{{18}}. I wrote it inside {mention}, as asked.").answer == "18"
+    assert boxed_parser(rf"So {mention}, 7.").answer is None
+    assert last_number_parser(rf"So {mention}, 7.").answer == "7"
+
+
+@pytest.mark.parametrize(
+    ("text", "strict", "flexible"),
+    [
+        (r"<think>So \boxed{17}.</think> It is 18.", None, "18"),
+        (r"<think>So \boxed{17}.</think> It is \boxed{18}.", "18", "18"),
+        (r"So \boxed{17}.</think> It is 18.", None, "18"),  # The template wrote `<think>`.
+        (r"<think>a</think><think>\boxed{17}</think>\n\n18", None, "18"),
+        (r"<thinking>\boxed{17}</thinking> 18", None, "18"),
+        (r"[THINK]\boxed{17}[/THINK] 18", None, "18"),
+        (r"<THINK>\boxed{17}</THINK> I do not know.", None, None),
+        ("<think>So \\boxed{17}.</think>\n\n", "17", "17"),
+        (r"<think>So \boxed{17}.</think>", "17", "17"),
+        (r"<think>So \boxed{17}. Wait, 18", "17", "17"),
+        (r"\boxed{17} <think>hm</think>", "17", "17"),
+    ],
+)
+def test_a_box_in_the_thinking_is_the_answer_only_if_nothing_follows(
+    text: str, strict: str | None, flexible: str | None
+) -> None:
+    assert boxed_parser(text).answer == strict
+    assert last_number_parser(text).answer == flexible
 
 
 @pytest.mark.parametrize(
@@ -95,7 +138,7 @@ def test_without_a_box_the_last_number_is_the_answer(text: str, answer: str) -> 
     assert last_number_parser(text).answer == answer
 
 
-@pytest.mark.parametrize("text", ["", "eighteen", "\u0661\u0668", "\uff11\uff18", "\u00b2", "\u2167"])
+@pytest.mark.parametrize("text", ["", "eighteen", "\u0661\u0668", "\u2460", "\u00b2", "\u2167"])
 def test_words_and_digits_of_other_scripts_are_no_numbers(text: str) -> None:
     assert last_number_parser(text).error == "no box and no number in the text"
 
@@ -136,6 +179,7 @@ _BALANCED = st.recursive(
 
 @given(before=st.text(), content=_BALANCED, after=st.text(st.characters(exclude_characters="\\")))
 def test_whatever_is_boxed_comes_back(before: str, content: str, after: str) -> None:
+    assume("</think" not in after.lower() and not re.fullmatch(r"[\s.…_?~<>\[\]]*", content))
     result = boxed_parser(before.rstrip("\\") + " \\boxed{" + content + "}" + after)
     if content.strip():
         assert result.answer == content.strip()
@@ -154,7 +198,9 @@ def test_the_closing_brace_is_the_first_place_where_the_depth_is_back_to_nothing
 @pytest.mark.parametrize(
     "unit",
     ["{", "}", "{}", "\\boxed{", "\\boxed", "\\boxed ", "\\boxed x{", "\\frac{", "\\frac{1}{", "\\", "1", "1 ", "1,",
-     "1,000", "1/", "1e", "-", "$", ".", "1.", "1 1", " "],
+     "1,000", "1/", "1e", "-", "$", ".", "1.", "1 1", " ", "^{", "^", "m^{2", "\\boxed{}", "\\boxed{...", "1 000",
+     "½", "</think>",
+     "1.\\overline{", "1.(1", "1 x 10^", "1\u200b", "1 million", "x_{", "\\boxed{\\text{ "],
 )  # fmt: skip
 def test_time_grows_linearly_on_hostile_text(unit: str) -> None:
     def seconds(num_chars: int) -> float:

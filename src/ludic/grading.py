@@ -8,14 +8,17 @@ r"""Is an answer right? Exact arithmetic where both sides are numbers, math-veri
 
 What counts as a number, and as the same one (these rules are ours, not math-verify's):
 - `18`, `+18`, `18.`, `18.00`, `1.8e1`, `1.8 \times 10^1`, `36/2`, `\frac{36}{2}` and `17 2/2` are 18; `.5` is `1/2`.
-  Values are compared exactly: `0.333` is not `1/3`.
+  So are full-width digits; `½` is `1/2`, `0.\overline{6}` is `2/3`, and an en dash can be a minus.
+  Values are compared exactly: `0.333` is not `1/3`, and `1/2^{81}` not `1/2^{80}`. `\approx 33` says 33.
 - Wrappings do not matter: `$18$`, `\(18\)`, `{18}`, `\text{18}`, `\boxed{18}`, `**18**`.
-- Commas and spaces group thousands only by exactly three digits: `1,000`, `1{,}000`, `1 000`. `1,00` and `17 18` are no
-  numbers, and never equal to one.
-- A currency sign (`$18`, `\$18`, `-$5`, `18 €`) is dropped. `18%` is 18/100: equal to `0.18`, never to `18`.
-- `18 hundred` to `18 trillion` are multiplied out. Any other words behind a number are a unit (`18 dollars`,
-  `18 apples per day`, `18\text{ cm}^2`), and so is `dozen`. Units matter only if both sides have one: then they have to
-  agree, but for case and a plural s. A single bare letter is a variable, not a unit: math-verify judges `18x`.
+- Commas and spaces group thousands only by exactly three digits: `1,000`, `1{,}000`, `1\,000`, `1 000`. `1,00` and `17 18`
+  are no numbers, and never equal to one.
+- Where exactly one side has a percent sign, it may count or not: `18%` is `0.18`, and it is `18`. Where both have one, the
+  numbers are compared.
+- `18 hundred` to `18 trillion` are multiplied out. What else is behind a number has to be a unit (`ludic.units`): of
+  physics or money (`18 km/h`, `18\text{ m}^2`, `18ml`, `18^\circ`, `$18`, `18 €`), or a counted noun (`18 apples per day`),
+  as `dozen` is. Words that change the value are none (`2 thirds`, `5 squared`, `3 tens`). Units matter only if both sides
+  have one: then dimension and size have to agree, and `3 km` is `3000 m`. Other letters are variables: `18x` is not 18.
 - A name before `=` or `:` is dropped (`x = 18`, `Total: 18`), again unless both sides have one and they differ. In a
   chain like `9 \times 2 = 18` every side has to equal the target.
 
@@ -39,13 +42,17 @@ from typing import Literal
 
 from ludic.answer_cost import cost
 from ludic.grading_pool import GradingPool, Question, Reply
-from ludic.numbers import MAX_ANSWER_CHARS, Number, clean_answer, is_broken_number, read_number, same_number
+from ludic.numbers import ABOUT, MAX_ANSWER_CHARS, Number, clean_answer, is_broken_number, read_number, same_number
 from ludic.parsers import closing_brace
+from ludic.units import same_unit, split_unit
 
 logger = logging.getLogger(__name__)
 
 QUICK_S = 0.25
 """CPU seconds after which an answer leaves the quick lane; nearly all need less than a tenth of that."""
+
+MATCH_LIMIT_S = 5.0
+"""How long one call of `answers_match` may block, by the clock."""
 
 Failure = Literal["timeout", "crash", "too_long", "too_complex"]
 """`timeout`: math-verify met its deadline. `crash`: it ran out of memory or stack, or died. `too_long`: more than
@@ -71,7 +78,10 @@ _INTEGER = re.compile(r"-?[1-9][0-9]{0,17}")
 _WORDS_ONLY = re.compile(r"[A-Za-z\s.,:;?!'\"_]*")
 _TWO_WORDS = re.compile(r"(?<![\\A-Za-z])[A-Za-z]++ [A-Za-z]{2}")
 _DIGIT = re.compile(r"[0-9]")
-_RELATION = re.compile(r"[<>≤≥≠≈]|!=|\\(?:leq?|geq?|neq?|lt|gt|approx|sim|equiv)(?![A-Za-z])")
+_RELATION = re.compile(r"[<>≤≥≠]|!=|\\(?:leq?|geq?|neq?|lt|gt|equiv)(?![A-Za-z])")
+_NUMBER_AND_WORDS = re.compile(r"[-+]?[0-9][0-9.,/ ]*+[A-Za-z°][A-Za-z°'. -]*+")
+"""Where `read_number` refused the words, no algebra makes a number of them."""
+_PERCENT_BEHIND = re.compile(r" ?\\?%\Z")
 
 
 def _decide(prediction: str, target: str) -> Verdict | Question:
@@ -93,28 +103,43 @@ def _decide(prediction: str, target: str) -> Verdict | Question:
     if expected is not None and given is not None:
         return Verdict(matched=same_number(given, expected))
     # A box of our own is put around the answer for math-verify: what closes it early, or never, is no answer.
-    if closing_brace("{" + prediction + "}", 0) != len(prediction) + 1 or ("%" in prediction) != ("%" in target):
+    if closing_brace("{" + prediction + "}", 0) != len(prediction) + 1:
         return Verdict(matched=False)
     if expected is None or expected.value is None:
-        return _question((prediction,), target)
+        return _compare_by_algebra(prediction, target)
     return _compare_with_number(prediction, expected)
+
+
+def _compare_by_algebra(prediction: str, target: str) -> Verdict | Question:
+    """The target is not a number. A percent sign or unit at the end is compared here: math-verify drops what it likes."""
+    (prediction, unit), (target, expected_unit) = split_unit(prediction), split_unit(target)
+    if ("%" in prediction) != ("%" in target):
+        prediction, target = _PERCENT_BEHIND.sub("", prediction), _PERCENT_BEHIND.sub("", target)
+    if not same_unit(unit, expected_unit) or ("%" in prediction) != ("%" in target):
+        return Verdict(matched=False)
+    return _question((prediction,), target)
 
 
 def _compare_with_number(prediction: str, expected: Number) -> Verdict | Question:
     """`prediction` is no number by itself; may it still be equal to one?"""
     if _RELATION.search(prediction) or _is_prose(prediction):
         return Verdict(matched=False)
-    sides = [part.strip() for part in prediction.split("=")]
+    # `100/3 \\approx 33` says 33: what stands before the last such sign was rounded.
+    sides = [part.strip() for part in ABOUT.split(prediction)[-1].split("=")]
     values = [side for side in sides if not _WORDS_ONLY.fullmatch(side)]
     questions = []
     for side in values:
         number = read_number(side)
-        if number is None and not is_broken_number(side):
+        if number is None and not is_broken_number(side) and not _NUMBER_AND_WORDS.fullmatch(side):
+            side, unit = split_unit(_PERCENT_BEHIND.sub("", side))
+            if "%" in side or not same_unit(unit, expected.unit):
+                return Verdict(matched=False)
             questions.append(side)
         elif number is None or not same_number(number, expected):
             return Verdict(matched=False)
     if questions:
-        return _question(tuple(questions), str(expected.value))
+        assert expected.value is not None
+        return _question(tuple(questions), str(expected.value * (100 if expected.percent else 1)))
     return Verdict(matched=bool(values))
 
 
@@ -206,16 +231,18 @@ def _verdict(reply: Reply) -> Verdict:
 
 @cache
 def _default_grader() -> Grader:
-    return Grader()
+    return Grader(timeout_s=MATCH_LIMIT_S / 2)  # Twice its `timeout_s` ends an answer by the clock.
 
 
 def answers_match(prediction: str, target: str) -> bool:
-    r"""Whether `prediction` is as good as `target`, by the rules at the top of this module. Blocks up to 5 s.
+    r"""Whether `prediction` is as good as `target`, by the rules at the top of this module.
 
     For scripts and tests: it shares one `Grader`, which is closed at exit. A failure is False, and logged as a warning.
+    It blocks for at most `MATCH_LIMIT_S` seconds by the clock; the first answer that needs math-verify also waits for it to
+    start (one or two seconds of CPU), and answers that hang in other threads at the same time wait for one another.
 
     Example:
-        >>> answers_match(r"\$1,000.00", "1000"), answers_match("18%", "18")
+        >>> answers_match(r"\$1,000.00", "1000"), answers_match("18 km", "18 m")
         (True, False)
     """
     return _default_grader().match_sync(prediction, target).matched

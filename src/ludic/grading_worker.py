@@ -33,9 +33,11 @@ import sys
 import time
 from collections import deque
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
+from typing import Any
 
 MAX_MEMORY_BYTES = 2**30
 """Address space that one child may take, on Linux. math-verify itself needs a tenth."""
@@ -56,16 +58,21 @@ def all_match(predictions: list[str], target: str) -> bool:
     """
     from math_verify import LatexExtractionConfig, parse, verify
 
+    # Its list of units has `th`, `d` and `am`, and whatever text stands at the end: ludic compares and drops units itself.
+    extraction = LatexExtractionConfig()
+    extraction = replace(extraction, normalization_config=replace(extraction.normalization_config, units=False))
+
     def parsed(answer: str) -> list[object]:
         result: list[object] = parse(
             rf"\boxed{{{answer}}}",
-            extraction_config=[LatexExtractionConfig()],
+            extraction_config=[extraction],
             fallback_mode="no_fallback",
             parsing_timeout=None,
             raise_on_error=True,
         )
         return result
 
+    _compare_exactly()
     try:
         gold = parsed(target)
         return all(verify(gold, parsed(answer), timeout_seconds=None, raise_on_error=True) for answer in predictions)
@@ -73,6 +80,46 @@ def all_match(predictions: list[str], target: str) -> bool:
         raise
     except Exception:  # What math-verify cannot read or compare is not equal; it raises anything, from sympy's depths.
         return False
+
+
+@cache
+def _compare_exactly() -> None:
+    """math-verify rounds a difference, whatever the values' size: to it `1/2^{81}` is `1/2^{80}`. Look again where it agrees.
+
+    Its comparisons of sets, tuples, matrices and equations all come down to this one function.
+    """
+    from math_verify import grader
+
+    rounded = grader.sympy_numeric_eq
+
+    def exact(a: object, b: object, *precision: int) -> bool:
+        return rounded(a, b, *precision) and not _differ(a, b)
+
+    grader.sympy_numeric_eq = exact
+
+
+def _differ(a: Any, b: Any) -> bool:
+    """Whether two sympy expressions are not equal: exact for rationals, else by 50 digits, relative to their size.
+
+    A decimal of the answer may be rounded to its fourth digit. What cannot be told is False.
+    """
+    import sympy  # type: ignore[import-untyped]
+
+    if not (isinstance(a, sympy.Expr) and isinstance(b, sympy.Expr)):
+        return False  # Matrices come again, by their elements.
+    symbols = sorted(a.free_symbols | b.free_symbols, key=str)
+    # Any numbers do: two expressions that agree there by chance do not agree to 50 digits.
+    point = {symbol: sympy.Rational(1009 + 2 * i, 1013) for i, symbol in enumerate(symbols)}
+    left, right = (side.doit().subs(point) for side in (a, b))
+    if left.is_Rational and right.is_Rational:
+        return bool(left != right)
+    tolerance = 1e-4 if left.has(sympy.Float) or right.has(sympy.Float) else 1e-40
+    left, right = left.evalf(50), right.evalf(50)
+    parts = [part for side in (left, right) for part in side.as_real_imag()]
+    # Precision 1 is sympy's way to say that all digits were cancelled: it may be zero.
+    if any(not part.is_Number or getattr(part, "_prec", 2) == 1 for part in parts):
+        return False
+    return bool(abs(left - right) > tolerance * max(abs(left), abs(right)))
 
 
 # --- A child: one answer after another ------------------------------------------------------------------------------

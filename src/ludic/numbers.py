@@ -10,6 +10,8 @@ from fractions import Fraction
 from typing import Literal
 
 from ludic.parsers import closing_brace
+from ludic.typography import spelled_out
+from ludic.units import NO_UNIT, Unit, agree, read_unit
 
 MAX_ANSWER_CHARS = 2_000
 """A longer prediction or target (after stripping) is refused at once, as `too_long`."""
@@ -19,55 +21,73 @@ MAX_EXPONENT = 1_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Number:
-    """What `read_number` reads. Percent and magnitude are in the value, a currency sign is nowhere.
+    """What `read_number` reads. Percent and magnitude are in the value.
 
     Example:
-        >>> read_number("x = 1.5 thousand dollars")
-        Number(value=Fraction(1500, 1), name='x', unit='dollars')
+        >>> read_number("x = 150%")
+        Number(value=Fraction(3, 2), name='x', unit=Unit(factor=Fraction(1, 1), dimensions=()), percent=True)
     """
 
     value: Fraction | None
     """None: a well-formed number beyond `MAX_EXPONENT`."""
     name: str = ""
     """The word before the number's `=` or `:`."""
-    unit: str = ""
+    unit: Unit = NO_UNIT
+    """A currency sign is one, unless another unit is behind the number."""
+    percent: bool = False
 
 
-_TEXT = re.compile(r"\\(?:text|textbf|textrm|textit|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}")
-_SPACING = re.compile(r"\\[,;: ]|\\q?quad(?![A-Za-z])|[~\u00a0\u2009\u202f]")
-_DIGIT_PAIR_FRACTION = re.compile(r"\\[dtc]?frac\s*([0-9])\s*([0-9])")
+# A row break, `\\\\`, is matched first everywhere, so that its second backslash begins no other command.
+_ROW_BREAK = r"(?P<row>\\\\)"
+_SPACING = re.compile(
+    rf"{_ROW_BREAK}|(?P<comma>\s*+\{{,\}}\s*+)|(?P<none>\s*+\\!\s*+|\s*+\\negthinspace(?![A-Za-z])\s*+)"
+    r"|\\[,;:>\s]|\\(?:q?quad|thinspace|enspace|space)(?![A-Za-z])|~|\{\s*+(?:\\[,;:!\s]|~)?+\s*+\}(?=[0-9]{3})"
+)
+_TEXT = re.compile(
+    rf"{_ROW_BREAK}|\\(?:text|textbf|textrm|textit|textnormal|textsf|mathrm|mathbf|mathit|mathsf|mbox|operatorname|unit)\*?"
+    r"\s*\{([^{}]*)\}"
+)
+_LONE_BACKSLASH = re.compile(r"(?<!\\)((?:\\\\)*+)\\\Z")
+_BARE_FRACTION = re.compile(r"\\[dtc]?frac ?([0-9]|\{[^{}]*\}) ?([0-9]|\{[^{}]*\})")
 _WRAPPINGS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"))
 _BRACED = re.compile(r"(?:\\boxed|\\fbox|\\displaystyle)?\s*\{")
-_NAME = re.compile(r"(?P<name>[A-Za-z\\][A-Za-z\\ ]*(?:_\{?[A-Za-z0-9]+\}?)?) ?[=:] ?(?P<rest>[^=].*)", re.DOTALL)
+_ABOUT = r"(?:[≈≃≅]|\\(?:thick)?approx(?![A-Za-z])|\\sim(?:eq)?(?![A-Za-z]))"
+ABOUT = re.compile(_ABOUT)
+_LEADING_ABOUT = re.compile(
+    rf"(?:{_ABOUT}|(?:about|approx(?:\.|imately)?|roughly|around)(?![A-Za-z])) ?", re.IGNORECASE
+)
+_NAME = re.compile(
+    rf"(?P<name>[A-Za-z\\][A-Za-z\\ ]*?(?:_\{{?[A-Za-z0-9]+\}}?)?) ?(?:[=:]|{_ABOUT}) ?(?P<rest>[^=].*)", re.DOTALL
+)
 
 _DECIMAL = r"(?:(?:[1-9][0-9]{0,2}(?:[, ][0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)"
 _DECIMAL_ONLY = re.compile(_DECIMAL)
 _NUMBER = re.compile(
     rf"""
-    (?P<sign>[-+]?)\ ?(?:(?:USD|(?:US)?\\?[$€£¥])\ ?)?(?P<inner_sign>[-+]?)
+    (?P<sign>[-+]?)\ ?(?:(?P<currency>USD|(?:US)?\\?[$€£¥₹])\ ?)?(?P<inner_sign>[-+]?)
     (?: (?:(?P<whole>[0-9]+)\ ?)?\\[dtc]?frac\ ?\{{\ ?(?P<top>-?{_DECIMAL})\ ?\}}\ ?\{{\ ?(?P<bottom>-?{_DECIMAL})\ ?\}}
       | (?P<whole2>[0-9]+)\ (?P<top2>[1-9][0-9]*)\ ?/\ ?(?P<bottom2>[0-9]+)
       | (?P<top3>{_DECIMAL})\ ?/\ ?(?P<bottom3>{_DECIMAL})
+      | (?P<once>[0-9]*\.[0-9]*)
+        (?: \\(?:overline|bar|dot)\ ?(?:\{{\ ?(?P<again>[0-9]+)\ ?\}}|(?P<again2>[0-9]))
+          | \((?P<again3>[0-9]+)\)
+        )
       | (?P<decimal>{_DECIMAL})
         (?: [eE](?P<exponent>[-+]?[0-9]+)
-          | \ ?(?:\\times|\\cdot|\u00d7|\*)\ ?10\ ?\^\ ?\{{?(?P<exponent2>[-+]?[0-9]+)\}}?
+          | \ ?(?:\\times|\\cdot|\\ast|[x*\u00d7\u00b7\u22c5])\ ?10\ ?\^\ ?\{{?\ ?(?P<exponent2>[-+]?[0-9]+)\ ?\}}?
         )?
     )
     (?P<tail>[^0-9.,].*)?
     """,
     re.VERBOSE | re.DOTALL,
 )
-_PERCENT = re.compile(r" ?(?:\\?%|(?:percent|per cent|pct)(?![A-Za-z]))(?P<rest>.*)", re.DOTALL | re.IGNORECASE)
-_CURRENCY_BEHIND = re.compile(r" ?\\?[$€£¥]")
+_PERCENT = re.compile(
+    r" ?(?:\\?%|(?:percent|per cent|pct)(?![A-Za-z])|percentage points?(?![A-Za-z]))(?P<rest>.*)",
+    re.DOTALL | re.IGNORECASE,
+)
+_CURRENCY_BEHIND = re.compile(r" ?\\?(?P<sign>[$€£¥₹])")
 _MAGNITUDE = re.compile(r" ?(?P<word>hundred|thousand|million|billion|trillion)(?![A-Za-z])", re.IGNORECASE)
 _MAGNITUDES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-_UNIT = re.compile(r" ?(?:\^ ?\{? ?\\circ ?\}?|°) ?[CF]?| [A-Za-z]{2}[A-Za-z /.'()-]*(?:\^ ?\{?[23]\}?|[²³])?")
-_NO_UNIT = re.compile(  # Words that go on counting, or take back what was said.
-    r"\b(?:or|plus|minus|not|to|half|quarter|third|over|mod|choose|is|zero|one|two|three|four|five|six|seven|eight|nine|"
-    r"ten|eleven|twelve|[a-z]+teen|twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety|hundred|thousand|million|"
-    r"billion|trillion|tenths?|hundredths?|thousandths?|percent|squared|cubed|pi)\b",
-    re.IGNORECASE,
-)
 _FIRST_TOKEN = re.compile(r"[-+]?(?:\\?[$€£¥] ?)?(?P<digits>[0-9][0-9.,]*)")
 _TWO_NUMBERS = re.compile(r"[0-9.] +[0-9.]")
 
@@ -79,8 +99,10 @@ def clean_answer(answer: str) -> str:
     """
     if len(answer) > MAX_ANSWER_CHARS:
         return answer
-    answer = _TEXT.sub(r" \1 ", answer.replace("\u2212", "-").replace("{,}", ",").replace(r"\!", ""))
-    answer = " ".join(_SPACING.sub(" ", answer).split())
+    answer = _LONE_BACKSLASH.sub(r"\1", spelled_out(answer).strip())
+    if "\\" in answer or "{" in answer or "~" in answer:
+        answer = _TEXT.sub(_plain_text, _SPACING.sub(_plain_spacing, answer))
+    answer = " ".join(answer.split())
     for _ in range(8):
         before = answer
         if answer[-1:] in tuple(".,;:"):
@@ -106,6 +128,14 @@ def clean_answer(answer: str) -> str:
     return answer
 
 
+def _plain_spacing(match: re.Match[str]) -> str:
+    return match["row"] or ("," if match["comma"] else "" if match["none"] else " ")
+
+
+def _plain_text(match: re.Match[str]) -> str:
+    return match["row"] or f" {match[2]} "
+
+
 def read_number(answer: str) -> Number | None:
     """The number that a cleaned answer of at most `MAX_ANSWER_CHARS` is, or None."""
     if len(answer) > MAX_ANSWER_CHARS:
@@ -113,24 +143,37 @@ def read_number(answer: str) -> Number | None:
     name = ""
     if named := _NAME.fullmatch(answer):
         name, answer = named["name"].strip(), named["rest"]
-    match = _NUMBER.fullmatch(_DIGIT_PAIR_FRACTION.sub(r"\\frac{\1}{\2}", answer))
+    if about := _LEADING_ABOUT.match(answer):
+        answer = answer[about.end() :]
+    match = _NUMBER.fullmatch(_BARE_FRACTION.sub(_braced_fraction, answer) if "frac" in answer else answer)
     if match is None or (match["sign"] and match["inner_sign"]):
         return None
-    scaled = _read_tail(match["tail"] or "")
     value = _exact_value(match)
-    if scaled is None or value is None:
+    tail = _Tail() if value is None or not match["tail"] else _read_tail(match["tail"], value)
+    if value is None or tail is None:
         return None
-    scale, unit = scaled
+    unit = tail.unit
+    if match["currency"] and not any(power > 0 for _, power in unit.dimensions):  # `$5 per day` is money, too.
+        unit = _money(match["currency"], unit)
     if value == "beyond":
-        return Number(value=None, name=name, unit=unit)
-    negative = "-" in (match["sign"], match["inner_sign"])
-    return Number(value=-value * scale if negative else value * scale, name=name, unit=unit)
+        return Number(value=None, name=name, unit=unit, percent=tail.percent)
+    if "-" in (match["sign"], match["inner_sign"]):
+        value = -value
+    return Number(value=value * tail.scale, name=name, unit=unit, percent=tail.percent)
+
+
+def _braced_fraction(match: re.Match[str]) -> str:
+    return r"\frac" + "".join(part if part.startswith("{") else f"{{{part}}}" for part in match.groups())
 
 
 def _exact_value(match: re.Match[str]) -> Fraction | Literal["beyond"] | None:
     def fraction(text: str) -> Fraction:
         return Fraction(text.replace(",", "").replace(" ", "").rstrip("."))
 
+    if match["once"]:
+        digits = match["again"] or match["again2"] or match["again3"]
+        shift = len(match["once"].partition(".")[2])
+        return Fraction("0" + match["once"] + "0") + Fraction(int(digits), (10 ** len(digits) - 1) * 10**shift)
     if match["decimal"]:
         mantissa = fraction(match["decimal"])
         exponent = match["exponent"] or match["exponent2"] or "0"
@@ -145,31 +188,61 @@ def _exact_value(match: re.Match[str]) -> Fraction | Literal["beyond"] | None:
     return None if bottom == 0 else fraction(match["whole"] or match["whole2"] or "0") + top / bottom
 
 
-def _read_tail(tail: str) -> tuple[Fraction, str] | None:
-    """(factor, unit) that the text behind a number means, or None where it is neither a magnitude nor a unit."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Tail:
+    """What the text behind a number means."""
+
+    scale: Fraction = Fraction(1)
+    percent: bool = False
+    unit: Unit = NO_UNIT
+
+
+def _read_tail(tail: str, value: Fraction | Literal["beyond"]) -> _Tail | None:
+    """None where it is neither a magnitude, nor a percent sign, nor a unit."""
     scale = Fraction(1)
     while magnitude := _MAGNITUDE.match(tail):
         scale *= 10 ** _MAGNITUDES[magnitude["word"].lower()]
         tail = tail[magnitude.end() :]
-    if percent := _PERCENT.fullmatch(tail):
+    percent = _PERCENT.fullmatch(tail)
+    if percent:
         scale, tail = scale / 100, percent["rest"]
-    if currency := _CURRENCY_BEHIND.match(tail):
+    currency = _CURRENCY_BEHIND.match(tail)
+    if currency:
         tail = tail[currency.end() :]
-    if not tail:
-        return scale, ""
-    if _UNIT.fullmatch(tail) is None or _NO_UNIT.search(tail):
+    unit = read_unit(tail, single=value != "beyond" and value * scale <= 1)
+    # Three quarters are a fraction, and eight are coins.
+    if unit is None or (("quarter", 1) in unit.dimensions and value != "beyond" and value * scale < 4):
         return None
-    return scale, tail.strip()
+    if currency and not any(power > 0 for _, power in unit.dimensions):
+        unit = _money(currency["sign"], unit)
+    return _Tail(scale=scale, percent=percent is not None, unit=unit)
+
+
+def _money(sign: str, per: Unit) -> Unit:
+    money = read_unit("$" if sign == "USD" else sign[-1])
+    assert money is not None
+    return Unit(money.factor * per.factor, tuple(sorted(money.dimensions + per.dimensions)))
 
 
 def same_number(a: Number, b: Number) -> bool:
-    """Equal values, and no name or unit that contradicts the other's."""
+    """Equal values, and no name or unit that contradicts the other's.
 
-    def agree(first: str, second: str) -> bool:
-        words = [re.sub(r"s\b", "", text.casefold()).replace(" ", "") for text in (first, second)]
-        return not first or not second or words[0] == words[1]
+    Where both have units of the same dimensions these count: `3 km` is `3000 m`. Where exactly one has a percent sign, it
+    may count or not: `60%` is `0.6`, and also `60`.
+    """
+    if a.value is None or b.value is None or not _same_name(a.name, b.name) or not agree(a.unit, b.unit):
+        return False
+    if a.percent != b.percent:
+        percent, bare = (a.value, b.value) if a.percent else (b.value, a.value)
+        return not (b if a.percent else a).unit.dimensions and bare in (percent, 100 * percent)
+    if a.unit.dimensions and b.unit.dimensions:
+        return a.value * a.unit.factor == b.value * b.unit.factor
+    return a.value == b.value
 
-    return a.value is not None and a.value == b.value and agree(a.name, b.name) and agree(a.unit, b.unit)
+
+def _same_name(first: str, second: str) -> bool:
+    words = [re.sub(r"s\b", "", text.casefold()).replace(" ", "") for text in (first, second)]
+    return not first or not second or words[0] == words[1]
 
 
 def is_broken_number(side: str) -> bool:

@@ -7,10 +7,10 @@ and scoring runs between two steps of generation.
 """
 
 import re
-from collections import deque
 from collections.abc import Iterator
 
 from ludic.types import ParseResult
+from ludic.typography import SUPERSCRIPT_DIGITS, VULGAR_FRACTIONS, ascii_look, without_invisible
 
 _BOX_COMMAND_BACKWARDS = re.compile(r"(?<![A-Za-z])(?:dexob|xobf)\\")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
@@ -19,21 +19,45 @@ _BARE_ARGUMENT = re.compile(r"(?:\\[^()\[\]\s]|\{[^{}\s]*+\}|[^\\{}$\s])++")
 _SPACE = re.compile(r"\s*+")
 _IS_ANSWER = re.compile(r"[0-9]|\\[A-Za-z]|^[A-Za-z]$")
 
-# A comma groups thousands only between groups of exactly three digits. Possessive quantifiers: no backtracking into
-# a run of digits, so a megabyte of them is read once.
-_DIGITS = r"(?:[1-9][0-9]{0,2}(?:(?:,|\{,\}|,\\!|\\,)[0-9]{3})++(?![0-9])|[0-9]++)"
+_THINKING_ENDS = re.compile(r">(?:gni)?kniht/<|\]KNIHT/\[", re.IGNORECASE)
+# What stands in a box that is only spoken of: nothing, dots, underscores, a question mark, `your answer`.
+_NO_ANSWER = re.compile(
+    r"(?:[\s.…_?~]|\\(?:[lc]?dots|ldot|square|quad|[,;:!\s])|\\(?:text|textbf|mathrm)\s*\{[\s.…_?]*\})*+"
+    r"(?:\\(?:text|textbf|textit|mathrm)\s*\{)?[\s<\[]*+"
+    r"(?:(?:the |my |your |final |numeric(?:al)? )*(?:answer|result|number|value|solution)(?: here)?)?[\s>\].…]*\}?",
+    re.IGNORECASE,
+)
+_END_SPACE = re.compile(r"(?<!\\)((?:\\\\)*+)\\\Z")
+
+# Separators of thousands stand only between groups of exactly three digits; of a list of numbers, `1 2 300`, none is.
+# Possessive quantifiers: no backtracking into a run of digits, so a megabyte of them is read once.
+_SEPARATOR = r"(?:,(?:\\!\ ?)?|\{,\}|\\[,;:!\ ]|\\thinspace\ ?|\{\\,\}|[ ~])"
+_DIGITS = rf"(?:(?<![0-9][ ])[1-9][0-9]{{0,2}}(?:{_SEPARATOR}[0-9]{{3}})++(?![0-9])|[0-9]++)"
 _DECIMAL = rf"(?:{_DIGITS}(?:\.[0-9]++)?+|(?<![0-9])\.[0-9]++)"
+_POWER = rf"(?:[ ]?\^[ ]?(?:\{{[ ]?[-+]?[0-9]++[ ]?\}}|[-+]?[0-9]++)|\u207b?[{SUPERSCRIPT_DIGITS}]++)"
 _NUMBER = re.compile(
     rf"""
-    (?P<sign>(?<![\w)\]}}%.])[-+\u2212])?+        # a minus after a word or a number is a hyphen or a subtraction
-    (?P<currency>\\?[$\u20ac\u00a3\u00a5][ ]?)?+
-    (?P<inner_sign>(?<=[$\u20ac\u00a3\u00a5])[-+\u2212])?+
+    (?=[-+.0-9^_$\\\u20ac\u00a3\u00a5\u20b9{VULGAR_FRACTIONS}{SUPERSCRIPT_DIGITS}])  # For speed: nothing below begins otherwise.
+    (?:
+    # Exponents of units and variables, and indices, are passed over: `48 m^2`, `48 m2`, `x_1`.
+    (?:\^|(?<=[A-Za-z])_)[ ]?(?:\{{[^{{}}]*+\}}|[-+]?[0-9]++)
+  | (?:(?<=\bm)|(?<=\b[cmk]m)|(?<=\bft)|(?<=\bin))[23](?![0-9])
+  | (?P<sign>(?<![\w)\]}}%.])[-+])?+              # a minus after a word or a number is a hyphen or a subtraction
+    (?P<currency>\\?[$\u20ac\u00a3\u00a5\u20b9][ ]?)?+
+    (?P<inner_sign>(?<=[$\u20ac\u00a3\u00a5\u20b9])[-+])?+
     (?P<value>
-        (?:[0-9]++[ ]?)?+\\[dt]?frac\{{[-+]?+{_DECIMAL}\}}\{{[-+]?+{_DECIMAL}\}}
-      | [0-9]++[ ][0-9]++/[0-9]++
-      | {_DECIMAL}(?:[eE][-+]?+[0-9]++)?+(?:/{_DECIMAL})?+
+      (?: (?:[0-9]++[ ]?)?+\\[dtc]?frac[ ]?(?:\{{[ ]?[-+]?+{_DECIMAL}[ ]?\}}[ ]?|[0-9][ ]?){{2}}(?<![ ])
+        | [0-9]++[ ][0-9]++[ ]?/[ ]?[0-9]++
+        | (?:[0-9]++[ ]?)?+(?:[{VULGAR_FRACTIONS}]|[{SUPERSCRIPT_DIGITS}]++/[₀-₉]++)
+        | [0-9]++\.[0-9]*+(?:\\(?:overline|bar|dot)[ ]?(?:\{{[ ]?[0-9]++[ ]?\}}|[0-9])|\([0-9]++\))
+        | {_DECIMAL}
+          (?:[eE][-+]?+[0-9]++|[ ]?(?:\\times|\\cdot|\\ast|[x*\u00d7\u00b7\u22c5])[ ]?10{_POWER}|{_POWER})?+
+          (?:[ ]?/[ ]?{_DECIMAL})?+
+      )
+      (?:[ ]?(?:hundred|thousand|million|billion|trillion)(?![A-Za-z]))*+
     )
-    (?P<percent>[ ]?\\?%)?+
+    (?P<percent>[ ]?(?:\\?%|(?:percent|per[ ]cent|pct)(?![A-Za-z])))?+
+    )
     """,
     re.VERBOSE,
 )
@@ -42,10 +66,11 @@ _NUMBER = re.compile(
 def boxed_parser(text: str) -> ParseResult:
     r"""The content of the last `\boxed` or `\fbox`, stripped of white space.
 
-    Braces nest, and `\{` and `\}` do not count. The last box decides even if it is spoiled: an unclosed brace or an
-    empty box is an error, not a reason to take an earlier box. A box without braces, `\boxed 5`, holds what follows up
-    to white space or the end of math mode; a `\boxed` that is followed by neither braces, a digit, a LaTeX command nor
-    a single letter is a mention of the command ("as I wrote in \boxed"), and is passed over.
+    Braces nest, and `\{` and `\}` do not count. The last box decides even if it is spoiled: an unclosed brace is an
+    error, not a reason to take an earlier box. A box without braces, `\boxed 5`, holds what follows up to white space or
+    the end of math mode. A box that holds no answer (`\boxed{}`, `\boxed{...}`), and a `\boxed` that is followed by neither
+    braces, a digit, a LaTeX command nor a single letter, are mentions of the command ("as I wrote in \boxed"), and are
+    passed over. Of a text with `</think>` only what follows it counts, if anything does.
 
     Example:
         >>> boxed_parser(r"so \boxed{\frac{36}{2}} eggs")
@@ -53,25 +78,35 @@ def boxed_parser(text: str) -> ParseResult:
         >>> boxed_parser("eighteen")
         ParseResult(answer=None, error='no \\boxed{...} in the text')
     """
+    text = _after_thinking(text)
     end = len(text)
+    error = r"no \boxed{...} in the text"
     for start, argument_start in _boxes_from_behind(text):
         argument_start = _end_of(_SPACE, text, argument_start, end)
         if text[argument_start : argument_start + 1] == "{" and argument_start < end:
-            return _braced_content(text, argument_start)
-        # Reading stops where a later box begins, so that many boxes in a row are still read once.
-        argument = text[argument_start : _end_of(_BARE_ARGUMENT, text, argument_start, end)].rstrip(".,;:!?*")
-        if _IS_ANSWER.search(argument):
-            return ParseResult(answer=argument)
+            closing = closing_brace(text, argument_start)
+            if closing is None:
+                return ParseResult(error="the last box is not closed")
+            content = _END_SPACE.sub(r"\1", text[argument_start + 1 : closing].strip()).strip()
+            if _NO_ANSWER.fullmatch(content) is None:
+                return ParseResult(answer=content)
+            error = "the last box is empty"
+        else:
+            # Reading stops where a later box begins, so that many boxes in a row are still read once.
+            argument = text[argument_start : _end_of(_BARE_ARGUMENT, text, argument_start, end)].rstrip(".,;:!?*")
+            if _IS_ANSWER.search(argument):
+                return ParseResult(answer=argument)
         end = start
-    return ParseResult(error=r"no \boxed{...} in the text")
+    return ParseResult(error=error)
 
 
 def last_number_parser(text: str) -> ParseResult:
     r"""The content of the last box if `boxed_parser` finds one, else the last number in the text, as it is written.
 
-    A number has ASCII digits, and may have a sign, thousands separators (`1,000`; in `1,00` the comma separates two
-    numbers), decimals, an exponent (`1e3`), a percent sign, and be a fraction (`3/4`, `\frac{3}{4}`, `2 1/2`). The
-    percent sign stays with the number, for 18% is not 18; a currency sign does not, nor does a full stop behind it.
+    A number may have a sign, thousands separators (`1,000`, `1\,000`, `1 000`; in `1,00` the comma separates two
+    numbers), decimals, an exponent (`1e3`, `1.8 \times 10^4`, `2^{10}`), a percent sign and a magnitude (`3 million`), and
+    be a fraction (`3/4`, `\frac{3}{4}`, `2 1/2`, `½`). The percent sign stays with the number, for 18% may be 0.18; a
+    currency sign does not, nor does a full stop behind it. Exponents of units and indices are no numbers: `48 m^2`, `x_1`.
 
     Example:
         >>> last_number_parser("She pays $1,234.50. That is it.").answer
@@ -82,12 +117,24 @@ def last_number_parser(text: str) -> ParseResult:
     boxed = boxed_parser(text)
     if boxed.answer is not None:
         return boxed
-    last_only = deque(_NUMBER.finditer(text), maxlen=1)
-    if not last_only:
+    text = without_invisible(_after_thinking(text))
+    last = None
+    for match in _NUMBER.finditer(ascii_look(text)):  # Each character of it stands where it stands in `text`.
+        if match["value"]:
+            last = match
+    if last is None:
         return ParseResult(error="no box and no number in the text")
-    last = last_only[0]
-    sign = (last["sign"] or last["inner_sign"] or "").replace("\u2212", "-").replace("+", "")
-    return ParseResult(answer=sign + last["value"] + (last["percent"] or "").strip())
+    sign = (last["sign"] or last["inner_sign"] or "").replace("+", "")
+    return ParseResult(answer=sign + text[last.start("value") : last.end()])
+
+
+def _after_thinking(text: str) -> str:
+    """What follows the last `</think>`, or all of `text` where nothing does."""
+    if "</" not in text and "[/" not in text:
+        return text
+    thinking = _THINKING_ENDS.search(text[::-1])
+    after = text[len(text) - thinking.start() :] if thinking else ""
+    return after if after.strip() else text
 
 
 def closing_brace(text: str, start: int) -> int | None:
@@ -113,14 +160,6 @@ def _boxes_from_behind(text: str) -> Iterator[tuple[int, int]]:
     """(start, end) of each box command, the last first: what stands before the one that decides is not looked at."""
     for command in _BOX_COMMAND_BACKWARDS.finditer(text[::-1]):
         yield len(text) - command.end(), len(text) - command.start()
-
-
-def _braced_content(text: str, start: int) -> ParseResult:
-    end = closing_brace(text, start)
-    if end is None:
-        return ParseResult(error="the last box is not closed")
-    content = text[start + 1 : end].strip()
-    return ParseResult(answer=content) if content else ParseResult(error="the last box is empty")
 
 
 def _end_of(pattern: re.Pattern[str], text: str, start: int, end: int) -> int:
