@@ -68,7 +68,7 @@ class OwnServer:
         self.server, self.reasons, self.is_running, self.log_path = server, list[str](), True, Path("server.log")
         self.base_url = server.base_url
 
-    def ending(self) -> str | None:
+    def ending(self, wait_s: float = 0.0) -> str | None:
         return (
             None if self.is_running else "the vLLM server was ended by SIGHUP; it said: bye (its whole log: server.log)"
         )

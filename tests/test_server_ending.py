@@ -43,10 +43,10 @@ KILLED = "os.kill(os.getpid(), signal.SIGKILL)"
 
 
 @pytest.fixture(autouse=True)
-def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+def little_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recovery, "LOOK_S", 0.01)
-    monkeypatch.setattr(vllm_client, "MAX_ATTEMPTS", 2)
-    monkeypatch.setattr("random.uniform", lambda low, high: 0.0)
+    monkeypatch.setattr(vllm_client, "MAX_ATTEMPTS", 4)
+    monkeypatch.setattr("random.uniform", lambda low, high: 0.1)  # 0.7 s in all, in which a process that ends is gone
 
 
 @pytest.fixture

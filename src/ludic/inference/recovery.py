@@ -57,6 +57,8 @@ MAX_LOSSES_AT_START = 1
 """The same before the first weight sync of a run has succeeded: a person still looks, and the settings may be wrong."""
 COUNTDOWN_S = 30.0
 """Between two lines that say for how long it is still waited."""
+ENDING_LOOK_S = 0.5
+"""A process that ends cuts its connections a moment before it is gone."""
 LOOK_S = 1.0
 
 
@@ -264,7 +266,9 @@ class RecoveringEngine:
         self._losses += 1
         self._num_recoveries += 1
         if self._server is not None and isinstance(error, ServerLostError):
-            ending = self._server.ending()  # what ours says of its end tells more than what was noticed of it
+            ending = self._server.ending(
+                wait_s=ENDING_LOOK_S
+            )  # what ours says of its end tells more than what was noticed of it
             error = error if ending is None else type(error)(ending)
         self._reason = error
         self._say(f"the server was lost: {error}")
