@@ -6,7 +6,7 @@ Two kinds of words are units: those of `_TABLE`, with dimension and factor, and 
 `people`), which are a dimension of their own. A counted noun has to be a plural, and no phrase may have a word that
 changes the value or takes it back: numerals, fractions, `squared`, `or`, `than`, `below`.
 
-A library of units (pint) was tried and left: it takes 1.6 s by the clock of a busy machine to import and to read its tables, reads `cats` as a
+A library of units (pint) was tried and left: it takes a second or more to import, reads `cats` as a
 pressure, `a` as a year and `6 am` as attometers, and knows neither dollars nor any counted noun.
 """
 
