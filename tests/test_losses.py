@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from ludic.training.attention import prepare_packed_attention
-from ludic.training.logprobs import check_head, token_logprobs
+from ludic.training.logprobs import token_logprobs
 from ludic.training.losses import (
     LOSSES,
     LossInputs,
@@ -35,6 +35,7 @@ from ludic.training.losses import (
     reduce_columns,
     reduce_metrics,
 )
+from ludic.training.model_checks import check_head
 from ludic.training.packing import pack
 from ludic.types import MicroBatch, TrainingSample
 

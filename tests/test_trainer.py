@@ -19,7 +19,6 @@ from ludic.inference.local import LocalEngine
 from ludic.prompts import load_tokenizer
 from ludic.training.checkpoint import CheckpointError, TrainerState, latest_checkpoint, list_checkpoints, read_state
 from ludic.training.config import GRPOConfig, RunPaths
-from ludic.training.learner import disable_dropout
 from ludic.training.losses import LOSSES
 from ludic.training.schedule import schedule_factor
 from ludic.training.trainer import GRPOTrainer, TrainingSummary
@@ -673,16 +672,6 @@ def test_an_evaluation_that_was_cut_off_is_made_up_for_by_the_resumed_run(
     summary = Run(digit_policy_dir, tmp_path, train_steps=1, resume=True).go()
     assert [evaluation["step"] for evaluation in summary.evaluations] == [0, 1]
     assert summary.accuracy_before is not None and summary.accuracy_after is not None
-
-
-def test_no_dropout_is_left_in_training(digit_policy_dir: Path) -> None:
-    model = load(digit_policy_dir)
-    model.add_module("extra", torch.nn.Dropout(0.3))
-    attention: Any = next(module for module in model.modules() if hasattr(module, "attention_dropout"))
-    attention.attention_dropout = model.config.attention_dropout = 0.2
-    disable_dropout(model)
-    assert model.get_submodule("extra").p == 0.0
-    assert attention.attention_dropout == model.config.attention_dropout == 0.0
 
 
 # --- rollouts ahead of the policy -------------------------------------------------------------------------------------

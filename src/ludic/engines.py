@@ -44,7 +44,7 @@ async def open_engine(
         EngineError: the server is not there, not the right one, or held by another trainer.
     """
     if args.engine == "local":
-        engine = await asyncio.to_thread(_local_engine, args.model, args.trust_remote_code)
+        engine = await asyncio.to_thread(_local_engine, args, max_seq_len)
         try:
             yield engine
         finally:
@@ -53,6 +53,7 @@ async def open_engine(
     from ludic.inference.recovery import RecoveringEngine
     from ludic.inference.vllm_client import VLLMEngine, stop_token_ids
     from ludic.pretrained import load_config
+    from ludic.training.rope import longrope_switch
 
     model_config = load_config(args.model, trust_remote_code=args.trust_remote_code)
     async with contextlib.AsyncExitStack() as stack:
@@ -66,6 +67,7 @@ async def open_engine(
             stop_token_ids=stop_token_ids(args.model, tokenizer, model_config),
             seed_requests=args.seed_requests,
             vocab_size=model_config.get_text_config().vocab_size,
+            longrope_switch=longrope_switch(model_config) if trains else None,
             trainer=trainer,
         )
         if trainer is None:
@@ -79,13 +81,15 @@ async def open_engine(
         yield recovering
 
 
-def _local_engine(model: str, trust_remote_code: bool) -> Any:
+def _local_engine(args: argparse.Namespace, max_seq_len: int) -> Any:
     import torch
 
     from ludic.inference.local import LocalEngine
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return LocalEngine.from_pretrained(model, device=device, trust_remote_code=trust_remote_code)
+    return LocalEngine.from_pretrained(
+        args.model, device=device, trust_remote_code=args.trust_remote_code, context_len=max_seq_len
+    )
 
 
 async def _start_server(

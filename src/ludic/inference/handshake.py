@@ -83,10 +83,24 @@ def served_model(control: ServerControl, model: str) -> dict[str, Any]:
     )
 
 
-def check_context(served: Mapping[str, Any], max_seq_len: int) -> None:
-    """Raise ServerMismatchError if the server's context is shorter than `max_seq_len` tokens."""
+def check_context(served: Mapping[str, Any], max_seq_len: int, longrope_switch: int | None = None) -> None:
+    """Compare the server's context with the trainer's, both in tokens.
+
+    Args:
+        longrope_switch: the context beyond which the model's RoPE takes other frequencies (`rope.longrope_switch`).
+
+    Raises:
+        ServerMismatchError: the server's is shorter than `max_seq_len`, or beyond a switch that `max_seq_len` is not.
+    """
     context = served.get("max_model_len")
-    if context is not None and context < max_seq_len:
+    if context is None:
+        return
+    if longrope_switch is not None and max_seq_len <= longrope_switch < context:
+        raise ServerMismatchError(
+            f"the server's context is {context} tokens: beyond {longrope_switch} it rotates positions (longrope) in another way "
+            f"than training with --max-seq-len {max_seq_len}: restart it with --max-model-len {max_seq_len}"
+        )
+    if context < max_seq_len:
         raise ServerMismatchError(
             f"the server's context is {context} tokens, shorter than --max-seq-len {max_seq_len}: "
             f"restart it with --max-model-len {max_seq_len} or lower --max-seq-len"

@@ -83,6 +83,7 @@ class VLLMEngine:
         seed_requests: send `sampling.seed`. vLLM then samples row by row, which costs time, and its results still depend
             on what else is in the batch; without, the server draws from its own generator.
         vocab_size: rows of the model's embedding; a reply with another token id is refused. None: not checked.
+        longrope_switch: of the model that trains, see `handshake.check_context`; None: not compared.
         trainer: the id under which the caller holds the server (`handshake.claim`); None for an evaluation.
     """
 
@@ -98,6 +99,7 @@ class VLLMEngine:
         stop_token_ids: Sequence[int] = (),
         seed_requests: bool = False,
         vocab_size: int | None = None,
+        longrope_switch: int | None = None,
         trainer: str | None = None,
     ) -> None:
         if concurrency < 1:
@@ -113,6 +115,7 @@ class VLLMEngine:
         self._stop_token_ids = list(stop_token_ids)
         self._seed_requests = seed_requests
         self._vocab_size = vocab_size
+        self._longrope_switch = longrope_switch
         self._headers = {TRAINER_HEADER: trainer} if trainer else {}
         if api_key:
             self._headers["Authorization"] = f"Bearer {api_key}"
@@ -150,7 +153,7 @@ class VLLMEngine:
         control = self.control
         served = handshake.served_model(control, self.model)
         if max_seq_len is not None:
-            handshake.check_context(served, max_seq_len)
+            handshake.check_context(served, max_seq_len, self._longrope_switch)
         handshake.check_tokenizer(control, self.model, tokenizer)
         handshake.check_chat_template(control, self.model, tokenizer)
         self._has_generate_route = handshake.has_generate_route(control)

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ludic.training.attention import check_isolation, compile_layers, prepare_packed_attention
+from ludic.training.attention import checkpoint_layers, compile_layers, prepare_packed_attention
 from ludic.training.config import GRPOConfig
-from ludic.training.logprobs import check_head, token_logprobs
+from ludic.training.logprobs import token_logprobs
 from ludic.training.losses import (
     LOSSES,
     LossSettings,
@@ -27,8 +27,10 @@ from ludic.training.losses import (
     reduce_columns,
 )
 from ludic.training.master_weights import MasterWeights, Published, cast_parameters
+from ludic.training.model_checks import check_head, check_isolation, check_mode
 from ludic.training.nonfinite import LARGEST_NORM, NonFinite, find_nonfinite, nonfinite_names
 from ludic.training.packing import num_loss_tokens, pack, update_scale
+from ludic.training.rope import pin_rope
 from ludic.types import MicroBatch, TrainingSample
 
 if TYPE_CHECKING:
@@ -79,23 +81,23 @@ class Learner:
             kl_coef=config.kl_coef,
             tis_cap=config.importance_cap,
         )
-        disable_dropout(model)
         prepare_packed_attention(model)
+        pin_rope(model, config.max_seq_len)
         compute_dtype = torch.bfloat16 if on_gpu else torch.float32
         self.masters = MasterWeights(model, compute_dtype=compute_dtype)
-        # Two proofs that cost milliseconds: no leak between packed sequences, the model's own logits.
-        check_isolation(model)
+        check_isolation(model, max_seq_len=config.max_seq_len)
         check_head(model)
         self._reference = reference_model
         if reference_model is not None:
             prepare_packed_attention(reference_model)
-            reference_model.requires_grad_(False).eval()
+            pin_rope(reference_model, config.max_seq_len)
+            reference_model.requires_grad_(False)
             cast_parameters(reference_model, compute_dtype)
         if config.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            checkpoint_layers(model)
+        check_mode(model)
         if self._compile:
             compile_layers(model)
-        model.train()
         self.optimizer = torch.optim.AdamW(
             self.masters.parameters,
             lr=config.learning_rate,
@@ -297,13 +299,3 @@ class Learner:
 
 class OutOfMemory(MemoryError):
     """The trainer's device is too small for what was asked; the message names the flag to change."""
-
-
-def disable_dropout(model: torch.nn.Module) -> None:
-    """Set every dropout to 0: the trainer's log-probs must be those of the policy that sampled, in training mode too."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        for holder in (module, getattr(module, "config", None)):  # attention keeps its own in either place
-            if isinstance(getattr(holder, "attention_dropout", None), float):
-                setattr(holder, "attention_dropout", 0.0)  # noqa: B010  # a module's attributes are tensors to the checker
