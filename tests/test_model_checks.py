@@ -250,7 +250,7 @@ def test_long_factors_are_taken_from_the_context_on_at_which_vllm_takes_them(con
 def test_a_model_whose_rope_cannot_be_pinned_is_refused_with_the_length_that_it_can_be_trained_at() -> None:
     def make() -> PreTrainedModel:
         rope = _longrope(short_mscale=1.0, long_mscale=1.5)
-        return PhimoeForCausalLM(PhimoeConfig(**_EXPERTS, original_max_position_embeddings=32, rope_parameters=rope))
+        return PhimoeForCausalLM(PhimoeConfig(**_EXPERTS, rope_parameters=rope))
 
     with pytest.raises(RuntimeError, match=r"PhimoeForCausalLM lets packed .* up to --max-seq-len 32 it does not"):
         _learner(_model(make))
@@ -263,7 +263,8 @@ def test_dynamic_rope_beyond_the_context_that_vllm_has_positions_for_is_refused(
 
 
 def test_a_window_that_is_seen_from_the_wrong_place_is_found_at_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, one_by_one = _model(LENGTH_BOUND["window"]), attention._one_by_one
+    model = _model(LENGTH_BOUND["window"])
+    one_by_one: Callable[..., torch.Tensor] = attention._one_by_one
     prepare_packed_attention(model)
 
     def narrower_in_a_row(*arguments: Any) -> torch.Tensor:

@@ -286,7 +286,7 @@ def checkpoint_layers(model: PreTrainedModel) -> None:
     Raises:
         ValueError: if the model has no layers that can be told apart.
     """
-    layers = [module for module in model.base_model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers: list[Any] = [one for one in model.base_model.modules() if isinstance(one, GradientCheckpointingLayer)]
     if not layers:
         raise ValueError(
             f"{type(model).__name__} has no decoder layers of transformers' kind to recompute: leave out --gradient-checkpointing"

@@ -152,8 +152,11 @@ class Learner:
             self.discard()
             raise self._out_of_memory() from error
 
-    def step(self, *, learning_rate: float) -> dict[str, float]:
+    def step(self, *, learning_rate: float, num_without_loss: int = 0) -> dict[str, float]:
         """End the update: scale and clip the gradient, step, and hand the new weights to the model; the update's figures.
+
+        `num_without_loss` sequences of the update were not accumulated because their groups have no variance; the mean
+        counts them where the loss's paper does.
 
         Where the loss, a log-prob of the policy or the gradient is not finite, the step is skipped: weights, masters and
         the optimizer's state stay as they were, to the bit. `skipped_update` is then 1.0, else 0.0; the figures are those
@@ -167,7 +170,7 @@ class Learner:
         """
         self.stepped = False
         try:
-            return self._step(learning_rate)
+            return self._step(learning_rate, num_without_loss if self._loss.counts_zero_variance else 0)
         except torch.OutOfMemoryError as error:
             raise self._out_of_memory() from error
         finally:
@@ -177,9 +180,11 @@ class Learner:
         """One line on the last step that was skipped: what was not finite and where, and what to turn."""
         return "no update has been skipped" if self.nonfinite is None else self.nonfinite.describe()
 
-    def _step(self, learning_rate: float) -> dict[str, float]:
+    def _step(self, learning_rate: float, num_without_loss: int) -> dict[str, float]:
         scale = update_scale(
-            self._loss.normalisation, num_sequences=self._num_sequences, num_loss_tokens=self._num_loss_tokens
+            self._loss.normalisation,
+            num_sequences=self._num_sequences + num_without_loss,
+            num_loss_tokens=self._num_loss_tokens,
         )
         epochs, taken = self.config.epochs_per_update, 0
         metrics: dict[str, float] = {}
