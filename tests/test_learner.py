@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import PhiConfig, PhiForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from ludic.training.advantages import training_samples
 from ludic.training.config import GRPOConfig
@@ -113,3 +113,43 @@ def test_with_a_penalty_every_sampled_token_owes_it_and_every_mean_counts_it(los
     figures = _update(_learner(loss, kl_coef=KL_COEF))
     assert figures["loss"] == pytest.approx(sum(terms), rel=1e-5)
     assert figures["num_loss_tokens"] == 12
+
+
+# -- weight decay --------------------------------------------------------------------------------------------------------
+
+
+def _phi() -> PhiForCausalLM:
+    torch.manual_seed(0)
+    model = PhiForCausalLM(
+        PhiConfig(
+            vocab_size=61, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+            max_position_embeddings=64,
+        )
+    )  # fmt: skip
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)  # biases and norms too have something to lose
+    return model
+
+
+def _weights_after(weight_decay: float) -> dict[str, torch.Tensor]:
+    model = _phi()
+    config = GRPOConfig(max_seq_len=16, rollouts_per_update=4, group_size=2, weight_decay=weight_decay)
+    learner = Learner(config, model)
+    samples, _ = training_samples(GROUPS[:1], scale_rewards=False, mask_truncated=False)
+    learner.accumulate(samples)
+    learner.step(learning_rate=0.01)
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def test_weights_and_embeddings_decay_as_adamw_has_it_and_norms_and_biases_do_not() -> None:
+    start, plain, decayed = dict(_phi().named_parameters()), _weights_after(0.0), _weights_after(0.5)
+    kinds = {name.rpartition(".")[2] if "norm" not in name else "norm" for name in plain}
+    assert kinds == {"weight", "bias", "norm"}
+    for name, weight in decayed.items():
+        lost = plain[name] - weight
+        if name.endswith("bias") or "norm" in name:
+            assert not lost.any(), name
+        else:
+            # The step is the same; the weight that it is taken from is 0.005 (learning rate x decay) smaller.
+            torch.testing.assert_close(lost, 0.005 * start[name].detach(), atol=1e-6, rtol=1e-4)

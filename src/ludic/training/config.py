@@ -58,7 +58,7 @@ class GRPOConfig:
         "constant", "optimisation", "after the warm-up", choices=("constant", "linear", "cosine")
     )
     warmup_steps: int = _setting(5, "optimisation", "updates over which the learning rate rises to its peak")
-    weight_decay: float = _setting(0.0, "optimisation", "AdamW's decoupled weight decay")
+    weight_decay: float = _setting(0.0, "optimisation", "AdamW's decoupled weight decay; norms and biases are left out")
     adam_beta1: float = _setting(0.9, "optimisation", "AdamW's decay of the first moment")
     adam_beta2: float = _setting(0.99, "optimisation", "AdamW's decay of the second moment")
     max_grad_norm: float = _setting(1.0, "optimisation", "gradients are clipped to this norm; 0 switches it off")

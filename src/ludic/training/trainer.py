@@ -143,7 +143,7 @@ class GRPOTrainer(Generic[SampleT]):
             optimizer = self.learner.optimizer
             load_optimizer(self.last_checkpoint, optimizer, self.learner.device, model=model)
             for group in optimizer.param_groups:  # what this run was given, not what the checkpoint was made with
-                group["betas"], group["weight_decay"] = (config.adam_beta1, config.adam_beta2), config.weight_decay
+                group["betas"] = (config.adam_beta1, config.adam_beta2)
                 group["fused"] = optimizer.defaults["fused"]
             self.state = dataclasses.replace(state, config=self._settings)
         self.state = dataclasses.replace(
