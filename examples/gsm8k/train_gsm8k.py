@@ -170,7 +170,13 @@ async def _run(args: argparse.Namespace, config: GRPOConfig, paths: RunPaths, st
 
     _seed_generators(config.seed)
     async with open_engine(
-        args, tokenizer, out_dir=paths.out_dir, max_seq_len=config.max_seq_len, say=_say, trains=True
+        args,
+        tokenizer,
+        out_dir=paths.out_dir,
+        max_seq_len=config.max_seq_len,
+        say=_say,
+        trains=True,
+        fp32_head=config.fp32_head,
     ) as engine:
         # What takes long is done aside: the event loop tells the server meanwhile that this trainer lives.
         device = _training_device(args)

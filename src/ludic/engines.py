@@ -34,11 +34,13 @@ async def open_engine(
     max_seq_len: int,
     say: Callable[[str], None],
     trains: bool = False,
+    fp32_head: bool | None = None,
 ) -> "AsyncIterator[InferenceEngine]":
     """The engine that the flags ask for, checked against this run; closed, and its server ended, on the way out.
 
     A server that a killed trainer left paused is an error, unless this run `trains`: then its first sync sets it right.
-    A run that trains has the server to itself, and gets it back when it is lost.
+    A run that trains has the server to itself, and gets it back when it is lost. `fp32_head` is whether it keeps logits in
+    fp32: a server that is started does the same, another's is compared.
 
     Raises:
         EngineError: the server is not there, not the right one, or held by another trainer.
@@ -57,7 +59,7 @@ async def open_engine(
 
     model_config = load_config(args.model, trust_remote_code=args.trust_remote_code)
     async with contextlib.AsyncExitStack() as stack:
-        server = await _start_server(stack, args, out_dir, max_seq_len, say) if args.start_server else None
+        server = await _start_server(stack, args, out_dir, max_seq_len, fp32_head, say) if args.start_server else None
         trainer = uuid.uuid4().hex if trains else None
         client = VLLMEngine(
             f"http://{args.host}:{args.port}" if server is None else server.base_url,
@@ -68,6 +70,7 @@ async def open_engine(
             seed_requests=args.seed_requests,
             vocab_size=model_config.get_text_config().vocab_size,
             longrope_switch=longrope_switch(model_config) if trains else None,
+            fp32_head=fp32_head,
             trainer=trainer,
         )
         if trainer is None:
@@ -97,6 +100,7 @@ async def _start_server(
     args: argparse.Namespace,
     out_dir: Path,
     max_seq_len: int,
+    fp32_head: bool | None,
     say: Callable[[str], None],
 ) -> ServerProcess:
     last_said = [time.monotonic()]
@@ -113,7 +117,7 @@ async def _start_server(
         port=args.port,
         gpu=args.server_gpu,
         api_key=read_api_key(args.api_key_file),
-        extra_args=_server_flags(args, max_seq_len),
+        extra_args=_server_flags(args, max_seq_len, fp32_head),
         log_path=log_path,
         on_progress=on_progress,
     )
@@ -124,11 +128,13 @@ async def _start_server(
     return server
 
 
-def _server_flags(args: argparse.Namespace, max_seq_len: int) -> list[str]:
+def _server_flags(args: argparse.Namespace, max_seq_len: int, fp32_head: bool | None) -> list[str]:
     flags = shlex.split(args.server_args)
     given = [flag.replace("_", "-").partition("=")[0] for flag in flags]
     if "--max-model-len" not in given:
         flags += ["--max-model-len", str(max_seq_len)]
+    if fp32_head is False and "--hf-overrides" not in given:  # True is ludic's default there
+        flags += ["--hf-overrides", '{"head_dtype": "model"}']
     if "--weight-transfer-config" not in given and _only_one_gpu():
         flags += ["--weight-transfer-config", '{"backend": "ludic_shm"}']  # NCCL does not join a GPU with itself
     if args.chat_template:

@@ -207,6 +207,24 @@ def weight_sync_info(control: ServerControl, model: str) -> dict[str, Any]:
     return info
 
 
+def check_head_dtype(info: Mapping[str, Any], fp32_head: bool) -> None:
+    """Warn where the server rounds logits and the trainer does not, or the other way round.
+
+    Args:
+        info: of `weight_sync_info`.
+        fp32_head: whether the trainer keeps its logits in fp32.
+    """
+    theirs = info.get("head_dtype", info["dtype"])
+    ours = "float32" if fp32_head else info["dtype"]
+    if theirs != ours:
+        other = "--no-fp32-head" if fp32_head else "--fp32-head"
+        logger.warning(
+            "the server's LM head gives logits in %s and the trainer's in %s, so log-probs differ more than they need to: "
+            "restart the server with --hf-overrides '{\"head_dtype\": \"%s\"}', or train with %s",
+            theirs, ours, ours, other,
+        )  # fmt: skip
+
+
 # -- whose server it is ------------------------------------------------------------------------------------------------
 
 

@@ -54,7 +54,8 @@ USAGE = f"{PROG} [MODEL] [any flag of vLLM]"
 PREFACE = f"""vLLM's own server with settings for reinforcement learning; every flag is vLLM's.
 
 Defaults of ludic: --model {DEFAULT_MODEL} --host 127.0.0.1 --port 8000
---logprobs-mode processed_logprobs --generation-config vllm, a --weight-transfer-config for the
+--logprobs-mode processed_logprobs --generation-config vllm
+--hf-overrides '{{"head_dtype": "float32"}}', a --weight-transfer-config for the
 hardware (ludic_nccl where there are two GPUs, else ludic_shm), the RL routes (VLLM_SERVER_DEV_MODE=1), and
 no statistics and no access log (--enable-log-stats, --no-disable-uvicorn-access-log turn them on).
 Another host than loopback needs an API key: --api-key-file FILE, LUDIC_API_KEY or VLLM_API_KEY.
@@ -152,6 +153,8 @@ def apply_defaults(parser: argparse.ArgumentParser, backend: str) -> None:
         port=8000,
         logprobs_mode="processed_logprobs",
         generation_config="vllm",
+        # Logits are not rounded to bf16 before the softmax, as --fp32-head of the trainer has it.
+        hf_overrides={"head_dtype": "float32"},
         weight_transfer_config=json.dumps({"backend": backend}),
         worker_extension_cls="ludic.inference.vllm_worker.LudicWorkerExtension",
         # LLM.generate leaves statistics out by default as well. They are more than a third of the Python that runs in the

@@ -90,6 +90,9 @@ class GRPOConfig:
     compile: bool = _setting(
         True, "memory", "on CUDA: compile layers and log-probs; quicker, but some 20 s more at the first update"
     )
+    fp32_head: bool = _setting(
+        True, "memory", "keep logits in fp32 here and on a server that is started; else both sides round them to bf16"
+    )
     logprob_chunk: int = _setting(4096, "memory", "tokens that meet the vocabulary at once; bounds the logits' memory")
 
     eval_every: int = _setting(0, "evaluation", "evaluate every N updates; 0: only before and after training")

@@ -217,6 +217,7 @@ class Learner:
             row,
             temperature=self.config.temperature,
             chunk_size=self.config.logprob_chunk,
+            fp32_head=self.config.fp32_head,
             compile_head=self._compile,
         )
         inputs = loss_inputs(stats, row, old_logprobs=old, ref_logprobs=reference)
@@ -234,6 +235,7 @@ class Learner:
             row,
             temperature=self.config.temperature,
             chunk_size=self.config.logprob_chunk,
+            fp32_head=self.config.fp32_head,
             with_entropy=False,
         ).logprobs
 

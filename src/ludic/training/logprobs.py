@@ -31,6 +31,7 @@ def token_logprobs(
     temperature: float,
     chunk_size: int = 4096,
     with_entropy: bool = True,
+    fp32_head: bool = False,
     compile_head: bool = False,
 ) -> TokenStats:
     """Log-probabilities and entropies of the tokens that are trained on. Logits are divided by the temperature in fp32.
@@ -40,8 +41,9 @@ def token_logprobs(
         micro_batch: On the model's device.
         temperature: The one that the completions were sampled at.
         chunk_size: Tokens that meet the LM head at a time; logits and their gradient need chunk_size x vocabulary x 2
-            numbers of the model's dtype.
+            numbers of the model's dtype, half as many more with `fp32_head`.
         with_entropy: Compute entropies; zeros otherwise.
+        fp32_head: Keep logits in fp32 where the model computes in bf16; without, the product rounds them.
         compile_head: Compile the work on a chunk (worth it on a GPU with a large vocabulary).
 
     Raises:
@@ -51,7 +53,7 @@ def token_logprobs(
         raise ValueError(f"temperature must be above 0 to train on log-probs, not {temperature}")
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, not {chunk_size}")
-    head = output_layer(model)
+    head = output_layer(model)._replace(fp32_product=fp32_head)
     if torch.is_autocast_enabled(head.weight.device.type):  # autocast would not reach the head's backward pass
         dtype = torch.get_autocast_dtype(head.weight.device.type)
         head = head._replace(weight=head.weight.to(dtype), bias=None if head.bias is None else head.bias.to(dtype))
