@@ -13,7 +13,7 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -124,6 +124,8 @@ def run_shapes(args: argparse.Namespace) -> None:
 
 def write_table(args: argparse.Namespace) -> None:
     found = records_of(args).last()
+    if "head" not in found:
+        return
     headers = ["hidden x vocabulary, product", "mean gap, nats", "largest", "forward and backward s", "peak GiB"]
     cells = [
         [f"{row['shape']}, {row['product']}", row["gap_mean"], row["gap_max"], row["seconds"], row["peak_gib"]]
@@ -132,11 +134,11 @@ def write_table(args: argparse.Namespace) -> None:
     write_report(args.out / "head.md", "The LM head's product", found["machine"], [markdown_table(headers, cells)])
 
 
-def main() -> None:
-    args = build_parser().parse_args()
+def main(argv: Sequence[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
-    sys.exit(run_and_write(args, lambda: run_shapes(args), write_table))
+    return run_and_write(args, lambda: run_shapes(args), write_table)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

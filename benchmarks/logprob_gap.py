@@ -116,7 +116,8 @@ def load(args: argparse.Namespace, dtype: torch.dtype) -> "PreTrainedModel":
     model = load_model(args.model, dtype=torch.float32)
     cast_parameters(model, torch.bfloat16)
     cast_parameters(model, dtype)
-    return torch.nn.Module.to(model, args.device).requires_grad_(False).eval()
+    torch.nn.Module.to(model, args.device)
+    return model.requires_grad_(False).eval()
 
 
 @torch.no_grad()
@@ -285,11 +286,11 @@ def write_table(args: argparse.Namespace) -> None:
     write_report(args.out / "logprob_gap.md", title, found["machine"], sections)
 
 
-def main() -> None:
-    args = build_parser().parse_args()
+def main(argv: Sequence[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
-    sys.exit(run_and_write(args, lambda: measure(args), write_table))
+    return run_and_write(args, lambda: measure(args), write_table)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -68,7 +68,8 @@ def _logprobs(model: Qwen2ForCausalLM, sample: TrainingSample) -> torch.Tensor:
     ids = torch.tensor(sample.token_ids)
     with torch.no_grad():
         logits = model.eval()(input_ids=ids.unsqueeze(0)).logits[0]
-    return logits[:-1].log_softmax(-1).gather(1, ids[1:, None]).squeeze(1)[torch.tensor(sample.loss_mask)[1:]]
+    logprobs: torch.Tensor = logits[:-1].log_softmax(-1).gather(1, ids[1:, None]).squeeze(1)
+    return logprobs[torch.tensor(sample.loss_mask)[1:]]
 
 
 # Strictly on-policy a token's policy loss is -A: 2 tokens of -0.5 and 5 of 0.5.

@@ -288,7 +288,7 @@ class Learner:
         checkpoints do.
         """
         if self.config.weight_decay:
-            decayed = [
+            decayed: list[torch.Tensor] = [
                 master
                 for name, master in zip(self.masters.names, self.masters.parameters, strict=True)
                 if master.grad is not None and master.dim() > 1 and not name.endswith("bias")
