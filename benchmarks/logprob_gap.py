@@ -117,7 +117,8 @@ def load(args: argparse.Namespace, dtype: torch.dtype) -> "PreTrainedModel":
     cast_parameters(model, torch.bfloat16)
     cast_parameters(model, dtype)
     torch.nn.Module.to(model, args.device)
-    return model.requires_grad_(False).eval()
+    model.requires_grad_(False).eval()
+    return model
 
 
 @torch.no_grad()
