@@ -51,9 +51,8 @@ def _length_limits(model: PreTrainedModel) -> list[int]:
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
     places = [config.to_dict(), rope, *(one for one in rope.values() if isinstance(one, dict))]
-    names = ("sliding_window", "original_max_position_embeddings", "max_position_embeddings")
+    names = ("sliding_window", "original_max_position_embeddings")
     found = [place[name] for place in places for name in names if isinstance(place.get(name), int)]
-    # Every model has a context, which only some RoPE types know about.
     return [length for length in found if length > 0]
 
 

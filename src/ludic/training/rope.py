@@ -51,8 +51,8 @@ def pin_rope(model: PreTrainedModel, context_len: int) -> None:
 
 
 def _parameters(config: PretrainedConfig) -> Iterator[dict[str, Any]]:
-    """The RoPE settings of the model, or of each of its types of layers."""
+    """The RoPE settings of the model, or of each of its types of layers; none for a model without RoPE."""
     given = getattr(config.get_text_config(), "rope_parameters", None) or {}
-    for one in [given] if "rope_type" in given else given.values():
-        if one is not None:
+    for one in [given, *given.values()]:
+        if isinstance(one, dict) and "rope_type" in one:
             yield one
