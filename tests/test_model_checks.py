@@ -212,7 +212,7 @@ def test_a_short_sequence_is_what_it_is_alone_behind_one_beyond_the_original_con
 def test_a_neighbour_that_changes_the_frequencies_is_found_at_start(kind: str) -> None:
     model = _model(LENGTH_BOUND[kind])
     prepare_packed_attention(model)
-    with pytest.raises(RuntimeError, match=r"lets packed sequences see each other .* up to --max-seq-len (16|32)"):
+    with pytest.raises(ValueError, match=r"lets packed sequences see each other .* up to --max-seq-len (16|32)"):
         check_isolation(model, max_seq_len=MAX_SEQ_LEN)
     check_isolation(model, max_seq_len=16)  # no row is ever long enough
 
@@ -252,7 +252,7 @@ def test_a_model_whose_rope_cannot_be_pinned_is_refused_with_the_length_that_it_
         rope = _longrope(short_mscale=1.0, long_mscale=1.5)
         return PhimoeForCausalLM(PhimoeConfig(**_EXPERTS, rope_parameters=rope))
 
-    with pytest.raises(RuntimeError, match=r"PhimoeForCausalLM lets packed .* up to --max-seq-len 32 it does not"):
+    with pytest.raises(ValueError, match=r"PhimoeForCausalLM lets packed .* up to --max-seq-len 32 it does not"):
         _learner(_model(make))
 
 
@@ -274,7 +274,7 @@ def test_a_window_that_is_seen_from_the_wrong_place_is_found_at_start(monkeypatc
 
     monkeypatch.setattr(attention, "_one_by_one", narrower_in_a_row)
     check_isolation(model, max_seq_len=16)  # what five tokens can show
-    with pytest.raises(RuntimeError, match=r"MistralForCausalLM lets packed sequences see each other .* at 21 tokens"):
+    with pytest.raises(ValueError, match=r"MistralForCausalLM lets packed sequences see each other .* at 21 tokens"):
         check_isolation(model, max_seq_len=MAX_SEQ_LEN)
 
 
@@ -285,7 +285,7 @@ def test_the_check_at_start_finds_positions_mixed_outside_of_attention() -> None
     model.get_submodule("model.layers.0.mlp").register_forward_hook(
         lambda _m, _i, output: output + output.roll(1, dims=1)
     )
-    with pytest.raises(RuntimeError, match="Qwen2ForCausalLM lets packed sequences see each other"):
+    with pytest.raises(ValueError, match="Qwen2ForCausalLM lets packed sequences see each other"):
         check_isolation(model, max_seq_len=MAX_SEQ_LEN)
 
 
@@ -300,5 +300,5 @@ def test_the_check_at_start_finds_a_prompt_that_is_not_seen_as_the_sequences_own
         return gathered(states, torch.where(indices == 1, 0, indices) if shares else indices)
 
     monkeypatch.setattr(attention, "_gathered", without_the_second_token)
-    with pytest.raises(RuntimeError, match="Qwen2ForCausalLM does not see a shared prompt as it sees its own"):
+    with pytest.raises(ValueError, match="Qwen2ForCausalLM does not see a shared prompt as it sees its own"):
         check_isolation(model, max_seq_len=MAX_SEQ_LEN)

@@ -27,7 +27,7 @@ def check_isolation(model: PreTrainedModel, *, max_seq_len: int) -> None:
     The rows are hardly longer than `max_seq_len`, which a micro-batch holds in any case.
 
     Raises:
-        RuntimeError: if a sequence behind another, or with a shared prompt, is not what it is alone.
+        ValueError: if a sequence behind another, or with a shared prompt, is not what it is alone.
     """
     _check_lengths(
         model,
@@ -74,7 +74,7 @@ def _check_lengths(model: PreTrainedModel, neighbour: int, length: int, reason: 
     for what, differences in leaks.items():
         gap = float((torch.stack(differences).norm(dim=-1) / alone.norm(dim=-1)).max())
         if not gap < 0.03:
-            raise RuntimeError(
+            raise ValueError(
                 f"{type(model).__name__} {what} (relative difference {gap:.2g} at {max(neighbour, length)} tokens): {reason}"
             )
 
