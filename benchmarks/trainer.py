@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from ludic.training.learner import Learner
 
 PEAK_FLOPS = 989e12
-PARTS = ("mfu", "mfu-1.5b", "mfu-7b", "sharing", "budget", "vocabulary", "gradients")
+PARTS = ("mfu", "mfu-1.5b", "mfu-7b", "sharing", "budget", "vocabulary", "head", "gradients")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -246,6 +246,16 @@ def part_vocabulary(args: argparse.Namespace) -> None:
         _free()
 
 
+def part_head(args: argparse.Namespace) -> None:
+    """Whole updates with logits in fp32 and rounded to bf16 (`head.py` has the head alone)."""
+    lengths = Lengths(prompt=(98, 25), completion=(100, 45), num_sequences=args.sequences)
+    for name, fp32_head in (("logits in fp32", True), ("logits in bf16", False)):
+        learner = build_learner(args, "0.5b" if args.device == "cuda" else "tiny", fp32_head=fp32_head)
+        emit({"row": name, **measure(args, learner, lengths)})
+        del learner
+        _free()
+
+
 def part_gradients(args: argparse.Namespace) -> None:
     """The gradient of one update as trained against the plain one: separate rows, fp32, full logits, on the same device."""
     from ludic.training.learner import Learner
@@ -301,9 +311,13 @@ def run_one(args: argparse.Namespace) -> None:
         shape = "tiny" if tiny else args.part.partition("-")[2] or "0.5b"
         part_mfu(args, shape, **({"gradient_checkpointing": True} if shape == "7b" else {}))
     else:
-        {"sharing": part_sharing, "budget": part_budget, "vocabulary": part_vocabulary, "gradients": part_gradients}[
-            args.part
-        ](args)
+        {
+            "sharing": part_sharing,
+            "budget": part_budget,
+            "vocabulary": part_vocabulary,
+            "head": part_head,
+            "gradients": part_gradients,
+        }[args.part](args)
 
 
 # -- the table -------------------------------------------------------------------------------------------------------------
@@ -323,6 +337,8 @@ def write_table(args: argparse.Namespace) -> None:
             sections.append(
                 f"Shared against not: {rows[1]['tokens_per_s'] / rows[0]['tokens_per_s']:.2f} x real tokens a second."
             )
+    if "head" in found:
+        sections.append(_speed_table("LM head (0.5B shape)", found["head"]["rows"]))
     for part, key in (("budget", "budget"), ("vocabulary", "vocabulary")):
         if part in found:
             rows = found[part]["rows"]

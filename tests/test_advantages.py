@@ -80,11 +80,26 @@ def test_without_log_probs_from_the_engine_a_sample_has_none() -> None:
 
 
 def test_groups_without_variance_are_left_out_and_counted() -> None:
-    flat = _group(_rollout(0, 1.0), _rollout(1, 1.0))
+    flat = _group(_rollout(0, 1.0), _rollout(1, 1.0), _rollout(2, 1.0, finish_reason="length"))
     mixed = _group(_rollout(0, 1.0, tokens=(9,)), _rollout(1, 0.0, tokens=(10,)))
     samples, stats = training_samples([flat, mixed, flat], scale_rewards=True, mask_truncated=False)
     assert [sample.token_ids[-1] for sample in samples] == [9, 10]
     assert (stats.num_groups, stats.num_zero_variance_groups, stats.num_samples) == (3, 2, 2)
+    assert stats.num_without_loss == 6
+    _, masked = training_samples([flat, mixed, flat], scale_rewards=True, mask_truncated=True)
+    assert masked.num_without_loss == 4 and masked.num_truncated_masked == 0
+
+
+def test_where_every_token_owes_a_penalty_groups_without_variance_are_samples_with_an_advantage_of_0() -> None:
+    flat = _group(_rollout(0, 1.0), _rollout(1, 1.0, tokens=(8,), finish_reason="length"))
+    mixed = _group(_rollout(0, 1.0, tokens=(9,)), _rollout(1, 0.0, tokens=(10,)))
+    for mask_truncated, expected in ((False, [0.0, 0.0, 0.5, -0.5]), (True, [0.0, 0.5, -0.5])):
+        samples, stats = training_samples(
+            [flat, mixed], scale_rewards=False, mask_truncated=mask_truncated, keep_zero_variance=True
+        )
+        assert [sample.advantage for sample in samples] == expected
+        assert stats.num_zero_variance_groups == 1 and stats.num_without_loss == 0
+        assert stats.num_truncated_masked == mask_truncated
 
 
 def test_a_masked_truncated_completion_still_counts_in_the_mean_of_its_group() -> None:

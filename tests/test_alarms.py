@@ -97,6 +97,8 @@ def noisy_run(seed: int, *, updates: int = 200, group_noise: float = 0.06) -> Hi
         ("entropy", from_update(21, entropy=0.07), 25),
         ("logprob_gap", from_update(21, logprob_gap=0.04), 24),
         ("logprob_gap", from_update(21, logprob_gap=5.0), 21),
+        ("logprob_gap_large", from_update(1, logprob_gap=0.101), 5),
+        ("logprob_gap_large", lambda step: plain(step, logprob_gap=0.05 if step < 21 else 0.12), 24),
         ("changed_weights", from_update(1, changed_weights_share=9e-5), 5),
         ("changed_weights", from_update(21, changed_weights_share=0.0), 25),
         ("clipping", from_update(1, grad_clipped=1.0, grad_norm=3.0), 20),
@@ -127,7 +129,7 @@ def test_the_reward_is_flat_once_the_line_through_its_window_does_not_rise() -> 
         from_update(21, parse_err_rate=0.169),
         from_update(21, entropy=0.0801),
         from_update(21, logprob_gap=0.0299),  # five times the first, and still little
-        from_update(1, logprob_gap=0.2),  # much, and it does not rise
+        from_update(1, logprob_gap=0.099),  # much, and it does not rise
         from_update(1, changed_weights_share=1.01e-4),
         lambda step: plain(step, grad_clipped=float(step % 20 > 0), grad_norm=5.0),
         from_update(1, grader_failures=2.0),  # 10 of 1280
@@ -184,7 +186,7 @@ def test_every_alarm_says_on_one_line_what_it_saw_over_which_updates_and_what_to
         "changed_weights_share": 0.0, "grad_clipped": 1.0, "grad_norm": 8.0, "grader_failures": 99.0, "generation_s": 500.0,
         "reward_mean": 0.1,
     }  # fmt: skip
-    alarms = watch(from_update(11, **bad), 120)
+    alarms = watch(from_update(11, **bad), 120) + watch(from_update(1, logprob_gap=0.2), 20)
     assert {alarm.name for alarm in alarms} == set(ALARM_NAMES)
     for alarm in alarms:
         assert "\n" not in alarm.message and 100 < len(alarm.message) < 480, alarm.message

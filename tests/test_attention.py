@@ -25,7 +25,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention
 from ludic.training import attention
 from ludic.training.attention import (
     boundary_kwargs,
-    check_isolation,
+    checkpoint_layers,
     compile_layers,
     packed_attention,
     packed_attention_kwargs,
@@ -208,40 +208,6 @@ def test_each_decoder_layer_is_compiled_and_the_weights_keep_their_names(
     assert list(model.state_dict()) == names
 
 
-def test_the_check_at_start_passes_and_leaves_the_mode_alone() -> None:
-    model = _model("qwen2")
-    prepare_packed_attention(model)
-    model.train()
-    check_isolation(model)
-    assert model.training
-
-
-def test_the_check_at_start_finds_positions_mixed_outside_of_attention() -> None:
-    model = _model("qwen2")
-    prepare_packed_attention(model)
-    # A short convolution, as hybrid models have, that does not know where a sequence begins.
-    model.get_submodule("model.layers.0.mlp").register_forward_hook(
-        lambda _m, _i, output: output + output.roll(1, dims=1)
-    )
-    with pytest.raises(ValueError, match="Qwen2ForCausalLM lets packed sequences see each other"):
-        check_isolation(model)
-
-
-def test_the_check_at_start_finds_a_prompt_that_is_not_seen_as_the_sequences_own(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    model, gathered = _model("qwen2"), attention._gathered
-    prepare_packed_attention(model)
-
-    def without_the_second_token(states: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-        shares = indices.numel() > states.shape[2]
-        return gathered(states, torch.where(indices == 1, 0, indices) if shares else indices)
-
-    monkeypatch.setattr(attention, "_gathered", without_the_second_token)
-    with pytest.raises(ValueError, match="Qwen2ForCausalLM does not see a shared prompt as it sees its own"):
-        check_isolation(model)
-
-
 @torch.library.custom_op("ludic_tests::varlen", mutates_args=())
 def _stand_in(
     query: torch.Tensor,
@@ -321,6 +287,27 @@ def test_compiled_layers_have_the_gradient_of_plain_ones(family: str, monkeypatc
     compile_layers(model)
     torch.testing.assert_close(_gradient(model, _forward(model, row)), expected, atol=1e-5, rtol=1e-4)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma3"])
+def test_recomputed_layers_run_twice_in_evaluation_mode_and_give_the_same_gradient(family: str) -> None:
+    model, row = _model(family), _row()
+    prepare_packed_attention(model)
+    expected, layer = _gradient(model, _forward(model, row)), model.get_submodule("model.layers.1")
+    modes: list[bool] = []
+    layer.register_forward_pre_hook(lambda module, _inputs: modes.append(module.training))
+    checkpoint_layers(model)
+    assert torch.equal(_gradient(model, _forward(model, row)), expected)
+    assert modes == [False, False]
+
+
+def test_layers_that_cannot_be_told_apart_are_not_recomputed_silently() -> None:
+    model = _model("qwen2")
+    model.base_model.layers = torch.nn.ModuleList()
+    with pytest.raises(
+        ValueError, match=r"Qwen2ForCausalLM has no decoder layers .* leave out --gradient-checkpointing"
+    ):
+        checkpoint_layers(model)
 
 
 class _LargestTensor(TorchDispatchMode):

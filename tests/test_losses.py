@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from ludic.training.attention import prepare_packed_attention
-from ludic.training.logprobs import TokenStats, check_head, token_logprobs
+from ludic.training.logprobs import TokenStats, token_logprobs
 from ludic.training.losses import (
     LOSSES,
     LossInputs,
@@ -36,6 +36,7 @@ from ludic.training.losses import (
     reduce_columns,
     reduce_metrics,
 )
+from ludic.training.model_checks import check_head
 from ludic.training.packing import pack
 from ludic.types import MicroBatch, TrainingSample
 

@@ -26,7 +26,6 @@ from ludic.training.checkpoint import (
     read_state,
 )
 from ludic.training.config import GRPOConfig, RunPaths
-from ludic.training.learner import disable_dropout
 from ludic.training.losses import LOSSES
 from ludic.training.schedule import schedule_factor
 from ludic.training.trainer import GRPOTrainer, TrainingSummary
@@ -462,6 +461,36 @@ def test_the_penalty_to_the_reference_needs_a_reference_and_is_logged(digit_poli
     assert first["kl"] == pytest.approx(0.0, abs=1e-9) and second["kl"] > 1e-5
 
 
+@pytest.mark.parametrize(("kl_coef", "trained"), [(0.0, 0), (0.1, 16)])
+def test_an_update_of_groups_without_variance_trains_on_the_penalty_alone(
+    digit_policy_dir: Path, tmp_path: Path, kl_coef: float, trained: int
+) -> None:
+    run = Run(
+        digit_policy_dir, tmp_path, environment=AlwaysSeven(lambda _: 1.0), kl_coef=kl_coef, with_reference=kl_coef > 0,
+        rollouts_per_update=16, group_size=4, train_steps=1, eval_limit=0,
+    )  # fmt: skip
+    run.go()
+    (figures,) = run.logger.updates()
+    assert figures["zero_variance_groups"] == 4 and figures["trained_sequences"] == trained
+    assert ("kl_ref" in figures) == (kl_coef > 0)
+
+
+def test_the_learner_is_told_how_many_sequences_have_no_loss(digit_policy_dir: Path, tmp_path: Path) -> None:
+    run = Run(digit_policy_dir, tmp_path, train_steps=1, eval_limit=0, loss="grpo")
+    seen: list[int] = []
+    step = run.trainer.learner.step
+
+    def look(**settings: Any) -> dict[str, float]:
+        seen.append(settings["num_without_loss"])
+        return step(**settings)
+
+    run.trainer.learner.step = look  # type: ignore[method-assign]
+    run.go()
+    (figures,) = run.logger.updates()
+    assert figures["zero_variance_groups"] > 0
+    assert seen == [figures["zero_variance_groups"] * run.config.group_size]
+
+
 @pytest.mark.parametrize(
     ("settings", "factors"),
     [
@@ -730,16 +759,6 @@ def test_an_evaluation_that_was_cut_off_is_made_up_for_by_the_resumed_run(
     summary = Run(digit_policy_dir, tmp_path, train_steps=1, resume=True).go()
     assert [evaluation["step"] for evaluation in summary.evaluations] == [0, 1]
     assert summary.accuracy_before is not None and summary.accuracy_after is not None
-
-
-def test_no_dropout_is_left_in_training(digit_policy_dir: Path) -> None:
-    model = load(digit_policy_dir)
-    model.add_module("extra", torch.nn.Dropout(0.3))
-    attention: Any = next(module for module in model.modules() if hasattr(module, "attention_dropout"))
-    attention.attention_dropout = model.config.attention_dropout = 0.2
-    disable_dropout(model)
-    assert model.get_submodule("extra").p == 0.0
-    assert attention.attention_dropout == model.config.attention_dropout == 0.0
 
 
 # --- rollouts ahead of the policy -------------------------------------------------------------------------------------

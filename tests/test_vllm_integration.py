@@ -269,6 +269,10 @@ async def test_a_request_that_vllm_refuses_comes_back_with_its_reason(
     [
         ({"model": "another/model"}, "serves .*, not another/model"),
         ({"max_seq_len": 513}, "context is 512 tokens, shorter than --max-seq-len 513"),
+        (
+            {"max_seq_len": 256, "longrope_switch": 256},
+            "context is 512 tokens: beyond 256 it rotates positions .* restart it with --max-model-len 256",
+        ),
         ({"tokenizer": "with another word"}, "tokenizer is not the trainer's"),
         ({"tokenizer": "with another template"}, "chat template is not the trainer's"),
     ],
@@ -282,7 +286,11 @@ async def test_a_server_that_is_not_the_one_that_the_run_needs_is_told_apart(
         tokenizer.add_tokens(["boxes"])
     elif "tokenizer" in change:
         tokenizer.chat_template = "{{ messages[-1]['content'] }}"
-    client = VLLMEngine(server.base_url, model=change.get("model", str(digit_policy_dir)))
+    client = VLLMEngine(
+        server.base_url,
+        model=change.get("model", str(digit_policy_dir)),
+        longrope_switch=change.get("longrope_switch"),
+    )
     with pytest.raises(ServerMismatchError, match=said):
         await client.connect(tokenizer, max_seq_len=change.get("max_seq_len", 512))
     await client.aclose()

@@ -604,6 +604,7 @@ def test_the_defaults_of_ludic_hold_until_the_user_says_otherwise(tmp_path: Path
     args = vllm_server.parse_arguments([])
     assert (args.model, args.host, args.port) == (vllm_server.DEFAULT_MODEL, "127.0.0.1", 8000)
     assert (args.logprobs_mode, args.generation_config) == ("processed_logprobs", "vllm")
+    assert args.hf_overrides == {"head_dtype": "float32"}
     assert args.weight_transfer_config.backend == "ludic_shm"
     assert args.middleware == [GENERATE_ROUTE, SERVER_GUARD, REQUIRE_API_KEY]
     assert args.trust_remote_code is False and args.allowed_origins == [] and args.api_key is None
@@ -854,7 +855,11 @@ def test_the_workers_tell_what_a_trainer_must_know(tied: tuple[RunningServer, Pa
     (info,) = (
         Client(server, folder, "the-key").post("/collective_rpc", {"method": "ludic_server_info"}).json()["results"]
     )
-    assert info["dtype"] == "float32" and info["device"] == "cpu" and info["transfer_backend"] == "ludic_shm"
+    assert (
+        info["dtype"] == info["head_dtype"] == "float32"
+        and info["device"] == "cpu"
+        and info["transfer_backend"] == "ludic_shm"
+    )
     assert info["logprobs_mode"] == "processed_logprobs" and info["generation_config"] == "vllm"
     assert info["tp_size"] == 1 and info["device_uuid"] == ""
 

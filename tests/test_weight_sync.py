@@ -30,7 +30,7 @@ from ludic.inference.server_control import HeldDigests, ServerControl, error_tex
 from ludic.inference.vllm_client import VLLMEngine
 from ludic.inference.weight_sync import TRANSPORTS, WeightSync
 from ludic.inference.weight_transport import UNTOUCHED, WireWeights
-from ludic.training.attention import prepare_packed_attention
+from ludic.training.attention import checkpoint_layers, prepare_packed_attention
 from tests.test_bucket_broadcast import Wire
 from tests.vllm_helpers import make_tiny_model, prompt_logprobs, randomize_weights
 
@@ -221,10 +221,12 @@ def test_a_tied_weight_is_sent_once_under_its_name_in_the_checkpoint(policy: Pre
     assert "model.embed_tokens.weight" in names and "lm_head.weight" not in names
 
 
-def test_a_policy_in_training_mode_stays_in_it(control: FakeControl, policy: PreTrainedModel) -> None:
-    policy.train()
-    sync_with(control).sync(policy, 0)
-    assert policy.training
+def test_the_probe_leaves_the_mode_of_every_module_alone(control: FakeControl, policy: PreTrainedModel) -> None:
+    checkpoint_layers(policy)  # its layers are recomputed only while their own flag is up
+    modes = [module.training for module in policy.modules()]
+    assert set(modes) == {True, False}
+    assert sync_with(control).sync(policy, 0).logprob_gap is not None
+    assert [module.training for module in policy.modules()] == modes
 
 
 def test_digests_that_the_server_cannot_give_are_counted_and_not_called_equal(

@@ -237,7 +237,7 @@ def make_learner(config: GRPOConfig, policy: Path, *, in_bf16: bool = False) -> 
         learner.optimizer = torch.optim.AdamW(
             learner.masters.parameters,
             betas=(config.adam_beta1, config.adam_beta2),
-            weight_decay=config.weight_decay,
+            weight_decay=0.0,
         )
     return learner
 

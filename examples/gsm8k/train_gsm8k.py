@@ -199,7 +199,13 @@ async def _run(args: argparse.Namespace, config: GRPOConfig, paths: RunPaths, pa
     tokenizer, environment, resume_from = parts.tokenizer, parts.environment, parts.resume_from
     probe = encode_prompt(tokenizer, environment.messages(parts.train_samples[0]))[:64]
     async with open_engine(
-        args, tokenizer, out_dir=paths.out_dir, max_seq_len=config.max_seq_len, say=_say, probe=probe
+        args,
+        tokenizer,
+        out_dir=paths.out_dir,
+        max_seq_len=config.max_seq_len,
+        say=_say,
+        probe=probe,
+        fp32_head=config.fp32_head,
     ) as engine:
         device = _training_device(args)
         # What takes long is done aside: the event loop tells the server meanwhile that this trainer lives.

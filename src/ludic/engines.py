@@ -61,20 +61,22 @@ async def open_engine(
     say: Callable[[str], None],
     probe: Sequence[int] | None = None,
     files: str | None = None,
+    fp32_head: bool | None = None,
 ) -> "AsyncIterator[InferenceEngine]":
     """The engine that the flags ask for, checked against this run; closed, and its server ended, on the way out.
 
     A run that trains gives a `probe`, the token ids of a prompt by whose log-probs weight syncs are proven: it has the
     server to itself, recovers it when it is lost, and can send it weights. A server that a killed trainer left paused is
     an error for all others; the first sync sets it right. `files` is a folder or hub name that has the model's config where
-    `--model` is only the name that a server gives it.
+    `--model` is only the name that a server gives it. `fp32_head` is whether a run keeps logits in fp32: a server that is
+    started does the same, another's is compared.
 
     Raises:
         EngineError: the server is not there, not the right one, or held by another trainer.
     """
     if args.engine == "local":
         with at_once():
-            engine = _local_engine(args.model, args.trust_remote_code)
+            engine = _local_engine(args, max_seq_len)
         try:
             yield engine
         finally:
@@ -82,11 +84,12 @@ async def open_engine(
         return
     from ludic.inference.vllm_client import VLLMEngine, stop_token_ids
     from ludic.pretrained import load_config
+    from ludic.training.rope import longrope_switch
 
     files = files or args.model
     model_config = load_config(files, trust_remote_code=args.trust_remote_code)
     async with contextlib.AsyncExitStack() as stack:
-        server = await _start_server(stack, args, out_dir, max_seq_len, say) if args.start_server else None
+        server = await _start_server(stack, args, out_dir, max_seq_len, fp32_head, say) if args.start_server else None
         client = VLLMEngine(
             server_url(args) if server is None else server.base_url,
             model=args.model,
@@ -95,6 +98,8 @@ async def open_engine(
             stop_token_ids=stop_token_ids(files, tokenizer, model_config),
             seed_requests=args.seed_requests,
             vocab_size=model_config.get_text_config().vocab_size,
+            longrope_switch=longrope_switch(model_config) if probe is not None else None,
+            fp32_head=fp32_head,
             trainer=None if probe is None else uuid.uuid4().hex,
         )
         if server is not None:
@@ -139,13 +144,15 @@ async def connected(
         yield engine
 
 
-def _local_engine(model: str, trust_remote_code: bool) -> Any:
+def _local_engine(args: argparse.Namespace, max_seq_len: int) -> Any:
     import torch
 
     from ludic.inference.local import LocalEngine
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return LocalEngine.from_pretrained(model, device=device, trust_remote_code=trust_remote_code)
+    return LocalEngine.from_pretrained(
+        args.model, device=device, trust_remote_code=args.trust_remote_code, context_len=max_seq_len
+    )
 
 
 async def _start_server(
@@ -153,6 +160,7 @@ async def _start_server(
     args: argparse.Namespace,
     out_dir: Path,
     max_seq_len: int,
+    fp32_head: bool | None,
     say: Callable[[str], None],
 ) -> ServerProcess:
     status = StatusLine(say)
@@ -163,7 +171,7 @@ async def _start_server(
         port=args.port,
         gpu=args.server_gpu,
         api_key=read_api_key(args.api_key_file),
-        extra_args=_server_flags(args, max_seq_len),
+        extra_args=_server_flags(args, max_seq_len, fp32_head),
         log_path=log_path,
         on_progress=lambda seconds, line: status.show(f"server loading, {seconds:.0f} s: {inert(line)}"),
     )
@@ -175,11 +183,13 @@ async def _start_server(
     return server
 
 
-def _server_flags(args: argparse.Namespace, max_seq_len: int) -> list[str]:
+def _server_flags(args: argparse.Namespace, max_seq_len: int, fp32_head: bool | None) -> list[str]:
     flags = shlex.split(args.server_args)
     given = [flag.replace("_", "-").partition("=")[0] for flag in flags]
     if "--max-model-len" not in given:
         flags += ["--max-model-len", str(max_seq_len)]
+    if fp32_head is False and "--hf-overrides" not in given:  # True is ludic's default there
+        flags += ["--hf-overrides", '{"head_dtype": "model"}']
     if "--weight-transfer-config" not in given and _only_one_gpu():
         flags += ["--weight-transfer-config", '{"backend": "ludic_shm"}']  # NCCL does not join a GPU with itself
     if args.chat_template:

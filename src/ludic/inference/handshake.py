@@ -88,10 +88,24 @@ def served_model(control: ServerControl, model: str) -> dict[str, Any]:
     )
 
 
-def check_context(served: Mapping[str, Any], max_seq_len: int) -> None:
-    """Raise ServerMismatchError if the server's context is shorter than `max_seq_len` tokens."""
+def check_context(served: Mapping[str, Any], max_seq_len: int, longrope_switch: int | None = None) -> None:
+    """Compare the server's context with the trainer's, both in tokens.
+
+    Args:
+        longrope_switch: the context beyond which the model's RoPE takes other frequencies (`rope.longrope_switch`).
+
+    Raises:
+        ServerMismatchError: the server's is shorter than `max_seq_len`, or beyond a switch that `max_seq_len` is not.
+    """
     context = served.get("max_model_len")
-    if context is not None and context < max_seq_len:
+    if context is None:
+        return
+    if longrope_switch is not None and max_seq_len <= longrope_switch < context:
+        raise ServerMismatchError(
+            f"the server's context is {context} tokens: beyond {longrope_switch} it rotates positions (longrope) in another way "
+            f"than training with --max-seq-len {max_seq_len}: restart it with --max-model-len {max_seq_len}"
+        )
+    if context < max_seq_len:
         raise ServerMismatchError(
             f"the server's context is {context} tokens, shorter than --max-seq-len {max_seq_len}: "
             f"restart it with --max-model-len {max_seq_len} or lower --max-seq-len"
@@ -196,6 +210,24 @@ def weight_sync_info(control: ServerControl, model: str) -> dict[str, Any]:
             f"the server at {control.base_url} was started without weight transfer: start it with `{command}`"
         )
     return info
+
+
+def check_head_dtype(info: Mapping[str, Any], fp32_head: bool) -> None:
+    """Warn where the server rounds logits and the trainer does not, or the other way round.
+
+    Args:
+        info: of `weight_sync_info`.
+        fp32_head: whether the trainer keeps its logits in fp32.
+    """
+    theirs = info.get("head_dtype", info["dtype"])
+    ours = "float32" if fp32_head else info["dtype"]
+    if theirs != ours:
+        other = "--no-fp32-head" if fp32_head else "--fp32-head"
+        logger.warning(
+            "the server's LM head gives logits in %s and the trainer's in %s, so log-probs differ more than they need to: "
+            "restart the server with --hf-overrides '{\"head_dtype\": \"%s\"}', or train with %s",
+            theirs, ours, ours, other,
+        )  # fmt: skip
 
 
 # -- whose server it is ------------------------------------------------------------------------------------------------

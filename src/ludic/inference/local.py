@@ -39,6 +39,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from ludic.inference.engine import WeightSyncReport
 from ludic.inference.local_decoding import Row, decode, prepare_decoding
 from ludic.pretrained import load_model, loading
+from ludic.training.rope import pin_rope
 from ludic.types import Completion, SamplingParams
 
 _QUIET_TURNS = 3
@@ -140,9 +141,15 @@ class LocalEngine:
         dtype: torch.dtype | None = None,
         max_batch_size: int = 256,
         trust_remote_code: bool = False,
+        context_len: int | None = None,
     ) -> Self:
-        """Load a model folder (or hub name). Stop and padding tokens come from its tokenizer and generation config."""
+        """Load a model folder (or hub name). Stop and padding tokens come from its tokenizer and generation config.
+
+        With `context_len`, RoPE that depends on length is pinned to it, as the trainer's is to its `--max-seq-len`.
+        """
         model = load_model(path, dtype=dtype, trust_remote_code=trust_remote_code)
+        if context_len is not None:
+            pin_rope(model, context_len)
         if eos_token_ids is None or pad_token_id is None:
             with loading(path, "tokenizer"):
                 tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)

@@ -84,6 +84,8 @@ class VLLMEngine:
         seed_requests: send `sampling.seed`. vLLM then samples row by row, which costs time, and its results still depend
             on what else is in the batch; without, the server draws from its own generator.
         vocab_size: rows of the model's embedding; a reply with another token id is refused. None: not checked.
+        longrope_switch: of the model that trains, see `handshake.check_context`; None: not compared.
+        fp32_head: whether the model that trains keeps logits in fp32, compared with the server; None: not compared.
         trainer: the id under which the caller holds the server (`handshake.claim`); None for an evaluation.
     """
 
@@ -99,6 +101,8 @@ class VLLMEngine:
         stop_token_ids: Sequence[int] = (),
         seed_requests: bool = False,
         vocab_size: int | None = None,
+        longrope_switch: int | None = None,
+        fp32_head: bool | None = None,
         trainer: str | None = None,
     ) -> None:
         if concurrency < 1:
@@ -114,6 +118,8 @@ class VLLMEngine:
         self._stop_token_ids = list(stop_token_ids)
         self._seed_requests = seed_requests
         self._vocab_size = vocab_size
+        self._longrope_switch = longrope_switch
+        self._fp32_head = fp32_head
         self._headers = {TRAINER_HEADER: trainer} if trainer else {}
         if api_key:
             self._headers["Authorization"] = f"Bearer {api_key}"
@@ -152,7 +158,7 @@ class VLLMEngine:
         control = self.control
         served = handshake.served_model(control, self.model)
         if max_seq_len is not None:
-            handshake.check_context(served, max_seq_len)
+            handshake.check_context(served, max_seq_len, self._longrope_switch)
         handshake.check_tokenizer(control, self.model, tokenizer)
         handshake.check_chat_template(control, self.model, tokenizer)
         self._has_generate_route = handshake.has_generate_route(control)
@@ -173,6 +179,8 @@ class VLLMEngine:
             ServerMismatchError: the server has no RL routes, or its settings would make training wrong.
         """
         info = await asyncio.to_thread(handshake.weight_sync_info, self.control, self.model)
+        if self._fp32_head is not None:
+            handshake.check_head_dtype(info, self._fp32_head)
         if self._sync is not None:
             await asyncio.to_thread(self._sync.close)  # NCCL may take seconds to let go of a server that is gone
         self._sync = WeightSync(
@@ -182,6 +190,7 @@ class VLLMEngine:
             dtype=getattr(torch, info["dtype"]),
             probe_token_ids=probe_token_ids,
             deadline_s=deadline_s,
+            fp32_head=self._fp32_head is not False,
         )
 
     # -- generation ------------------------------------------------------------------------------------------------

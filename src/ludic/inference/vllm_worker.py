@@ -170,6 +170,7 @@ class LudicWorkerExtension:
         transfer = config.weight_transfer_config
         return {
             "dtype": str(config.model_config.dtype).removeprefix("torch."),
+            "head_dtype": str(config.model_config.head_dtype).removeprefix("torch."),
             "device": self.device.type,
             "transfer_backend": transfer.backend if transfer is not None else "",
             "vllm_version": vllm.__version__,

@@ -92,6 +92,7 @@ class WeightSync:
         probe_token_ids: the fixed prompt whose log-probs are compared, 2 tokens at least.
         deadline_s: after which one sync has failed, whatever it waits for.
         probe_every: at every how many syncs the log-probs are compared when digests alone have nothing against it.
+        fp32_head: whether the probe's logits are kept in fp32, as the model that trains and ludic's server do.
     """
 
     def __init__(
@@ -104,6 +105,7 @@ class WeightSync:
         probe_token_ids: list[int],
         deadline_s: float = 300.0,
         probe_every: int = 10,
+        fp32_head: bool = True,
     ) -> None:
         if transport not in TRANSPORTS:
             raise ValueError(
@@ -117,6 +119,7 @@ class WeightSync:
         self._probe = probe_token_ids
         self._deadline_s = deadline_s
         self._probe_every = probe_every
+        self._fp32_head = fp32_head
         self._abort_reason = ""
         self._talk = self._new_talk()
 
@@ -261,7 +264,7 @@ class WeightSync:
         control.check_wanted()  # a thread that was left behind must not touch the model: the trainer has gone on
         salt = f"ludic-probe-{policy_version}-{time.monotonic_ns()}"
         asked = Beside(lambda: control.prompt_logprobs(self._served_model, self._probe, cache_salt=salt))
-        trained = _prompt_logprobs(model, self._probe)
+        trained = _prompt_logprobs(model, self._probe, fp32_head=self._fp32_head)
         served = torch.tensor(asked.result())
         gap = (served - trained).abs().mean().item()
         if not gap <= PROBE_GAP_LIMIT:
@@ -382,7 +385,7 @@ def _proof_words(path: str, proof: _Proof, gap: float | None) -> str:
 
 
 @torch.no_grad()
-def _prompt_logprobs(model: "PreTrainedModel", token_ids: list[int]) -> torch.Tensor:
+def _prompt_logprobs(model: "PreTrainedModel", token_ids: list[int], *, fp32_head: bool) -> torch.Tensor:
     """[P - 1] float32 on the CPU: the model's log-probability of each token after the first, as training computes it."""
     probe = TrainingSample(
         token_ids=token_ids,
@@ -393,13 +396,10 @@ def _prompt_logprobs(model: "PreTrainedModel", token_ids: list[int]) -> torch.Te
     )
     device = next(model.parameters()).device
     (row,) = pack([probe], token_budget=len(token_ids), normalisation="token_mean")
-    was_training = model.training
-    model.eval()
     # Eager: a compiled policy would be compiled once more for a forward without gradients.
     with (
         torch.compiler.set_stance("force_eager"),
         torch.autocast("cuda", dtype=torch.bfloat16, enabled=device.type == "cuda"),
     ):
-        stats = token_logprobs(model, row.to(device), temperature=1.0, with_entropy=False)
-    model.train(was_training)
+        stats = token_logprobs(model, row.to(device), temperature=1.0, with_entropy=False, fp32_head=fp32_head)
     return stats.logprobs[1 - len(token_ids) :].float().cpu()

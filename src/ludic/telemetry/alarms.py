@@ -40,6 +40,10 @@ class AlarmThresholds:
     logprob_gap_nats: float = 0.03
     """... and above this many nats: in fp32 the gap is 1e-7, and its multiples mean nothing. Rollouts that are one update old
     have a gap that follows the learning rate through its warm-up, 0.015 nats in the demo."""
+    logprob_gap_large: float = 0.1
+    """Log-prob gap large: the mean `logprob_gap` of `window` updates is above this many nats, and it has not risen to that, as
+    the alarm before has it. Two sound sides in bf16 differ by 0.005 (a synthetic policy) to 0.03 nats (SmolLM2-135M) a token;
+    three times that is no rounding: two sides that compute different models differ by 0.1 to 0.5."""
     changed_weights_share: float = 1e-4
     """Weights do not change: the mean `changed_weights_share` of `window` updates is below this; only updates count
     whose learning rate is at least half of the highest so far, since warm-up and decay make small steps on purpose."""
@@ -313,6 +317,19 @@ def _logprob_gap(history: _History, t: AlarmThresholds) -> str | None:
     )
 
 
+def _logprob_gap_large(history: _History, t: AlarmThresholds) -> str | None:
+    seen = history["logprob_gap"]
+    gap = seen.mean(t.window)
+    if gap is None or gap <= t.logprob_gap_large or _logprob_gap(history, t) is not None:
+        return None
+    return (
+        f"the sampler's and the trainer's log-probs differ by {gap:.2g} nats a token over {seen.over(t.window)}, and two sides "
+        "that compute the same in bf16 by up to 0.03; one of them computes another model: benchmarks/logprob_gap.py shows what "
+        "the gap is made of; look for a quantised server, a window or RoPE that a longer --max-model-len changes, other sampling "
+        "settings; --tis-cap 2 corrects meanwhile"
+    )
+
+
 def _changed_weights(history: _History, t: AlarmThresholds) -> str | None:
     seen = history["changed_weights_share"]
     share = seen.mean(t.window)
@@ -395,6 +412,7 @@ _CHECKS: dict[str, Callable[[_History, AlarmThresholds], str | None]] = {
     "parse_rate": _parse_rate,
     "entropy": _entropy,
     "logprob_gap": _logprob_gap,
+    "logprob_gap_large": _logprob_gap_large,
     "changed_weights": _changed_weights,
     "reward_flat": _reward_flat,
     "clipping": _clipping,

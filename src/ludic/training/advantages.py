@@ -24,11 +24,14 @@ class GroupStats:
 
     num_groups: int
     num_zero_variance_groups: int
-    """Groups whose rewards are all equal: every advantage is 0, so they are left out of the loss."""
+    """Groups whose rewards are all equal, so that every advantage is 0."""
     num_truncated_masked: int
-    """Truncated completions left out of the loss by `mask_truncated`, in groups that have variance."""
+    """Truncated completions left out of the loss by `mask_truncated`, in groups that are trained on."""
     num_samples: int
     """Samples that are left to train on."""
+    num_without_loss: int
+    """Sequences of groups without variance that are not among the samples, but for those that `mask_truncated` leaves out:
+    their loss is 0, and some losses count them in N (see `packing.Normalisation`)."""
     num_nonfinite_logprobs: int
     """Completions, of all groups, with a log-prob of the sampler that is not finite: they count as without."""
 
@@ -71,44 +74,47 @@ def group_advantages(rewards: Sequence[float], *, normalise_std: bool) -> list[f
 
 
 def training_samples(
-    groups: Sequence[RolloutGroup], *, scale_rewards: bool, mask_truncated: bool
+    groups: Sequence[RolloutGroup], *, scale_rewards: bool, mask_truncated: bool, keep_zero_variance: bool = False
 ) -> tuple[list[TrainingSample], GroupStats]:
     """The samples that one update trains on, in the order of the groups and their members, and what was left out.
 
-    Groups without variance are left out whole: their advantages are 0, and they do not count in the loss's
-    normalisation either, so that an update's step does not shrink with the share of prompts that are too easy or too
-    hard (the effect of DAPO's dynamic sampling, arXiv 2503.14476, without sampling again). With `mask_truncated` a
-    completion that was cut off keeps its reward in the mean of its group but is not trained on (DAPO's overlong
-    filtering).
+    In groups without variance every advantage is 0, so the policy loss of their tokens is 0 and they need no forward pass.
+    They are left out here and counted in `num_without_loss`. A KL penalty is owed by every sampled token: with
+    `keep_zero_variance` they are samples like all others, with an advantage of 0. With `mask_truncated` a completion that was
+    cut off keeps its reward in the mean of its group but is not trained on (DAPO's overlong filtering).
 
     Args:
         groups: Scored groups.
         scale_rewards: Divide by the standard deviation of the group (GRPO) or not (Dr. GRPO).
         mask_truncated: Leave completions with finish reason `length` out of the loss.
+        keep_zero_variance: Train on groups without variance too.
 
     Raises:
         ValueError: for a rollout with an empty prompt or completion, a reward that is not finite, or a completion whose
             log-probs do not match its tokens.
     """
     samples: list[TrainingSample] = []
-    num_zero_variance_groups = num_truncated_masked = num_nonfinite_logprobs = 0
+    num_zero_variance_groups = num_truncated_masked = num_without_loss = num_nonfinite_logprobs = 0
     for group in groups:
         num_nonfinite_logprobs += sum(not _has_finite_logprobs(rollout.completion) for rollout in group.rollouts)
         rewards = [rollout.score.reward for rollout in group.rollouts]
-        if not has_variance(rewards):
-            num_zero_variance_groups += 1
-            continue
+        flat = not has_variance(rewards)
+        num_zero_variance_groups += flat
         advantages = group_advantages(rewards, normalise_std=scale_rewards)
         for rollout, advantage in zip(group.rollouts, advantages, strict=True):
-            if mask_truncated and rollout.completion.finish_reason == "length":
+            masked = mask_truncated and rollout.completion.finish_reason == "length"
+            if flat and not keep_zero_variance:
+                num_without_loss += not masked
+            elif masked:
                 num_truncated_masked += 1
-                continue
-            samples.append(_training_sample(rollout, advantage))
+            else:
+                samples.append(_training_sample(rollout, advantage))
     stats = GroupStats(
         num_groups=len(groups),
         num_zero_variance_groups=num_zero_variance_groups,
         num_truncated_masked=num_truncated_masked,
         num_samples=len(samples),
+        num_without_loss=num_without_loss,
         num_nonfinite_logprobs=num_nonfinite_logprobs,
     )
     return samples, stats

@@ -20,7 +20,9 @@ kernels cannot honour: logit soft-capping, attention sinks, dropout, attention i
 """
 
 import inspect
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch._functorch.config as functorch_config
@@ -30,8 +32,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ludic.training.packing import pack
-from ludic.types import MicroBatch, TrainingSample
+from ludic.types import MicroBatch
 
 ATTENTION_NAME = "ludic_packed"
 """The name under which transformers knows this attention. No mask function is registered beside it: for a name without
@@ -53,7 +54,7 @@ the same, and its backward returns gradients of the key heads."""
 
 
 def prepare_packed_attention(model: PreTrainedModel) -> None:
-    """Switch a causal language model to packed attention, in place.
+    """Switch a causal language model to packed attention and to evaluation mode, in place.
 
     From then on its forward needs `packed_attention_kwargs`, and generating with it is refused; keep another copy of
     the weights for generation.
@@ -79,6 +80,9 @@ def prepare_packed_attention(model: PreTrainedModel) -> None:
         raise ValueError(
             f"{name} does not use transformers' attention interface, so its rows cannot be packed; {OTHER_FAMILY}"
         )
+    # The policy that sampled had no dropout and no router jitter. Both hang on this flag, not on modules that could be found
+    # and set to 0: many architectures call `functional.dropout(..., training=self.training)`. Gradients do not need the flag.
+    model.eval()
 
 
 def packed_attention_kwargs(micro_batch: MicroBatch) -> dict[str, torch.Tensor | int]:
@@ -283,62 +287,35 @@ def compile_layers(model: PreTrainedModel) -> None:
         layer.compile(dynamic=True)
 
 
-def check_isolation(model: PreTrainedModel) -> None:
-    """Prove on a prepared model, with four tiny forwards, that a packed sequence sees neither the one before it nor one
-    that shares its prompt, and sees that prompt as its own.
-
-    Worth its milliseconds once a run: an architecture may mix positions outside its attention layers.
+def checkpoint_layers(model: PreTrainedModel) -> None:
+    """Recompute each decoder layer's activations in the backward pass, still in evaluation mode, in place.
 
     Raises:
-        ValueError: if a sequence behind another, or with a shared prompt, is not what it is alone.
+        ValueError: if the model has no layers that can be told apart.
     """
-    vocabulary: int = model.config.get_text_config().vocab_size
-    first, other, second = ([(start + i) % vocabulary for i in range(5)] for start in (1, 11, 21))
-    branch = [*second[:2], *other[2:]]
-
-    training = model.training
-    model.train(False)
-    try:
-        with torch.no_grad():
-            alone, behind, behind_other, shared = (
-                _last_states(model, rows) for rows in ([second], [first, second], [other, second], [branch, second])
-            )
-    finally:
-        model.train(training)
-    # A leak may touch one token only. Kernels round differently for another shape: in bf16 by well under a percent.
-    leaks = {
-        "lets packed sequences see each other": torch.stack([behind - behind_other, behind - alone]),
-        "does not see a shared prompt as it sees its own": shared - alone,
-    }
-    for what, differences in leaks.items():
-        gap = float((differences.norm(dim=-1) / alone.norm(dim=-1)).max())
-        if not gap < 0.03:
-            raise ValueError(
-                f"{type(model).__name__} {what} (relative difference {gap:.2g}); its architecture mixes positions "
-                f"outside of attention, so it cannot be trained on packed rows; {OTHER_FAMILY}"
-            )
-
-
-def _last_states(model: PreTrainedModel, sequences: list[list[int]]) -> torch.Tensor:
-    """[L, H]: the last sequence's hidden states from one row; the first two tokens are shared where they are equal."""
-    samples = [
-        TrainingSample(
-            token_ids=ids,
-            loss_mask=[i >= 2 for i in range(len(ids))],
-            rollout_logprobs=None,
-            advantage=0.0,
-            policy_version=0,
+    layers: list[Any] = [one for one in model.base_model.modules() if isinstance(one, GradientCheckpointingLayer)]
+    if not layers:
+        raise ValueError(
+            f"{type(model).__name__} has no decoder layers of transformers' kind to recompute: leave out --gradient-checkpointing"
         )
-        for ids in sequences
-    ]
-    (row,) = pack(samples, token_budget=sum(map(len, sequences)), normalisation="token_mean")
-    row = row.to(next(model.parameters()).device)
-    states: torch.Tensor = model.base_model(
-        input_ids=row.input_ids.unsqueeze(0),
-        position_ids=row.position_ids.unsqueeze(0),
-        use_cache=False,
-        **packed_attention_kwargs(row),
-    ).last_hidden_state[0]
-    if row.key_indices is not None:
-        states = states.index_select(0, row.key_indices)
-    return states[-len(sequences[-1]) :].float()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for layer in layers:
+        # transformers recomputes only where the layer's own flag says that it trains. It is up at that question alone: the
+        # layer itself would drop out by it too.
+        layer.training = True
+        layer._gradient_checkpointing_func = partial(
+            _checkpoint_in_evaluation, layer, layer._gradient_checkpointing_func
+        )
+
+
+def _checkpoint_in_evaluation(
+    layer: torch.nn.Module, checkpoint: Callable[..., Any], forward: Callable[..., Any], *args: Any
+) -> Any:
+    def evaluated(*args: Any) -> Any:  # runs in the forward pass, and again in the backward pass
+        layer.training = False
+        try:
+            return forward(*args)
+        finally:
+            layer.training = True
+
+    return checkpoint(evaluated, *args)

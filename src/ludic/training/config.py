@@ -63,7 +63,7 @@ class GRPOConfig:
         "constant", "optimisation", "after the warm-up", choices=("constant", "linear", "cosine")
     )
     warmup_steps: int = _setting(5, "optimisation", "updates over which the learning rate rises to its peak")
-    weight_decay: float = _setting(0.0, "optimisation", "AdamW's decoupled weight decay")
+    weight_decay: float = _setting(0.0, "optimisation", "AdamW's decoupled weight decay; norms and biases are left out")
     adam_beta1: float = _setting(0.9, "optimisation", "AdamW's decay of the first moment")
     adam_beta2: float = _setting(0.99, "optimisation", "AdamW's decay of the second moment")
     max_grad_norm: float = _setting(1.0, "optimisation", "gradients are clipped to this norm; 0 switches it off")
@@ -94,6 +94,9 @@ class GRPOConfig:
     )
     compile: bool = _setting(
         True, "memory", "on CUDA: compile layers and log-probs; quicker, but some 20 s more at the first update"
+    )
+    fp32_head: bool = _setting(
+        True, "memory", "keep logits in fp32 here and on a server that is started; else both sides round them to bf16"
     )
     logprob_chunk: int = _setting(4096, "memory", "tokens that meet the vocabulary at once; bounds the logits' memory")
 

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ludic.training.attention import check_isolation, compile_layers, prepare_packed_attention
+from ludic.training.attention import checkpoint_layers, compile_layers, prepare_packed_attention
 from ludic.training.config import GRPOConfig
-from ludic.training.logprobs import check_head, token_logprobs
+from ludic.training.logprobs import token_logprobs
 from ludic.training.losses import (
     LOSSES,
     LossSettings,
@@ -27,8 +27,10 @@ from ludic.training.losses import (
     reduce_columns,
 )
 from ludic.training.master_weights import MasterWeights, Published, cast_parameters
+from ludic.training.model_checks import check_head, check_isolation, check_mode
 from ludic.training.nonfinite import LARGEST_NORM, NonFinite, find_nonfinite, nonfinite_names
 from ludic.training.packing import num_loss_tokens, pack, update_scale
+from ludic.training.rope import pin_rope
 from ludic.types import MicroBatch, TrainingSample
 
 if TYPE_CHECKING:
@@ -79,28 +81,28 @@ class Learner:
             kl_coef=config.kl_coef,
             tis_cap=config.importance_cap,
         )
-        disable_dropout(model)
         prepare_packed_attention(model)
+        pin_rope(model, config.max_seq_len)
         compute_dtype = torch.bfloat16 if on_gpu else torch.float32
         self.masters = MasterWeights(model, compute_dtype=compute_dtype)
-        # Two proofs that cost milliseconds: no leak between packed sequences, the model's own logits.
-        check_isolation(model)
+        check_isolation(model, max_seq_len=config.max_seq_len)
         check_head(model)
         self._reference = reference_model
         if reference_model is not None:
             prepare_packed_attention(reference_model)
-            reference_model.requires_grad_(False).eval()
+            pin_rope(reference_model, config.max_seq_len)
+            reference_model.requires_grad_(False)
             cast_parameters(reference_model, compute_dtype)
         if config.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            checkpoint_layers(model)
+        check_mode(model)
         if self._compile:
             compile_layers(model)
-        model.train()
         self.optimizer = torch.optim.AdamW(
             self.masters.parameters,
             lr=config.learning_rate,
             betas=(config.adam_beta1, config.adam_beta2),
-            weight_decay=config.weight_decay,
+            weight_decay=0.0,  # not for all weights, see `_decay`
             fused=on_gpu,
         )
         self.stepped = False
@@ -150,8 +152,11 @@ class Learner:
             self.discard()
             raise self._out_of_memory() from error
 
-    def step(self, *, learning_rate: float) -> dict[str, float]:
+    def step(self, *, learning_rate: float, num_without_loss: int = 0) -> dict[str, float]:
         """End the update: scale and clip the gradient, step, and hand the new weights to the model; the update's figures.
+
+        `num_without_loss` sequences of the update were not accumulated because their groups have no variance; the mean
+        counts them where the loss's paper does.
 
         Where the loss, a log-prob of the policy or the gradient is not finite, the step is skipped: weights, masters and
         the optimizer's state stay as they were, to the bit. `skipped_update` is then 1.0, else 0.0; the figures are those
@@ -165,7 +170,7 @@ class Learner:
         """
         self.stepped = False
         try:
-            return self._step(learning_rate)
+            return self._step(learning_rate, num_without_loss if self._loss.counts_zero_variance else 0)
         except torch.OutOfMemoryError as error:
             raise self._out_of_memory() from error
         finally:
@@ -175,9 +180,11 @@ class Learner:
         """One line on the last step that was skipped: what was not finite and where, and what to turn."""
         return "no update has been skipped" if self.nonfinite is None else self.nonfinite.describe()
 
-    def _step(self, learning_rate: float) -> dict[str, float]:
+    def _step(self, learning_rate: float, num_without_loss: int) -> dict[str, float]:
         scale = update_scale(
-            self._loss.normalisation, num_sequences=self._num_sequences, num_loss_tokens=self._num_loss_tokens
+            self._loss.normalisation,
+            num_sequences=self._num_sequences + num_without_loss,
+            num_loss_tokens=self._num_loss_tokens,
         )
         epochs, taken = self.config.epochs_per_update, 0
         metrics: dict[str, float] = {}
@@ -210,6 +217,7 @@ class Learner:
             row,
             temperature=self.config.temperature,
             chunk_size=self.config.logprob_chunk,
+            fp32_head=self.config.fp32_head,
             compile_head=self._compile,
         )
         inputs = loss_inputs(stats, row, old_logprobs=old, ref_logprobs=reference)
@@ -227,6 +235,7 @@ class Learner:
             row,
             temperature=self.config.temperature,
             chunk_size=self.config.logprob_chunk,
+            fp32_head=self.config.fp32_head,
             with_entropy=False,
         ).logprobs
 
@@ -264,10 +273,27 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.stepped = True
+        self._decay(learning_rate)
         self.optimizer.step()
         self._steps.append(self.masters.publish())
         self.optimizer.zero_grad(set_to_none=True)
         return figures, None
+
+    @torch.no_grad()
+    def _decay(self, learning_rate: float) -> None:
+        """AdamW's decoupled weight decay (arXiv 1711.05101) of matrices and embeddings, as is usual: norms set a scale and
+        biases a place, and neither is better for being near 0.
+
+        By hand and not by a second group of the optimizer, whose one group keeps the parameters in the model's order, as
+        checkpoints do.
+        """
+        if self.config.weight_decay:
+            decayed: list[torch.Tensor] = [
+                master
+                for name, master in zip(self.masters.names, self.masters.parameters, strict=True)
+                if master.grad is not None and master.dim() > 1 and not name.endswith("bias")
+            ]
+            torch._foreach_mul_(decayed, 1 - learning_rate * self.config.weight_decay)
 
     def _changed_share(self) -> float:
         """The share of the weights that a step changed as the server is sent them, the mean of the update's steps."""
@@ -297,16 +323,3 @@ class Learner:
 
 class OutOfMemory(MemoryError):
     """The trainer's device is too small for what was asked; the message names the flag to change."""
-
-
-def disable_dropout(model: torch.nn.Module) -> None:
-    """Set every dropout to 0: the trainer's log-probs must be those of the policy that sampled, in training mode too."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        for name, value in list(vars(module).items()):  # the rate of a functional dropout, or of dropping whole layers
-            if "drop" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
-        config = getattr(module, "config", None)  # attention may read it from there at each forward
-        if isinstance(getattr(config, "attention_dropout", None), float):
-            setattr(config, "attention_dropout", 0.0)  # noqa: B010  # a module's attributes are tensors to the checker

@@ -8,6 +8,10 @@ normaliser), backward makes the chunk's logits again and turns them into their o
 
 so that neither a one-hot matrix nor a second normalisation is ever made. On a GPU the passes over the logits are
 compiled; the matrix products are torch's own either way. Entropies carry no gradient.
+
+A bf16 product rounds a logit near 20 by up to 0.06, before the softmax. With `Head.fp32_product` the operands stay as they are
+and the sums of their products are kept in fp32, as vLLM's `head_dtype` has it; the gradients of logits are rounded to the
+operands' dtype for the two products of the backward pass, either way.
 """
 
 from collections.abc import Callable
@@ -27,6 +31,8 @@ class Head(NamedTuple):
     """[V]"""
     scale: float
     softcap: float | None
+    fp32_product: bool = False
+    """Whether `head_stats` keeps the product's sums in fp32; it is then not rounded before the softmax."""
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[N, H] -> [N, V] float32, the product itself in the dtype of the operands."""
@@ -67,7 +73,7 @@ def head_stats(
         targets = pad(targets, (0, -count % _PAD_TO))
     settings: _Settings = (1.0 / temperature, head.scale, head.softcap)
     logprobs, entropy = _HeadStats.apply(  # type: ignore[no-untyped-call]
-        hidden, head.weight, head.bias, targets, settings, chunk_size, with_entropy, compiled
+        hidden, head.weight, head.bias, targets, settings, chunk_size, with_entropy, head.fp32_product, compiled
     )
     return logprobs[:count], entropy[:count]
 
@@ -85,17 +91,18 @@ class _HeadStats(torch.autograd.Function):
         settings: _Settings,
         chunk_size: int,
         with_entropy: bool,
+        fp32_product: bool,
         compiled: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         logprobs, normaliser, entropy = (hidden.new_empty(hidden.shape[0], dtype=torch.float32) for _ in range(3))
         stats = _compiled(_stats) if compiled else _stats
         for part in _chunks(hidden.shape[0], chunk_size):
-            logits = _marked(linear(hidden[part], weight, bias), compiled)
+            logits = _marked(_product(hidden[part], weight, bias, fp32_product), compiled)
             logprobs[part], normaliser[part], entropy[part] = stats(
                 logits, _marked(targets[part], compiled), settings, with_entropy
             )
         ctx.save_for_backward(hidden, weight, bias, targets, normaliser)
-        ctx.settings, ctx.chunk_size, ctx.compiled = settings, chunk_size, compiled
+        ctx.settings, ctx.chunk_size, ctx.fp32_product, ctx.compiled = settings, chunk_size, fp32_product, compiled
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
@@ -109,13 +116,14 @@ class _HeadStats(torch.autograd.Function):
         grad_bias: torch.Tensor | None = None
         parts = _chunks(hidden.shape[0], ctx.chunk_size)
         for part in parts:
-            logits = linear(hidden[part], weight, bias)
+            logits = _product(hidden[part], weight, bias, ctx.fp32_product)
             grad_logits = grad(
                 _marked(logits, compiled),
                 _marked(targets[part], compiled),
                 _marked(normaliser[part], compiled),
                 _marked(grad_logprobs[part], compiled),
                 ctx.settings,
+                weight.dtype,
             )
             del logits
             torch.mm(grad_logits, weight, out=grad_hidden[part])
@@ -131,7 +139,18 @@ class _HeadStats(torch.autograd.Function):
             grad_weight = torch.zeros_like(weight)
         if bias is not None:
             grad_bias = torch.zeros_like(bias) if grad_bias is None else grad_bias.to(bias.dtype)
-        return grad_hidden, grad_weight.to(weight.dtype), grad_bias, None, None, None, None, None
+        return grad_hidden, grad_weight.to(weight.dtype), grad_bias, None, None, None, None, None, None
+
+
+def _product(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, fp32: bool) -> torch.Tensor:
+    """[N, H] x [V, H] -> [N, V], in fp32 or in the dtype of the operands."""
+    if not fp32 or hidden.dtype == torch.float32:
+        return linear(hidden, weight, bias)
+    if not hidden.is_cuda:
+        return linear(hidden.float(), weight.float(), None if bias is None else bias.float())
+    # The kernels sum in fp32 either way; here they do not round at the end, and need no copy of the weight.
+    logits = torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+    return logits if bias is None else logits.add_(bias)
 
 
 def _chunks(count: int, size: int) -> list[slice]:
@@ -164,9 +183,14 @@ def _stats(
 
 
 def _grad_logits(
-    raw: torch.Tensor, targets: torch.Tensor, normaliser: torch.Tensor, grad: torch.Tensor, settings: _Settings
+    raw: torch.Tensor,
+    targets: torch.Tensor,
+    normaliser: torch.Tensor,
+    grad: torch.Tensor,
+    settings: _Settings,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
-    """[N, V] in the dtype of `raw`: the gradient of the log-probs with regard to the product of the layer."""
+    """[N, V] in `dtype`: the gradient of the log-probs with regard to the product of the layer."""
     inverse_temperature, scale, softcap = settings
     finished = _finished(raw, scale, softcap)
     probabilities = (finished * inverse_temperature - normaliser.unsqueeze(-1)).exp()
@@ -174,7 +198,7 @@ def _grad_logits(
     result = (chosen.float() - probabilities) * (grad * (inverse_temperature * scale)).unsqueeze(-1)
     if softcap is not None:
         result = result * (1.0 - (finished / softcap).square())
-    return result.to(raw.dtype)
+    return result.to(dtype)
 
 
 @cache

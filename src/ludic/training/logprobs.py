@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from ludic.training.attention import boundary_kwargs, packed_attention_kwargs
+from ludic.training.attention import packed_attention_kwargs
 from ludic.training.lm_head import Head, head_stats
 from ludic.types import MicroBatch
 
@@ -31,6 +31,7 @@ def token_logprobs(
     temperature: float,
     chunk_size: int = 4096,
     with_entropy: bool = True,
+    fp32_head: bool = False,
     compile_head: bool = False,
 ) -> TokenStats:
     """Log-probabilities and entropies of the tokens that are trained on. Logits are divided by the temperature in fp32.
@@ -40,8 +41,9 @@ def token_logprobs(
         micro_batch: On the model's device.
         temperature: The one that the completions were sampled at.
         chunk_size: Tokens that meet the LM head at a time; logits and their gradient need chunk_size x vocabulary x 2
-            numbers of the model's dtype.
+            numbers of the model's dtype, half as many more with `fp32_head`.
         with_entropy: Compute entropies; zeros otherwise.
+        fp32_head: Keep logits in fp32 where the model computes in bf16; without, the product rounds them.
         compile_head: Compile the work on a chunk (worth it on a GPU with a large vocabulary).
 
     Raises:
@@ -51,7 +53,7 @@ def token_logprobs(
         raise ValueError(f"temperature must be above 0 to train on log-probs, not {temperature}")
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, not {chunk_size}")
-    head = _head(model)
+    head = output_layer(model)._replace(fp32_product=fp32_head)
     if torch.is_autocast_enabled(head.weight.device.type):  # autocast would not reach the head's backward pass
         dtype = torch.get_autocast_dtype(head.weight.device.type)
         head = head._replace(weight=head.weight.to(dtype), bias=None if head.bias is None else head.bias.to(dtype))
@@ -82,7 +84,12 @@ def token_logprobs(
     )
 
 
-def _head(model: PreTrainedModel) -> Head:
+def output_layer(model: PreTrainedModel) -> Head:
+    """The model's output layer, with what the architecture does to its logits.
+
+    Raises:
+        ValueError: if it has none apart from its backbone, or does what is not supported.
+    """
     name, config = type(model).__name__, model.config.get_text_config()
     layer: torch.nn.Linear | None = model.get_output_embeddings()
     if layer is None or model.base_model is model:
@@ -97,37 +104,3 @@ def _head(model: PreTrainedModel) -> Head:
         scale=scale,
         softcap=getattr(config, "final_logit_softcapping", None),
     )
-
-
-def check_head(model: PreTrainedModel) -> None:
-    """Prove on a prepared model, with a tiny forward, that the logits here are those of the model itself.
-
-    Worth its milliseconds once a run: an architecture may scale or shift its logits in a way unknown here.
-
-    Raises:
-        ValueError: if they differ.
-    """
-    head = _head(model)
-    device = head.weight.device
-    length = 8
-    cu_seqlens = torch.tensor([0, length], dtype=torch.int32, device=device)
-    training = model.training
-    model.train(False)
-    try:
-        with torch.no_grad():
-            arguments = {
-                "input_ids": torch.arange(1, length + 1, device=device).unsqueeze(0) % head.weight.shape[0],
-                "position_ids": torch.arange(length, device=device).unsqueeze(0),
-                "use_cache": False,
-                **boundary_kwargs(cu_seqlens, length),
-            }
-            theirs = model(**arguments).logits[0].float()
-            ours = head.logits(model.base_model(**arguments).last_hidden_state[0])
-    finally:
-        model.train(training)
-    gap = (ours - theirs).abs().max().item()
-    if not gap <= 1e-2 * max(1.0, theirs.abs().max().item()):
-        raise ValueError(
-            f"{type(model).__name__} changes its logits after the LM head in a way that is not supported "
-            f"(largest difference {gap:.2g}); its log-probs would be wrong"
-        )

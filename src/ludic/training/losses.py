@@ -99,6 +99,8 @@ class LossSpec:
 
     loss: Loss
     normalisation: Normalisation
+    counts_zero_variance: bool
+    """Whether the paper's mean counts sequences of groups without variance, whose policy loss is 0."""
     clip_low: float
     clip_high: float
     source: str
@@ -186,7 +188,7 @@ def _finish(
 
     Truncated importance sampling: Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL
     training". k3(x) = x - 1 - log x, an unbiased estimator of the KL divergence that is never negative: Schulman 2020,
-    "Approximating KL divergence", and GRPO's eq. 4.
+    "Approximating KL divergence", and GRPO's eq. 4. The KL term is owed by every sampled token, also where the advantage is 0.
     """
     mask = inputs.loss_mask
     old_ratio = inputs.logprobs.detach() - inputs.old_logprobs
@@ -311,6 +313,7 @@ LOSSES: dict[str, LossSpec] = {
     "grpo": LossSpec(
         loss=clipped_token_loss,
         normalisation="sequence_mean",
+        counts_zero_variance=True,
         clip_low=0.2,
         clip_high=0.2,
         source="arXiv 2402.03300",
@@ -318,6 +321,7 @@ LOSSES: dict[str, LossSpec] = {
     "dr_grpo": LossSpec(
         loss=clipped_token_loss,
         normalisation="constant",
+        counts_zero_variance=True,
         clip_low=0.2,
         clip_high=0.2,
         source="arXiv 2503.20783",
@@ -325,6 +329,7 @@ LOSSES: dict[str, LossSpec] = {
     "dapo": LossSpec(
         loss=clipped_token_loss,
         normalisation="token_mean",
+        counts_zero_variance=False,
         clip_low=0.2,
         clip_high=0.28,
         source="arXiv 2503.14476",
@@ -332,6 +337,7 @@ LOSSES: dict[str, LossSpec] = {
     "gspo": LossSpec(
         loss=gspo_loss,
         normalisation="sequence_mean",
+        counts_zero_variance=True,
         clip_low=3e-4,
         clip_high=4e-4,
         source="arXiv 2507.18071",
@@ -339,10 +345,12 @@ LOSSES: dict[str, LossSpec] = {
     "cispo": LossSpec(
         loss=cispo_loss,
         normalisation="token_mean",
+        counts_zero_variance=False,
         clip_low=1.0,
         clip_high=4.0,
         source="arXiv 2506.13585",
     ),
 }
-"""The losses by name. CISPO's paper gives no clips but says that the lower one is switched off; 1 + 4 is the upper
-bound that arXiv 2510.13786 settles on."""
+"""The losses by name. DAPO and CISPO draw other prompts until every group has variance, the others keep what was drawn: see
+`packing.Normalisation` for what that means here. CISPO's paper gives no clips but says that the lower one is switched off;
+1 + 4 is the upper bound that arXiv 2510.13786 settles on."""

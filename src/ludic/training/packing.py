@@ -27,14 +27,16 @@ from ludic.types import MicroBatch, TrainingSample
 Normalisation = Literal["token_mean", "sequence_mean", "constant"]
 """What a token's loss is divided by, with N the sequences and M the loss tokens of the update:
 
-- `token_mean`: M, so that every token counts the same (DAPO, arXiv 2503.14476);
+- `token_mean`: M, so that every token counts the same (DAPO, arXiv 2503.14476, and CISPO, arXiv 2506.13585);
 - `sequence_mean`: N times the loss tokens of its own sequence, so that every sequence counts the same (GRPO,
-  arXiv 2402.03300);
+  arXiv 2402.03300, and GSPO, arXiv 2507.18071);
 - `constant`: N times the longest completion allowed, so that a token's share does not depend on the lengths that came
   out (Dr. GRPO, arXiv 2503.20783).
 
-N counts the sequences that are packed. Groups without variance are left out before (see `advantages`), so they are in
-neither N nor M."""
+What is counted where all rewards of a group are equal, so that its policy loss is 0 and it need not be packed: GRPO (eq. 3),
+Dr. GRPO and GSPO (eq. 5) average over all sampled sequences, so N counts it. DAPO (eq. 8) and CISPO draw other prompts until
+no group is like that, so M does not count it (`LossSpec.counts_zero_variance`). With a KL penalty such groups are packed and
+trained on, and every N and M counts what is packed."""
 
 _Ints: TypeAlias = npt.NDArray[np.int64]
 

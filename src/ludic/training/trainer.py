@@ -169,7 +169,7 @@ class GRPOTrainer(Generic[SampleT]):
             optimizer = self.learner.optimizer
             load_optimizer(training_folder(self.last_checkpoint), optimizer, self.learner.device, model=model)
             for group in optimizer.param_groups:  # what this run was given, not what the checkpoint was made with
-                group["betas"], group["weight_decay"] = (config.adam_beta1, config.adam_beta2), config.weight_decay
+                group["betas"] = (config.adam_beta1, config.adam_beta2)
                 group["fused"] = optimizer.defaults["fused"]
             evaluations = state.evaluations
             if not changed_settings(
@@ -302,14 +302,20 @@ class GRPOTrainer(Generic[SampleT]):
         return batch
 
     def _samples(self, batch: UpdateBatch, group: RolloutGroup) -> list[TrainingSample]:
-        """What there is to train on in one group: nothing if its rewards are all alike, or it has become too old."""
+        """What there is to train on in one group: nothing if it has become too old, or all its rewards are alike and there
+        is no KL penalty."""
         config = self.config
         age = self.state.policy_version - min(rollout.completion.policy_version for rollout in group.rollouts)
         if age > config.max_staleness:
             batch.num_too_old += 1
             return []
         scale = config.loss != "dr_grpo" if config.scale_rewards is None else config.scale_rewards
-        samples, stats = training_samples([group], scale_rewards=scale, mask_truncated=config.mask_truncated)
+        samples, stats = training_samples(
+            [group],
+            scale_rewards=scale,
+            mask_truncated=config.mask_truncated,
+            keep_zero_variance=config.kl_coef > 0,
+        )
         batch.stats.append(stats)
         if config.importance_cap is not None:  # a ratio cannot be corrected without the sampler's log-probs
             with_logprobs = [sample for sample in samples if sample.rollout_logprobs is not None]
@@ -334,7 +340,9 @@ class GRPOTrainer(Generic[SampleT]):
             self._mid_update = True  # until the update is counted, the weights belong to no step
             try:
                 figures, cancelled = await self._thread.finish(
-                    self.learner.step, learning_rate=metrics["learning_rate"]
+                    self.learner.step,
+                    learning_rate=metrics["learning_rate"],
+                    num_without_loss=sum(stats.num_without_loss for stats in batch.stats),
                 )
             except (FloatingPointError, MemoryError) as error:
                 self._mid_update = self.learner.stepped
