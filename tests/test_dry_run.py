@@ -18,7 +18,7 @@ from ludic.doctor.tiny_model import MAX_PARAMETERS, tiny_model
 from ludic.prompts import encode_prompt, load_tokenizer
 from ludic.training.attention import OTHER_FAMILY
 from ludic.training.config import GRPOConfig, from_arguments
-from ludic.training.learner import Learner, disable_dropout
+from ludic.training.learner import Learner
 from ludic.training.memory import worst_samples
 from tests.vllm_helpers import CHAT_TEMPLATE, make_tiny_model, make_tiny_tokenizer, randomize_weights
 
@@ -141,18 +141,6 @@ def test_the_dry_run_of_a_full_size_model_says_what_the_trainer_says_of_the_fami
         assert finding.status == "failed" and reason in finding.found and finding.fix == OTHER_FAMILY
         assert without_figures(words.removesuffix(f"; {OTHER_FAMILY}")) == without_figures(finding.found)
         assert "\n" not in str(finding)
-
-
-@pytest.mark.parametrize("family", ["opt", "biogpt", "seed_oss"])
-def test_a_family_with_functional_dropout_computes_in_training_as_in_evaluation(family: str) -> None:
-    settings = {**SHAPE, **FAMILIES[family][0]} if family in FAMILIES else SHAPE
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings), dtype=torch.float32)
-    ids = torch.arange(2, 34).unsqueeze(0)
-    with torch.no_grad():
-        assert not torch.equal(model.train()(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
-        disable_dropout(model)
-        assert torch.equal(model.train()(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
 
 
 @pytest.mark.parametrize("family", ["gemma3_text", "smollm3", "qwen3_next", "deepseek_v3", "llama4_text"])
