@@ -326,7 +326,7 @@ PATHS = [
 
 
 async def test_a_problem_an_answer_or_a_name_that_looks_like_a_path_is_only_written_into_our_own_files(
-    tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An evaluation in which every string that others choose is a path, with a server that says paths too."""
     problems = tmp_path / "problems.jsonl"
@@ -342,6 +342,7 @@ async def test_a_problem_an_answer_or_a_name_that_looks_like_a_path_is_only_writ
         words = ["--model", str(tiny_model_dir), "--dataset", str(problems), "--max-tokens", "4", "--out-dir", str(out)]
         words += ["--port", server.base_url.rpartition(":")[2]]
         script = _script("eval_gsm8k_vllm")
+        monkeypatch.syspath_prepend(str(Path(script.__file__ or "").parent))  # as when the script is run
         assert await script.run(script.build_parser().parse_args(words)) == 0
     made = {path.relative_to(out).as_posix() for path in set(tmp_path.rglob("*")) - before if out in path.parents}
     names = {"gsm8k_eval.jsonl", "gsm8k_eval.jsonl.settings.json", "gsm8k_eval.jsonl.summary.json"}
