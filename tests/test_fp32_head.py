@@ -93,10 +93,10 @@ def _flags(fp32_head: bool | None, server_args: str = "") -> list[str]:
 
 
 def test_a_server_that_is_started_is_told_only_what_is_not_its_default() -> None:
-    assert _flags(True) == _flags(None) == []
-    assert _flags(False) == ["--hf-overrides", '{"head_dtype": "model"}']
-    given = '{"head_dtype": "float32"}'
-    assert _flags(False, f"--hf-overrides '{given}'") == ["--hf-overrides", given]
+    assert _flags(False) == _flags(None) == []
+    assert _flags(True) == ["--hf-overrides", '{"head_dtype": "float32"}']
+    given = '{"head_dtype": "bfloat16"}'
+    assert _flags(True, f"--hf-overrides '{given}'") == ["--hf-overrides", given]
 
 
 @pytest.mark.parametrize(

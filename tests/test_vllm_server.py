@@ -604,7 +604,6 @@ def test_the_defaults_of_ludic_hold_until_the_user_says_otherwise(tmp_path: Path
     args = vllm_server.parse_arguments([])
     assert (args.model, args.host, args.port) == (vllm_server.DEFAULT_MODEL, "127.0.0.1", 8000)
     assert (args.logprobs_mode, args.generation_config) == ("processed_logprobs", "vllm")
-    assert args.hf_overrides == {"head_dtype": "float32"}
     assert args.weight_transfer_config.backend == "ludic_shm"
     assert args.middleware == [GENERATE_ROUTE, SERVER_GUARD, REQUIRE_API_KEY]
     assert args.trust_remote_code is False and args.allowed_origins == [] and args.api_key is None

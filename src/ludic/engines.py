@@ -188,8 +188,8 @@ def _server_flags(args: argparse.Namespace, max_seq_len: int, fp32_head: bool | 
     given = [flag.replace("_", "-").partition("=")[0] for flag in flags]
     if "--max-model-len" not in given:
         flags += ["--max-model-len", str(max_seq_len)]
-    if fp32_head is False and "--hf-overrides" not in given:  # True is ludic's default there
-        flags += ["--hf-overrides", '{"head_dtype": "model"}']
+    if fp32_head and "--hf-overrides" not in given:
+        flags += ["--hf-overrides", '{"head_dtype": "float32"}']
     if "--weight-transfer-config" not in given and _only_one_gpu():
         flags += ["--weight-transfer-config", '{"backend": "ludic_shm"}']  # NCCL does not join a GPU with itself
     if args.chat_template:

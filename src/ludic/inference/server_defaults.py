@@ -110,11 +110,6 @@ DEFAULTS: tuple[Default, ...] = (
         when="training", why="proves weight syncs, and records log-probs", value=lambda *_: WORKER_EXTENSION,
     ),
     Default(
-        setting="--hf-overrides", dest="hf_overrides", vllm="none", ludic='{"head_dtype": "float32"}', when="training",
-        why="logits are not rounded to bf16 before the softmax, as with the trainer's --fp32-head",
-        value=lambda *_: {"head_dtype": "float32"},
-    ),
-    Default(
         setting="--disable-log-stats", dest="disable_log_stats", vllm="off", ludic="on", when="training",
         # LLM.generate leaves statistics out by default as well. They are more than a third of the Python that runs in the
         # front end for each token (9 of 22 microseconds on a slow CPU), and at many hundred sequences that sets the pace.

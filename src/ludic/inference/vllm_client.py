@@ -190,7 +190,7 @@ class VLLMEngine:
             dtype=getattr(torch, info["dtype"]),
             probe_token_ids=probe_token_ids,
             deadline_s=deadline_s,
-            fp32_head=self._fp32_head is not False,
+            fp32_head=self._fp32_head is True,
         )
 
     # -- generation ------------------------------------------------------------------------------------------------

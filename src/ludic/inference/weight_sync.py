@@ -92,7 +92,7 @@ class WeightSync:
         probe_token_ids: the fixed prompt whose log-probs are compared, 2 tokens at least.
         deadline_s: after which one sync has failed, whatever it waits for.
         probe_every: at every how many syncs the log-probs are compared when digests alone have nothing against it.
-        fp32_head: whether the probe's logits are kept in fp32, as the model that trains and ludic's server do.
+        fp32_head: whether the probe's logits are kept in fp32, as the model that trains has them.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class WeightSync:
         probe_token_ids: list[int],
         deadline_s: float = 300.0,
         probe_every: int = 10,
-        fp32_head: bool = True,
+        fp32_head: bool = False,
     ) -> None:
         if transport not in TRANSPORTS:
             raise ValueError(

@@ -96,7 +96,7 @@ class GRPOConfig:
         True, "memory", "on CUDA: compile layers and log-probs; quicker, but some 20 s more at the first update"
     )
     fp32_head: bool = _setting(
-        True, "memory", "keep logits in fp32 here and on a server that is started; else both sides round them to bf16"
+        False, "memory", "keep logits in fp32 here and on a server that is started; else both sides round them to bf16"
     )
     logprob_chunk: int = _setting(4096, "memory", "tokens that meet the vocabulary at once; bounds the logits' memory")
 
