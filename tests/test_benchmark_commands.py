@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 README = (ROOT / "benchmarks" / "README.md").read_text()
 ELSEWHERE = {
     "learning.py": "tests/test_benchmark_learning.py runs it, without a server",
+    "logprob_gap.py": "tests/test_benchmark_gap.py runs both of its sides, the server's with the one that the other tests have",
     "-m benchmarks.faults.nccl": "NCCL does not exist without two GPUs",
 }
 """Commands that no test here runs, and why."""
@@ -100,6 +101,11 @@ def test_the_script_that_makes_all_tables_calls_commands_and_flags_that_exist(tm
 
 
 # --- the commands -----------------------------------------------------------------------------------------------------
+
+
+def test_head_compares_the_two_products(tmp_path: Path) -> None:
+    run("head.py", "--device cpu --shapes 64x997 --tokens 256 --chunk 64 --repeats 1", tmp_path)
+    check_rows((tmp_path / "head.md").read_text(), "64x997, bf16", "64x997, fp32")
 
 
 @pytest.fixture
