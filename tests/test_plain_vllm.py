@@ -41,6 +41,7 @@ def base_url(folder: Path) -> Iterator[str]:
     port = free_port("127.0.0.1")
     words = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--port", str(port)]
     words += ["--served-model-name", "policy", "--host", "127.0.0.1", *CPU_SERVER_ARGS]
+    words += ["--dtype", "float32", "--enforce-eager", "--kv-cache-memory-bytes", "256M"]  # not 92% of the memory
     words.remove("--enable-log-stats")  # ludic's own flag
     with (folder.parent / "server.log").open("wb") as log:
         process = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **CPU_SERVER_ENV})

@@ -57,7 +57,9 @@ def served(
     trained = run_script("train_gsm8k.py", *SMALL, *flags)
     assert trained.returncode == 0, trained.stderr
     checkpoint = folder / "run" / "checkpoints_gsm8k" / "step_2"
-    with cpu_server(checkpoint, folder / "server.log", extra_args=["--max-model-len", "160"]) as server:
+    with cpu_server(
+        checkpoint, folder / "server.log", extra_args=["--max-model-len", "160", "--dtype", "float32"]
+    ) as server:
         yield Served(checkpoint=checkpoint, problems=problems, server=server)
 
 
