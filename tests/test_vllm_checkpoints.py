@@ -116,12 +116,15 @@ async def test_a_server_that_is_killed_over_a_request_is_told_of_by_the_client_a
     client = VLLMEngine(served.server.base_url, model=str(served.checkpoint))
     await client.connect(load_tokenizer(served.checkpoint), max_seq_len=160)
     long = SamplingParams(max_tokens=100)
-    running = asyncio.create_task(client.generate([5] * 20, num_completions=256, sampling=long))
+    running = [
+        asyncio.create_task(client.generate([5] * 20, num_completions=256, sampling=long)) for _ in range(4)
+    ]  # seconds of work, also where a policy ends its turns soon
     await asyncio.sleep(0.3)
     served.server.process.kill()
-    with pytest.raises(ServerUnreachableError, match="stopped answering in the middle of a request"):
-        await running
+    outcomes = await asyncio.gather(*running, return_exceptions=True)
     await client.aclose()
+    lost = [str(one) for one in outcomes if isinstance(one, ServerUnreachableError)]
+    assert any("stopped answering in the middle of a request" in one for one in lost), outcomes
     ending = served.server.ending(wait_s=5)
     assert ending is not None and "was ended by SIGKILL" in ending
     assert ending.endswith(f"(its whole log: {served.server.log_path})")

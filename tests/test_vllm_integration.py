@@ -32,6 +32,7 @@ from ludic.prompts import decode_completion, encode_prompt, load_tokenizer
 from ludic.training.attention import prepare_packed_attention
 from ludic.types import Completion, SamplingParams
 from tests.conftest import digit_chat, make_digit_policy
+from tests.printed import printed_command
 from tests.vllm_helpers import CPU_SERVER_ENV, make_tiny_model, randomize_weights
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -41,7 +42,7 @@ PROMPTS = [list(range(10, 40)), list(range(200, 150, -1)), [300]]
 SETTINGS = [
     "--logprob-share",
     "1",  # the gap is checked in every update
-    *("--rollouts-per-update", "16", "--group-size", "8", "--max-seq-len", "160", "--micro-token-budget", "640"),
+    *("--rollouts-per-update", "32", "--group-size", "16", "--max-seq-len", "160", "--micro-token-budget", "640"),
     *("--max-tokens", "12", "--lr", "3e-3", "--warmup-steps", "0", "--train-steps", "2", "--eval-limit", "8"),
     *("--logger", "print", "--verbose"),
 ]
@@ -436,7 +437,7 @@ def check_training(out_dir: Path, printed: str) -> None:
     assert all(row["logprob_gap"] < 1e-3 and row["grad_norm"] > 0 for row in updates if row["trained_sequences"])
     assert any(row["trained_sequences"] for row in updates), "no group had any variance: nothing was trained"
     rollouts = [json.loads(line) for line in (out_dir / "gsm8k_train_rollouts.jsonl").read_text().splitlines()]
-    assert len(rollouts) == 32 and all(row["policy_version"] == row["step"] - 1 for row in rollouts)
+    assert len(rollouts) == 64 and all(row["policy_version"] == row["step"] - 1 for row in rollouts)
     summary = json.loads((out_dir / "gsm8k_train_summary.json").read_text())
     assert summary["updates"] == 2 and summary["accuracy_before"] == 0.0 and summary["eval_problems"] == 8
 
@@ -467,8 +468,9 @@ def test_the_training_script_trains_against_the_server_and_the_evaluation_script
     assert f"weights: {said}" in scored.stdout and summary["weights"]["description"] == said
     assert (summary["weights"]["policy_version"], summary["weights"]["out_dir"]) == (2, str(tmp_path))
     assert {record["completions"][0]["policy_version"] for record in records} == {2}
-    command = next(line for line in scored.stdout.splitlines() if line.strip().startswith("uv run python"))
-    assert f"--model {tmp_path}/checkpoints_gsm8k/step_2 " in command and "--start-server" in command
+    command = printed_command(scored.stdout)
+    assert command[command.index("--model") + 1] == f"{tmp_path}/checkpoints_gsm8k/step_2"
+    assert "--start-server" in command
 
 
 async def test_a_server_says_which_weights_it_holds_and_the_same_weights_have_the_same_digest_however_they_came(

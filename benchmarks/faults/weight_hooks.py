@@ -76,6 +76,8 @@ class DamagingWorker(LudicWorkerExtension):
         layer.weight = torch.nn.Parameter(tensor, requires_grad=False)
         dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
         layer.weight = own
-        if not torch.equal(read_weight(layer), tensor):  # no packed copy: this processor's kernel takes the weight itself
+        if not torch.equal(
+            read_weight(layer), tensor
+        ):  # no packed copy: this processor's kernel takes the weight itself
             own.copy_(tensor)
         return name
