@@ -76,8 +76,8 @@ class DamagingWorker(LudicWorkerExtension):
         layer.weight = torch.nn.Parameter(tensor, requires_grad=False)
         dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
         layer.weight = own
-        if not torch.equal(
-            read_weight(layer), tensor
-        ):  # no packed copy: this processor's kernel takes the weight itself
+        if not torch.equal(read_weight(layer), tensor):
+            # There is no packed copy: this processor's kernel takes the weight itself.
+            assert isinstance(own, torch.nn.Parameter)
             own.copy_(tensor)
         return name
