@@ -35,7 +35,7 @@ Split = Literal["train", "test"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GSM8KSample:
-    """One problem. `target` is what follows `####` in `answer`, as it is written there, e.g. `1,080`."""
+    """One problem. `target` is the line that follows `####` in `answer`, as it is written there, e.g. `1,080`."""
 
     question: str
     answer: str
@@ -47,8 +47,9 @@ def load(
 ) -> list[GSM8KSample]:
     """The samples of a split, in their order, or shuffled by `seed`; the first `limit` of those.
 
-    `dataset` is None for the Hugging Face hub, a JSONL file with a `question` and an `answer` a line (whatever the
-    split), or a folder that holds `{split}.jsonl`, or else parquet or CSV files whose names begin with the split.
+    `dataset` is None for the Hugging Face hub; a file (JSONL, parquet or CSV) of rows with a `question` and an `answer`,
+    whatever the split; or a folder that holds `{split}.jsonl`, or else `{split}.parquet` or `.csv`, in shards or not. Of a
+    clone of the hub's data set, the configuration `main` is read, as from the hub.
 
     Raises:
         ValueError: the data cannot be had, a row is malformed (`test.jsonl:17: ...`), or `limit` is below 1.
@@ -145,12 +146,40 @@ def _read_local(split: Split, path: Path) -> Iterator[GSM8KSample]:
         if (path / f"{split}.jsonl").is_file():
             return _samples(_jsonl_rows(path / f"{split}.jsonl"))
         for kind in ("parquet", "csv"):
-            if files := sorted(path.rglob(f"{split}*.{kind}")):
+            if files := _split_files(split, path, kind):
                 return _samples(_table_rows(kind, files))
         raise ValueError(f"{path} holds no {split}.jsonl (and no {split}*.parquet or {split}*.csv)")
     if not path.is_file():
         raise ValueError(f"{path} does not exist; --dataset takes a JSONL file or a folder that holds {split}.jsonl")
+    if path.suffix in (".parquet", ".csv"):
+        return _samples(_table_rows(path.suffix[1:], [path]))
     return _samples(_jsonl_rows(path))
+
+
+def _split_files(split: Split, folder: Path, kind: str) -> list[Path]:
+    """The files of a split, as the hub names them (`train.parquet`, `train-00000-of-00001.parquet`), not in hidden folders.
+
+    A clone of the hub's data set has a folder for each configuration; as from the hub, `main` is read.
+
+    Raises:
+        ValueError: files in several folders, none of them `main`: they may hold the same problems.
+    """
+    named = re.compile(rf"{split}([-.]\d.*)?\.{kind}")
+    files = [
+        file
+        for file in sorted(folder.rglob(f"{split}*.{kind}"))
+        if named.fullmatch(file.name) and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    ]
+    folders = {file.parent for file in files}
+    if len(folders) > 1:
+        main = folder / "main"
+        if main not in folders:
+            names = ", ".join(sorted(f"{one.relative_to(folder)}/" for one in folders))
+            raise ValueError(
+                f"{folder} holds {split} files in several folders ({names}): give one of them to --dataset"
+            )
+        files = [file for file in files if file.parent == main]
+    return files
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[str, object]]:
@@ -177,8 +206,15 @@ def _table_rows(kind: str, files: list[Path]) -> Iterator[tuple[str, object]]:
             f"reading {files[0]} needs the package {error.name}: run `uv sync --extra examples`, "
             "or turn it into a JSONL file"
         ) from error
+    from datasets.exceptions import DatasetGenerationError
+
     for file in files:
-        rows = load_dataset(kind, data_files=str(file), split="train")
+        try:
+            rows = load_dataset(kind, data_files=str(file), split="train")
+        except (DatasetGenerationError, OSError, ValueError) as error:
+            cause = error.__cause__ or error
+            reason = next(iter(str(cause).splitlines()), type(cause).__name__)
+            raise ValueError(f"{file}: not a {kind} file that can be read ({reason})") from error
         for number, row in enumerate(cast(Iterable[object], rows), start=1):
             yield f"{file}:{number}", row
 
@@ -188,12 +224,13 @@ def _samples(rows: Iterable[tuple[str, object]]) -> Iterator[GSM8KSample]:
         if not isinstance(row, dict):
             raise ValueError(f"{place}: a row must be an object with `question` and `answer`, not {_kind(row)}")
         question, answer = (_text_field(place, row, name) for name in ("question", "answer"))
-        _, mark, target = answer.rpartition("####")
+        _, mark, after = answer.rpartition("####")
         if not mark:
             raise ValueError(f"{place}: no `####` before the final answer in `answer`")
-        if not target.strip():
+        target = next(iter(after.strip().splitlines()), "").strip()
+        if not target:
             raise ValueError(f"{place}: nothing after `####` in `answer`")
-        yield GSM8KSample(question=question, answer=answer, target=target.strip())
+        yield GSM8KSample(question=question, answer=answer, target=target)
 
 
 def _text_field(place: str, row: dict[str, object], name: str) -> str:

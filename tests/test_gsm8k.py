@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 
 from environments.gsm8k import DEFAULT_SYSTEM_PROMPT, GSM8K, GSM8KSample, load
 from ludic.environment import Environment
@@ -143,6 +144,49 @@ def test_csv_files_are_read_where_there_is_no_jsonl(tmp_path: Path) -> None:
     (tmp_path / "main" / "test-00000.csv").write_text('question,answer\nHow many?,"so\n#### 18"\nWhat?,18\n')
     with pytest.raises(ValueError, match=r"test-00000\.csv:2: no `####`"):
         load("test", dataset=tmp_path)
+
+
+def write_table(path: Path, *rows: dict[str, str]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = Dataset.from_list(list(rows))
+    table.to_csv(path) if path.suffix == ".csv" else table.to_parquet(path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".csv"])
+def test_a_clone_of_the_hubs_data_set_is_read_once(tmp_path: Path, suffix: str) -> None:
+    for folder in ("main", "socratic"):
+        write_table(tmp_path / folder / f"train-00000-of-00001{suffix}", ROWS[0])
+        write_table(tmp_path / folder / f"test-00000-of-00002{suffix}", ROWS[1])
+        write_table(tmp_path / folder / f"test-00001-of-00002{suffix}", ROWS[2])
+    write_table(tmp_path / "main" / ".ipynb_checkpoints" / f"test-00000-of-00002{suffix}", ROWS[1])
+    write_table(tmp_path / f"training_args{suffix}", {"learning_rate": "1e-6"})
+    write_table(tmp_path / f"test_predictions{suffix}", {"prediction": "9"})
+    assert [s.target for s in load("train", dataset=tmp_path)] == ["9"]
+    assert [s.target for s in load("test", dataset=tmp_path)] == ["1,080", "-10"]
+    assert [s.target for s in load("test", dataset=tmp_path / "socratic")] == ["1,080", "-10"]
+
+
+def test_several_folders_without_main_are_refused(tmp_path: Path) -> None:
+    for folder in ("socratic", "platinum"):
+        write_table(tmp_path / folder / "test.parquet", ROWS[0])
+    with pytest.raises(ValueError, match=r"several folders \(platinum/, socratic/\): give one of them to --dataset$"):
+        load("test", dataset=tmp_path)
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".csv"])
+def test_a_single_table_is_read_and_a_broken_one_is_named(tmp_path: Path, suffix: str) -> None:
+    path = write_table(tmp_path / f"problems{suffix}", *ROWS)
+    assert [s.target for s in load("train", dataset=path)] == ["9", "1,080", "-10"]
+    path.write_bytes(b'question,answer\n"a","b","c"\n"unclosed')
+    with pytest.raises(ValueError, match=rf"problems\{suffix}: not a \w+ file that can be read \(.+\)$"):
+        load("train", dataset=path)
+
+
+@pytest.mark.parametrize("after", [" 18\nThat is all.", "18\r\n", "\n\n 18 \u2028and more"])
+def test_the_target_is_one_line(tmp_path: Path, after: str) -> None:
+    path = write_jsonl(tmp_path / "some.jsonl", [{"question": "How many?", "answer": f"9 * 2\n####{after}"}])
+    assert [s.target for s in load("train", dataset=path)] == ["18"]
 
 
 def test_an_empty_system_prompt_is_left_out() -> None:

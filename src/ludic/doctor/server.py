@@ -75,7 +75,11 @@ class ServerChecks:
             here = self._args.host in LOOPBACK and installed("vllm") is not None
             return [unreachable, check_vllm()] if here else unreachable
         self._up = True
-        handshake.check_context(served, self._config.max_seq_len)
+        from ludic.pretrained import load_config
+        from ludic.training.rope import longrope_switch
+
+        config = load_config(self._args.model, trust_remote_code=self._args.trust_remote_code)
+        handshake.check_context(served, self._config.max_seq_len, longrope_switch(config))
         return ok("server", f"{self._url} serves {self._args.model}, context {served.get('max_model_len')} tokens")
 
     def tokenizer(self) -> Finding:
