@@ -451,6 +451,28 @@ def test_a_flag_given_with_the_demo_comes_before_the_demos_own(script: ModuleTyp
     assert args.train_steps == 3 and args.engine == "local" and args.group_size > 1
 
 
+def test_a_home_that_the_shell_left_alone_is_expanded_in_paths_only(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/ann")
+    args = script.parse_arguments(
+        ["--model=~/policy", "--dataset=~/gsm8k", "--out-dir=~/run", "--resume=~/run/step_3", "--system-prompt=~/x"]
+    )
+    assert (args.model, args.dataset, args.out_dir) == ("/home/ann/policy", "/home/ann/gsm8k", "/home/ann/run")
+    assert (args.resume, args.system_prompt) == ("/home/ann/run/step_3", "~/x")
+    assert script.parse_arguments(["--model=me/~model"]).model == "me/~model"
+
+
+@pytest.mark.parametrize("seed", [2**70, -1, -(2**64)])
+def test_any_whole_number_is_a_seed(script: ModuleType, seed: int) -> None:
+    drawn = []
+    for _ in range(2):
+        script._seed_generators(seed)
+        drawn.append(torch.rand(3).tolist())
+    script._seed_generators(seed + 1)
+    assert drawn[0] == drawn[1] != torch.rand(3).tolist()
+
+
 @pytest.mark.parametrize(
     ("line", "reason"),
     [

@@ -297,7 +297,7 @@ def build_policy(tokenizer: "PreTrainedTokenizerFast", seed: int) -> "LlamaForCa
         bos_token_id=None,
     )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(seed % 2**64)
         policy = LlamaForCausalLM(config)
     policy.generation_config.eos_token_id = tokenizer.eos_token_id
     policy.generation_config.pad_token_id = tokenizer.pad_token_id

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from ludic.cli import (
     add_engine_arguments,
     check_engine_arguments,
+    expand_home,
     hide_loading_bars,
     prepare_out_dir,
     run_script,
@@ -355,5 +356,5 @@ def report(args: argparse.Namespace, result: "EvaluationResult", weights: "Weigh
 
 
 if __name__ == "__main__":
-    arguments = build_parser().parse_args()
+    arguments = expand_home(build_parser().parse_args())
     run_script(NAME, lambda: run(arguments))

@@ -30,6 +30,7 @@ from environments.gsm8k import DEFAULT_SYSTEM_PROMPT, GSM8K, HUB_ID, GSM8KSample
 from ludic.cli import (
     add_engine_arguments,
     check_engine_arguments,
+    expand_home,
     hide_loading_bars,
     prepare_out_dir,
     run_script,
@@ -112,7 +113,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
         given = sys.argv[1:] if argv is None else argv
         args = parser.parse_args([*itertools.chain.from_iterable(DEMO_FLAGS.items()), *given])
-    return args
+    return expand_home(args)
 
 
 async def main() -> int:
@@ -410,7 +411,7 @@ def _seed_generators(seed: int) -> None:
 
     random.seed(seed)
     numpy.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    torch.manual_seed(seed % 2**64)
 
 
 def _check_this_machine(args: argparse.Namespace, config: GRPOConfig, tokenizer: "PreTrainedTokenizerBase") -> None:

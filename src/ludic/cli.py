@@ -105,6 +105,19 @@ def server_url(args: argparse.Namespace) -> str:
     return str(args.base_url).rstrip("/") if args.base_url else f"http://{args.host}:{args.port}"
 
 
+PATH_FLAGS = (
+    "model", "tokenizer", "dataset", "eval_dataset", "out_dir", "out", "resume", "chat_template", "api_key_file", "server_log",
+)  # fmt: skip
+
+
+def expand_home(args: argparse.Namespace) -> argparse.Namespace:
+    """`args`, with `~` at the start of a path expanded in place: a shell leaves it alone in `--out-dir=~/run`."""
+    for name in PATH_FLAGS:
+        if isinstance(value := getattr(args, name, None), str):
+            setattr(args, name, os.path.expanduser(value))
+    return args
+
+
 def prepare_out_dir(path: str) -> Path:
     """The folder for a run's files, made and proven writable.
 

@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from ludic.cli import add_engine_arguments, check_engine_arguments, hide_loading_bars
+from ludic.cli import add_engine_arguments, check_engine_arguments, expand_home, hide_loading_bars
 from ludic.doctor.findings import run_checks
 from ludic.doctor.here import ask_hub_once, local_checks
 from ludic.training.config import add_arguments, from_arguments
@@ -29,7 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run all checks; 0 if none failed, else 1. 2 for flags that make no sense."""
-    args = build_parser().parse_args(argv)
+    args = expand_home(build_parser().parse_args(argv))
     try:
         check_engine_arguments(args)
         config = from_arguments(args)
