@@ -1,14 +1,17 @@
-"""Make a GSM8K policy from nothing, without any download: a tokenizer, a chat template, and a short supervised training.
+"""Make a GSM8K policy by a short supervised training on the training split: from nothing, or from a pretrained model.
 
     PYTHONPATH=. uv run python benchmarks/make_policy.py --dataset DIR --out DIR --shape 0.5b --seconds 90
+    PYTHONPATH=. uv run python benchmarks/make_policy.py --dataset DIR --out DIR --from MODEL --steps 233
 
-The policy hardly solves a problem, but it writes solutions of the usual length that end by themselves with a boxed number,
-which is what a benchmark of the training loop needs and what random weights cannot give. DIR holds GSM8K's train.jsonl.
-It trains on packed rows with ludic's own log-probs; the padded kind would be several times slower.
+From nothing it makes the tokenizer and the chat template too. Such a policy hardly solves a problem, but it writes solutions
+of the usual length that end by themselves with a boxed number, which is what a benchmark of the training loop needs and what
+random weights cannot give. From a small pretrained model, which solves almost nothing as it is, it makes one that has
+something to learn from. DIR holds GSM8K's train.jsonl. A number of steps gives the same policy again, up to the rounding of
+the kernels; a number of seconds does not. It trains on packed rows with ludic's own log-probs; the padded kind would be
+several times slower.
 """
 
 import argparse
-import math
 import random
 import re
 import sys
@@ -18,10 +21,17 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
 
 from environments.gsm8k import DEFAULT_SYSTEM_PROMPT, GSM8K, GSM8KSample, load
-from ludic.prompts import encode_prompt
+from ludic.pretrained import load_model
+from ludic.prompts import encode_prompt, load_tokenizer
 from ludic.training.attention import prepare_packed_attention
 from ludic.training.logprobs import token_logprobs
 from ludic.training.packing import pack
@@ -43,6 +53,8 @@ TRAINING: dict[str, Any] = {"seconds": 90.0, "budget": 16384, "batch_size": 64, 
 """Of the shapes for a GPU: see the flags."""
 TINY_TRAINING: dict[str, Any] = {"seconds": 40.0, "budget": 2048, "batch_size": 8, "lr": 3e-3}
 """Two CPU cores take a quarter of a second over 8 solutions: small steps, or there are too few of them to learn where to end."""
+PRETRAINED_TRAINING: dict[str, Any] = {**TRAINING, "seconds": None, "steps": 233, "lr": 1.5e-4}
+"""Two epochs of GSM8K's 7,473 problems."""
 PROGRESS_S = 10.0
 
 CHAT_TEMPLATE = (
@@ -78,7 +90,7 @@ def solution(sample: GSM8KSample) -> str:
     return f"{worked}\nThe answer is \\boxed{{{sample.target}}}."
 
 
-def training_row(tokenizer: PreTrainedTokenizerFast, environment: GSM8K, sample: GSM8KSample) -> TrainingSample:
+def training_row(tokenizer: PreTrainedTokenizerBase, environment: GSM8K, sample: GSM8KSample) -> TrainingSample:
     prompt = encode_prompt(tokenizer, environment.messages(sample))
     completion = [*tokenizer.encode(solution(sample), add_special_tokens=False), tokenizer.eos_token_id]
     return TrainingSample(
@@ -91,18 +103,25 @@ def training_row(tokenizer: PreTrainedTokenizerFast, environment: GSM8K, sample:
 
 
 def train(
-    model: Qwen2ForCausalLM, rows: list[TrainingSample], *, seconds: float, batch_size: int, budget: int, lr: float
+    model: PreTrainedModel,
+    rows: list[TrainingSample],
+    *,
+    steps: int | None,
+    seconds: float | None,
+    batch_size: int,
+    budget: int,
+    lr: float,
 ) -> tuple[int, float]:
-    """Supervised training for `seconds`, with a line of progress now and then; the number of steps, and the last loss in nats
-    a token."""
+    """Supervised training for a number of steps or of seconds, with a line of progress now and then; the number of steps, and
+    the last loss in nats a token."""
     device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), fused=device.type == "cuda")
     prepare_packed_attention(model)
     model.train()
     shuffler = random.Random(0)
-    started, steps, loss = time.perf_counter(), 0, torch.zeros(())
-    said = started
-    while time.perf_counter() - started < seconds:
+    started = said = time.perf_counter()
+    taken, loss, done = 0, torch.zeros(()), 0.0
+    while done < 1:
         shuffler.shuffle(rows)
         for first in range(0, len(rows), batch_size):
             batch = pack(
@@ -116,24 +135,25 @@ def train(
                 loss = -(stats.logprobs * row.loss_weights).sum()
                 loss.backward()
                 total += loss.detach()
-            done = (time.perf_counter() - started) / seconds
+            passed = time.perf_counter() - started
+            done = (taken + 1) / steps if steps is not None else passed / (seconds or 1.0)
             for group in optimizer.param_groups:
-                group["lr"] = lr * min(1.0, (steps + 1) / 20) * max(0.05, 1.0 - done)
+                group["lr"] = lr * min(1.0, (taken + 1) / 20) * max(0.05, 1.0 - done)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            steps, loss = steps + 1, total
+            taken, loss = taken + 1, total
             if done >= 1:
                 break
             if time.perf_counter() - said >= PROGRESS_S:
                 said = time.perf_counter()
-                sys.stderr.write(f"{said - started:.0f} of {seconds:.0f} s: {steps} steps, loss {loss.item():.2f}\n")
-    return steps, loss.item()
+                sys.stderr.write(f"{done:.0%} after {passed:.0f} s: {taken} steps, loss {loss.item():.2f}\n")
+    return taken, loss.item()
 
 
 def build_model(
     shape: dict[str, Any], tokenizer: PreTrainedTokenizerFast, device: torch.device, dtype: torch.dtype
-) -> Qwen2ForCausalLM:
+) -> PreTrainedModel:
     """A Qwen2 with random weights, made on the device: a large one would take minutes on the CPU."""
     config = Qwen2Config(
         **{"tie_word_embeddings": True, **shape},
@@ -145,7 +165,7 @@ def build_model(
         dtype="bfloat16",
     )
     with torch.device(device):
-        model: Qwen2ForCausalLM = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     return model
 
 
@@ -153,39 +173,71 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", required=True, help="folder with GSM8K's train.jsonl")
     parser.add_argument("--out", required=True, type=Path, help="folder for the policy")
-    parser.add_argument("--shape", choices=tuple(SHAPES), default="0.5b")
-    parser.add_argument("--random", action="store_true", help="random weights, at once: enough to measure speed")
+    origin = parser.add_mutually_exclusive_group()
+    origin.add_argument(
+        "--shape", choices=tuple(SHAPES), default="0.5b", help="of a policy from nothing (default: 0.5b)"
+    )
+    origin.add_argument(
+        "--from", dest="pretrained", metavar="MODEL", help="folder or hub name of a model with a chat template"
+    )
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--random", action="store_true", help="random weights, at once: enough to measure speed")
+    length.add_argument(
+        "--steps", type=int, help=f"of supervised training (default with --from: {PRETRAINED_TRAINING['steps']})"
+    )
+    length.add_argument(
+        "--seconds",
+        type=float,
+        help=f"of it, in place of steps (default: {TRAINING['seconds']:g}; {TINY_TRAINING['seconds']:g} for tiny)",
+    )
     for name, kind, words in (
-        ("seconds", float, "of supervised training"),
         ("budget", int, "tokens of a micro-batch"),
         ("batch_size", int, "solutions a step"),
         ("lr", float, "peak learning rate"),
     ):
-        default = f"(default: {TRAINING[name]:g}; {TINY_TRAINING[name]:g} for tiny)"
+        default = f"(default: {TRAINING[name]:g}; {TINY_TRAINING[name]:g} for tiny, {PRETRAINED_TRAINING[name]:g} with --from)"
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=f"{words} {default}")
     args = parser.parse_args()
-    for name, value in (TINY_TRAINING if args.shape == "tiny" else TRAINING).items():
-        if getattr(args, name) is None:
+    if args.pretrained and args.random:
+        parser.error("--from MODEL is trained: it contradicts --random")
+    if args.steps is not None and args.steps < 1:
+        parser.error(f"--steps must be at least 1, not {args.steps}")
+    defaults = PRETRAINED_TRAINING if args.pretrained else TINY_TRAINING if args.shape == "tiny" else TRAINING
+    length_given = args.steps is not None or args.seconds is not None
+    for name, value in defaults.items():
+        if getattr(args, name) is None and not (length_given and name in ("steps", "seconds")):
             setattr(args, name, value)
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     samples = load("train", dataset=args.dataset)
-    shape = SHAPES[args.shape]
-    tokenizer = build_tokenizer(samples, min(8192, shape["vocab_size"]))
-    model = build_model(shape, tokenizer, device, torch.bfloat16 if args.random else torch.float32)
-    steps, loss = 0, math.nan
+    if args.pretrained:
+        tokenizer: PreTrainedTokenizerBase = load_tokenizer(args.pretrained)
+        model = load_model(args.pretrained, dtype=torch.float32)
+        torch.nn.Module.to(model, device)
+    else:
+        shape = SHAPES[args.shape]
+        made = build_tokenizer(samples, min(8192, shape["vocab_size"]))
+        tokenizer, model = made, build_model(shape, made, device, torch.bfloat16 if args.random else torch.float32)
+    trained = "random weights"
     if not args.random:
         environment = GSM8K(system_prompt=DEFAULT_SYSTEM_PROMPT)
         rows = [training_row(tokenizer, environment, sample) for sample in samples]
+        started = time.perf_counter()
         steps, loss = train(
-            model, rows, seconds=args.seconds, batch_size=args.batch_size, budget=args.budget, lr=args.lr
+            model,
+            rows,
+            steps=args.steps,
+            seconds=args.seconds,
+            batch_size=args.batch_size,
+            budget=args.budget,
+            lr=args.lr,
         )
+        trained = f"{steps} steps in {time.perf_counter() - started:.0f} s, loss {loss:.2f}"
         torch.nn.Module.to(model, torch.bfloat16)
+        model.config.dtype = torch.bfloat16
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
-    parameters = sum(p.numel() for p in model.parameters())
-    trained = "random weights" if args.random else f"{steps} steps in {args.seconds:.0f} s, loss {loss:.2f}"
-    sys.stdout.write(f"{args.out}: {parameters:,} parameters, {trained}\n")
+    sys.stdout.write(f"{args.out}: {sum(p.numel() for p in model.parameters()):,} parameters, {trained}\n")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from benchmarks.harness import (
 from benchmarks.peers import common as peers
 from benchmarks.processes import PartError, ServerSpec, Worker, as_flags, process_group, run_part, serving, trl_server
 from environments.gsm8k import load
+from ludic.pretrained import load_model
 from ludic.prompts import encode_prompt, load_tokenizer
 from ludic.types import SamplingParams
 
@@ -125,6 +126,35 @@ def test_a_random_policy_is_saved_with_its_tokenizer(
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["hidden_size"] == 128 and config["tie_word_embeddings"]
     assert load_tokenizer(tmp_path).eos_token_id == config["eos_token_id"]
+
+
+def test_a_pretrained_model_is_trained_on_and_a_number_of_steps_gives_the_same_again(
+    digit_problems: Path, digit_policy_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = []
+    for out in ("once", "again"):
+        flags = ["--dataset", str(digit_problems), "--out", str(tmp_path / out), "--from", str(digit_policy_dir)]
+        monkeypatch.setattr(sys, "argv", ["make_policy.py", *flags, "--steps", "3", "--batch-size", "4"])
+        make_policy.main()
+        weights.append((tmp_path / out / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+    assert json.loads((tmp_path / "once" / "config.json").read_text())["dtype"] == "bfloat16"
+    before = load_model(digit_policy_dir, dtype=torch.bfloat16).state_dict()
+    after = load_model(tmp_path / "once", dtype=torch.bfloat16).state_dict()
+    assert before.keys() == after.keys() and any(not torch.equal(before[name], after[name]) for name in before)
+    assert load_tokenizer(tmp_path / "once").chat_template == load_tokenizer(digit_policy_dir).chat_template
+
+
+@pytest.mark.parametrize(
+    "flags", [["--random"], ["--shape", "tiny"], ["--steps", "0"], ["--steps", "3", "--seconds", "9"]]
+)
+def test_flags_that_contradict_one_another_are_refused_before_anything_is_loaded(
+    flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["make_policy.py", "--dataset", "x", "--out", "y", "--from", "z", *flags])
+    with pytest.raises(SystemExit) as ended:
+        make_policy.main()
+    assert ended.value.code == 2
 
 
 # --- figures and tables -----------------------------------------------------------------------------------------------
