@@ -10,13 +10,15 @@ weights: what would be computed without rounding. A row's difference from the ro
 
 Parts of the trainer: the head's product; RoPE (angles and rotation); attention (scores, softmax and weighted sum); and what
 is left, the linear layers and the residual stream. The kernel row computes attention by torch's sdpa, a segment at a time, in
-the place of the variable-length kernel. Left out: which linear layer, and quantised servers.
+the place of the variable-length kernel. What an fp32 head costs the server is timed on the same prompts, one server after the
+other. Left out: which linear layer, and quantised servers.
 """
 
 import argparse
 import asyncio
 import contextlib
 import json
+import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -27,7 +29,7 @@ import torch
 
 from benchmarks.harness import Record, machine, markdown_table, records_of, say, write_report
 from benchmarks.processes import ludic_server, required, run_and_write, serving
-from ludic.types import SamplingParams, TrainingSample
+from ludic.types import Completion, SamplingParams, TrainingSample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,6 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompts", type=int, default=64, help="default: 64")
     parser.add_argument("--samples", type=int, default=4, help="completions of each prompt (default: 4)")
     parser.add_argument("--max-tokens", type=int, default=256, help="of a completion (default: 256)")
+    parser.add_argument("--repeats", type=int, default=5, help="timed generations of all of them (default: 5)")
     parser.add_argument(
         "--gpu-share", type=float, default=0.3, help="of the GPU's memory for the server (default: 0.3)"
     )
@@ -56,8 +59,9 @@ def build_parser() -> argparse.ArgumentParser:
 # -- the server's side -----------------------------------------------------------------------------------------------------
 
 
-async def sample(args: argparse.Namespace, base_url: str) -> list[Record]:
-    """Sequences that the server sampled: prompt and completion ids, with its log-probs while it decoded and as a prompt."""
+async def sample(args: argparse.Namespace, base_url: str) -> tuple[list[Record], float]:
+    """Sequences that the server sampled: prompt and completion ids, with its log-probs while it decoded and as a prompt; and
+    its median tokens a second while it samples as many again, seeds apart."""
     from environments.gsm8k import GSM8K, load
     from ludic.inference.vllm_client import VLLMEngine
     from ludic.prompts import encode_prompt, load_tokenizer
@@ -70,9 +74,18 @@ async def sample(args: argparse.Namespace, base_url: str) -> list[Record]:
     sequences = []
     async with contextlib.aclosing(engine):
         await engine.connect(tokenizer)
-        groups = await asyncio.gather(
-            *(engine.generate(prompt, num_completions=args.samples, sampling=sampling) for prompt in prompts)
-        )
+
+        async def all_groups() -> list[list[Completion]]:
+            jobs = (engine.generate(prompt, num_completions=args.samples, sampling=sampling) for prompt in prompts)
+            return await asyncio.gather(*jobs)
+
+        groups = await all_groups()  # the first has compilation and an empty prefix cache in it
+        speeds = []
+        for _ in range(args.repeats):
+            started = time.perf_counter()
+            again = await all_groups()
+            tokens = sum(len(completion.token_ids) for group in again for completion in group)
+            speeds.append(tokens / (time.perf_counter() - started))
         for prompt, completions in zip(prompts, groups, strict=True):
             for completion in completions:
                 assert completion.logprobs is not None
@@ -84,11 +97,11 @@ async def sample(args: argparse.Namespace, base_url: str) -> list[Record]:
                      "prefill": prefill[len(prompt) - 1 :]}
                 )  # fmt: skip
     await environment.aclose()
-    return sequences
+    return sequences, statistics.median(speeds)
 
 
-def sampled(args: argparse.Namespace, head: str) -> list[Record]:
-    """What a server with this precision of its head sampled."""
+def sampled(args: argparse.Namespace, head: str) -> tuple[list[Record], float]:
+    """What a server with this precision of its head sampled, and its tokens a second."""
     from ludic.pretrained import load_config
 
     context = min(load_config(args.model).get_text_config().max_position_embeddings, 2048)
@@ -227,7 +240,8 @@ def measure(args: argparse.Namespace) -> None:
         rows.append({"side": side, "what": what, **difference(ones, others)})
         say(f"{side}: {what}: {rows[-1]['mean']:.3g} nats a token")
 
-    sides = {head: sampled(args, head) for head in HEADS}
+    served = {head: sampled(args, head) for head in HEADS}
+    sides = {head: sequences for head, (sequences, _) in served.items()}
     exact_model = load(args, torch.float32)
     exact = {head: reference(exact_model, sequences) for head, sequences in sides.items()}
     theirs = {
@@ -263,7 +277,8 @@ def measure(args: argparse.Namespace) -> None:
     row("trainer against server", mixed, ours[steps[1][0]], theirs["bfloat16"]["decode"])
     both = trained(model, sides["float32"], fp32_head=True)
     row("trainer against server", "logits in fp32 on both sides", both, theirs["float32"]["decode"])
-    records.add("logprob_gap", rows=rows, model=args.model.name, samples=len(fixed))
+    speeds = {head: speed for head, (_, speed) in served.items()}
+    records.add("logprob_gap", rows=rows, model=args.model.name, samples=len(fixed), tokens_per_second=speeds)
 
 
 def write_table(args: argparse.Namespace) -> None:
@@ -283,6 +298,9 @@ def write_table(args: argparse.Namespace) -> None:
             if one["side"] == side
         ]
         sections.append(f"{side[0].upper()}{side[1:]}, {against}:\n\n{markdown_table(headers, cells)}")
+    speeds = found["logprob_gap"]["tokens_per_second"]
+    speed_rows = [[f"logits in {head}", speeds[head], speeds[head] / speeds[HEADS[0]]] for head in HEADS]
+    sections.append(f"The server's speed:\n\n{markdown_table(['', 'tokens/s', 'ratio'], speed_rows)}")
     title = f"The log-prob gap of {found['logprob_gap']['model']}, {found['logprob_gap']['samples']} completions"
     write_report(args.out / "logprob_gap.md", title, found["machine"], sections)
 

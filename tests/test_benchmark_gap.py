@@ -103,13 +103,14 @@ def test_the_table_has_a_section_for_each_side(tmp_path: Path) -> None:
     records.add("machine", **ON)
     figures = {"mean": 0.02, "p99": 0.1, "max": 0.3, "bias": -0.001, "tokens": 1000}
     sides = ("server", "trainer", "trainer against server")
-    records.add(
-        "logprob_gap", rows=[{"side": s, "what": f"what {s} does", **figures} for s in sides], model="m", samples=8
-    )
+    rows = [{"side": s, "what": f"what {s} does", **figures} for s in sides]
+    speeds = {"bfloat16": 2000.0, "float32": 1500.0}
+    records.add("logprob_gap", rows=rows, model="m", samples=8, tokens_per_second=speeds)
     assert logprob_gap.main(["--table", "--out", str(tmp_path)]) == 0
     table = (tmp_path / "logprob_gap.md").read_text()
     assert table.startswith("# The log-prob gap of m, 8 completions, 2026-01-02")
     assert [table.count(f"| what {side} does") for side in sides] == [1, 1, 1]
+    assert "| logits in float32  |    1,500 |  0.75 |" in table
 
 
 @pytest.mark.vllm
@@ -118,9 +119,9 @@ def test_what_the_server_sampled_has_its_log_probs_of_decoding_and_of_prefill(
     digit_server: tuple[RunningServer, Path], digit_problems: Path
 ) -> None:
     server, policy = digit_server
-    args = _args(policy, dataset=digit_problems, prompts=3, samples=2, max_tokens=8)
-    sequences = asyncio.run(logprob_gap.sample(args, server.base_url))
-    assert len(sequences) == 6
+    args = _args(policy, dataset=digit_problems, prompts=3, samples=2, max_tokens=8, repeats=2)
+    sequences, speed = asyncio.run(logprob_gap.sample(args, server.base_url))
+    assert len(sequences) == 6 and speed > 0
     for one in sequences:
         assert len(one["completion"]) == len(one["decode"]) == len(one["prefill"]) > 0
     decode, prefill = ([torch.tensor(one[way]) for one in sequences] for way in ("decode", "prefill"))
