@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
-from datasets import Dataset
 
 from environments.gsm8k import DEFAULT_SYSTEM_PROMPT, GSM8K, GSM8KSample, load
 from ludic.environment import Environment
@@ -147,6 +146,8 @@ def test_csv_files_are_read_where_there_is_no_jsonl(tmp_path: Path) -> None:
 
 
 def write_table(path: Path, *rows: dict[str, str]) -> Path:
+    from datasets import Dataset  # not in the environment of the tests marked `vllm`, which collect this file too
+
     path.parent.mkdir(parents=True, exist_ok=True)
     table = Dataset.from_list(list(rows))
     table.to_csv(path) if path.suffix == ".csv" else table.to_parquet(path)
