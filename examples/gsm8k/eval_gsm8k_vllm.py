@@ -222,11 +222,14 @@ def prepare(
     """Problems, tokenizer, what the records depend on, and those that are there: all that needs no engine."""
     # The libraries are loaded here, so that --help and wrong flags answer at once.
     from environments.gsm8k import HUB_ID, load
+    from ludic.pretrained import load_config, load_full_config
     from ludic.prompts import load_tokenizer
 
     files = args.tokenizer or args.model
     cache_without_hub([files], dataset=None if args.dataset else HUB_ID, say=say)
     hide_loading_bars()
+    check_model = load_full_config if args.engine == "local" else load_config  # vLLM serves quantised weights too
+    check_model(files, trust_remote_code=args.trust_remote_code)
     samples = load(args.split, dataset=args.dataset, limit=args.limit)
     tokenizer = load_tokenizer(files, args.chat_template, trust_remote_code=args.trust_remote_code)
     settings = settings_of(args, tokenizer)

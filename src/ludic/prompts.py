@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, cast
 
 import jinja2
 
-from ludic.hub import looks_like_a_path
-from ludic.pretrained import loading
+from ludic.pretrained import check_folder, loading
 from ludic.types import ChatMessage
 
 if TYPE_CHECKING:
@@ -49,8 +48,7 @@ def load_tokenizer(
             missing or broken; one line.
     """
     name = os.fspath(model)
-    if looks_like_a_path(name) and not Path(name).expanduser().is_dir():
-        raise ValueError(f"model folder {name} does not exist: give a folder with a saved model, or a hub name")
+    check_folder(name)
     from transformers import AutoTokenizer  # takes seconds, so a wrong folder is refused first
 
     location = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
