@@ -40,7 +40,7 @@ from ludic.doctor import check_token_ids, quick_checks
 from ludic.engines import open_engine, require_server
 from ludic.hub import cache_without_hub
 from ludic.pretrained import load_full_config, load_model, stored_dtype
-from ludic.prompts import chat_template_fingerprint, encode_prompt, load_tokenizer
+from ludic.prompts import chat_template_fingerprint, encode_prompt, load_tokenizer, recorded_moment, rendering
 from ludic.signals import at_once
 from ludic.telemetry.formatting import InertFormatter
 from ludic.telemetry.jsonl import drop_steps_after, read_jsonl
@@ -184,7 +184,12 @@ def _prepare(args: argparse.Namespace, config: GRPOConfig, paths: RunPaths) -> _
     load_full_config(args.model, trust_remote_code=args.trust_remote_code)  # an adapter or quantised weights end here
     train_samples = load("train", dataset=args.dataset, limit=args.limit)
     eval_samples = _load_eval_samples(args, config)
-    tokenizer = load_tokenizer(args.model, args.chat_template, trust_remote_code=args.trust_remote_code)
+    tokenizer = load_tokenizer(
+        args.model,
+        args.chat_template,
+        trust_remote_code=args.trust_remote_code,
+        moment=recorded_moment(resume_from[1].task) if resume_from else None,
+    )
     environment = GSM8K(system_prompt=args.system_prompt)
     _check_prompts(args, environment, tokenizer, config, train_samples, eval_samples)
     task = _task(args, tokenizer, eval_samples)
@@ -344,6 +349,7 @@ def _task(
         "limit": args.limit,
         "system_prompt": args.system_prompt,
         "chat_template": chat_template_fingerprint(tokenizer),
+        **rendering(tokenizer),
         "engine": args.engine,
         "seed_requests": args.seed_requests,
     }
