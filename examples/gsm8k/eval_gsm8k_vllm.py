@@ -35,6 +35,8 @@ from ludic.signals import at_once
 from ludic.types import SamplingParams
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     from transformers import PreTrainedTokenizerBase
 
     from environments.gsm8k import GSM8KSample
@@ -116,7 +118,7 @@ def settings_of(args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase") 
     from ludic.inference.generate_wire import NEUTRAL_SAMPLING
     from ludic.inference.vllm_client import stop_token_ids
     from ludic.pretrained import load_config
-    from ludic.prompts import chat_template_fingerprint
+    from ludic.prompts import chat_template_fingerprint, rendering
 
     files = args.tokenizer or args.model
     config = load_config(files, trust_remote_code=args.trust_remote_code)
@@ -127,6 +129,7 @@ def settings_of(args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase") 
         "dataset": str(Path(args.dataset).expanduser().resolve()) if args.dataset else "openai/gsm8k",
         "system_prompt": args.system_prompt,
         "chat_template": chat_template_fingerprint(tokenizer),
+        **rendering(tokenizer),
         "engine": args.engine,
         "samples": args.samples,
         "temperature": args.temperature,
@@ -185,6 +188,8 @@ def check_records(done: "list[ProblemRecord]", problems: "list[Problem]", sample
 
 def check_same_settings(sidecar: Path, settings: dict[str, object]) -> None:
     """Records of another model or other sampling must not be mixed with new ones."""
+    from ludic.training.resume import shown_apart
+
     try:
         before = json.loads(sidecar.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -195,13 +200,25 @@ def check_same_settings(sidecar: Path, settings: dict[str, object]) -> None:
         raise ValueError(f"{sidecar} is not valid JSON ({error}): --overwrite") from None
     if not isinstance(before, dict):
         raise ValueError(f"{sidecar} does not hold the settings of an evaluation: --overwrite")
+    unknown = {"rendered_chat", "rendered_ids"} - before.keys()  # earlier versions did not record them
     changed = [
-        f"{key} {before.get(key)!r:.200}, now {settings[key]!r:.200}"
+        "{} {}, now {}".format(key, *shown_apart(before.get(key, "not recorded"), settings[key]))
         for key in settings
-        if before.get(key) != settings[key]
+        if before.get(key) != settings[key] and key not in unknown
     ]
     if changed:
         raise ValueError(f"the records were made with other settings: {'; '.join(changed)}; use another --out")
+
+
+def recorded_date(sidecar: Path) -> "datetime | None":
+    """The date that the records' prompts have, where their chat template renders one; what else is wrong is said later."""
+    from ludic.prompts import recorded_moment
+
+    try:
+        before = json.loads(sidecar.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return recorded_moment(before) if isinstance(before, dict) else None
 
 
 def write_json(path: Path, content: dict[str, object]) -> None:
@@ -222,13 +239,21 @@ def prepare(
     """Problems, tokenizer, what the records depend on, and those that are there: all that needs no engine."""
     # The libraries are loaded here, so that --help and wrong flags answer at once.
     from environments.gsm8k import HUB_ID, load
+    from ludic.pretrained import load_config, load_full_config
     from ludic.prompts import load_tokenizer
 
     files = args.tokenizer or args.model
     cache_without_hub([files], dataset=None if args.dataset else HUB_ID, say=say)
     hide_loading_bars()
+    check_model = load_full_config if args.engine == "local" else load_config  # vLLM serves quantised weights too
+    check_model(files, trust_remote_code=args.trust_remote_code)
     samples = load(args.split, dataset=args.dataset, limit=args.limit)
-    tokenizer = load_tokenizer(files, args.chat_template, trust_remote_code=args.trust_remote_code)
+    tokenizer = load_tokenizer(
+        files,
+        args.chat_template,
+        trust_remote_code=args.trust_remote_code,
+        moment=recorded_date(Path(f"{out}.settings.json")) if args.resume_eval else None,
+    )
     settings = settings_of(args, tokenizer)
     return samples, tokenizer, settings, check_out(args, out, settings)
 

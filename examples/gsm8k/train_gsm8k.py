@@ -39,8 +39,8 @@ from ludic.commands import given_command
 from ludic.doctor import check_token_ids, quick_checks
 from ludic.engines import open_engine, require_server
 from ludic.hub import cache_without_hub
-from ludic.pretrained import load_config, load_model, stored_dtype
-from ludic.prompts import chat_template_fingerprint, encode_prompt, load_tokenizer
+from ludic.pretrained import load_full_config, load_model, stored_dtype
+from ludic.prompts import chat_template_fingerprint, encode_prompt, load_tokenizer, recorded_moment, rendering
 from ludic.signals import at_once
 from ludic.telemetry.formatting import InertFormatter
 from ludic.telemetry.jsonl import drop_steps_after, read_jsonl
@@ -49,6 +49,7 @@ from ludic.telemetry.progress import StatusLine
 from ludic.telemetry.report import comparison_table, evaluation_rows, reward_curve_text, save_reward_curve
 from ludic.training.config import GRPOConfig, RunPaths, add_arguments, from_arguments
 from ludic.training.resume import changed_settings
+from ludic.training.resumed_model import find_resumed_model, keep_model
 from ludic.training.run_lock import RunLock, identity
 
 if TYPE_CHECKING:
@@ -145,12 +146,20 @@ class _Parts(NamedTuple):
     eval_samples: list[GSM8KSample]
     task: dict[str, Any]
     resume_from: "tuple[Path, TrainerState] | None"
+    served_as: str
+    """The model's name on the server."""
 
 
 def _prepare(args: argparse.Namespace, config: GRPOConfig, paths: RunPaths) -> _Parts:
-    """Find, load and check all that needs no engine."""
+    """Find, load and check all that needs no engine. Afterwards `args.model` has the files, whatever a server calls it."""
+    unreachable = False
     if not args.demo:
-        cache_without_hub([args.model], dataset=None if args.dataset else HUB_ID, say=_say)
+        try:
+            cache_without_hub([args.model], dataset=None if args.dataset else HUB_ID, say=_say)
+        except ValueError:
+            if args.resume is None:
+                raise
+            unreachable = True
     # torch comes with this import, and takes seconds: not before the flags are checked.
     from ludic.training.checkpoint import recover_folder
 
@@ -165,11 +174,22 @@ def _prepare(args: argparse.Namespace, config: GRPOConfig, paths: RunPaths) -> _
         )
     if args.demo:
         _build_demo(args, paths, config)
+    served_as = args.model
+    if resume_from is not None:
+        args.model = _resumed_model(args, config, paths, resume_from, unreachable)
+    elif Path(args.model).is_dir():
+        args.model = os.path.abspath(args.model)  # kept in checkpoints, which may be resumed in another folder
 
     _say(f"loading {args.model}")
+    load_full_config(args.model, trust_remote_code=args.trust_remote_code)  # an adapter or quantised weights end here
     train_samples = load("train", dataset=args.dataset, limit=args.limit)
     eval_samples = _load_eval_samples(args, config)
-    tokenizer = load_tokenizer(args.model, args.chat_template, trust_remote_code=args.trust_remote_code)
+    tokenizer = load_tokenizer(
+        args.model,
+        args.chat_template,
+        trust_remote_code=args.trust_remote_code,
+        moment=recorded_moment(resume_from[1].task) if resume_from else None,
+    )
     environment = GSM8K(system_prompt=args.system_prompt)
     _check_prompts(args, environment, tokenizer, config, train_samples, eval_samples)
     task = _task(args, tokenizer, eval_samples)
@@ -188,6 +208,7 @@ def _prepare(args: argparse.Namespace, config: GRPOConfig, paths: RunPaths) -> _
         eval_samples=eval_samples,
         task=task,
         resume_from=resume_from,
+        served_as=args.model if args.start_server else served_as,
     )
 
 
@@ -198,10 +219,13 @@ async def _run(args: argparse.Namespace, config: GRPOConfig, paths: RunPaths, pa
 
         _seed_generators(config.seed)
     tokenizer, environment, resume_from = parts.tokenizer, parts.environment, parts.resume_from
+    model = resume_from[1].model if resume_from else args.model
     probe = encode_prompt(tokenizer, environment.messages(parts.train_samples[0]))[:64]
+    engine_args = args if args.engine == "local" else argparse.Namespace(**{**vars(args), "model": parts.served_as})
     async with open_engine(
-        args,
+        engine_args,
         tokenizer,
+        files=args.model,
         out_dir=paths.out_dir,
         max_seq_len=config.max_seq_len,
         say=_say,
@@ -230,8 +254,8 @@ async def _run(args: argparse.Namespace, config: GRPOConfig, paths: RunPaths, pa
         metric_logger = make_logger(
             args.logger,
             metrics_path=paths.metrics,
-            run_name=f"GRPO {Path(args.model).name}",
-            config={**dataclasses.asdict(config), "model": args.model, "dataset": args.dataset or "openai/gsm8k"},
+            run_name=f"GRPO {Path(model).name}",
+            config={**dataclasses.asdict(config), "model": model, "dataset": args.dataset or "openai/gsm8k"},
             total_steps=config.train_steps,
             run_id=resume_from[1].wandb_run_id if resume_from else None,
             started_from=resume_from[1].step if resume_from else 0,
@@ -290,7 +314,7 @@ def load_policy(
 
     from ludic.training.checkpoint import masters_folder
 
-    config = load_config(path, trust_remote_code=args.trust_remote_code)
+    config = load_full_config(path, trust_remote_code=args.trust_remote_code)
     weights = masters_folder(Path(path)) if resumes else path  # a new run starts from what is served
     model = load_model(weights, dtype=torch.float32, trust_remote_code=args.trust_remote_code)
     return torch.nn.Module.to(model, device), stored_dtype(config)
@@ -325,6 +349,7 @@ def _task(
         "limit": args.limit,
         "system_prompt": args.system_prompt,
         "chat_template": chat_template_fingerprint(tokenizer),
+        **rendering(tokenizer),
         "engine": args.engine,
         "seed_requests": args.seed_requests,
     }
@@ -346,7 +371,7 @@ def _find_checkpoint(args: argparse.Namespace, paths: RunPaths) -> "tuple[Path, 
     """The checkpoint that --resume means, with its state.
 
     Raises:
-        ValueError: there is none, or it belongs to another model.
+        ValueError: there is none.
     """
     if args.resume is None:
         return None
@@ -363,10 +388,37 @@ def _find_checkpoint(args: argparse.Namespace, paths: RunPaths) -> "tuple[Path, 
     if found is None:
         raise ValueError(f"--resume: there is no checkpoint in {paths.checkpoints}; leave the flag out to start a run")
     state = read_state(found)
-    if state.model != args.model and not args.demo:
-        raise ValueError(f"checkpoint {found} belongs to {state.model}, not to --model {args.model}")
     _say(f"continuing from {found} (update {state.step})")
     return found, state
+
+
+def _resumed_model(
+    args: argparse.Namespace,
+    config: GRPOConfig,
+    paths: RunPaths,
+    resume_from: "tuple[Path, TrainerState]",
+    unreachable: bool,
+) -> str:
+    """Where the files are of the model that the run began with; said where they are not there any more.
+
+    Raises:
+        ValueError: --model is another model, or the KL term needs the weights of the one that is gone.
+    """
+    checkpoint, state = resume_from
+    files, is_first = find_resumed_model(
+        args.model, state.model, checkpoint, unreachable=unreachable, trust_remote_code=args.trust_remote_code
+    )
+    if is_first:
+        return files
+    if config.kl_coef > 0:
+        raise ValueError(
+            f"--kl-coef {config.kl_coef} compares with the model that the run began with, {state.model}, which is not there "
+            "and in no checkpoint: put it back there, or pass --kl-coef 0"
+        )
+    _say(f"the run began with {state.model}, which is not read: configuration and tokenizer are those of {files}")
+    if args.start_server and os.path.samefile(files, checkpoint):
+        return str(keep_model(checkpoint, paths.out_dir / "resumed_model"))
+    return files
 
 
 def _load_eval_samples(args: argparse.Namespace, config: GRPOConfig) -> list[GSM8KSample]:
@@ -478,7 +530,8 @@ def _finish(
         )
     }
     process = {"started_from": before.step if before else 0, **own, "wall_seconds": seconds}
-    record = {**dataclasses.asdict(summary), "this_process": process, "model": args.model}
+    model = before.model if before else args.model
+    record = {**dataclasses.asdict(summary), "this_process": process, "model": model}
     paths.summary.write_text(json.dumps(record, indent=2) + "\n")
     rows: list[Any] = [row for row in read_jsonl(paths.metrics) if row.get("reward_mean") is not None]
     steps, rewards = [row["step"] for row in rows], [row["reward_mean"] for row in rows]

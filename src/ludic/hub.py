@@ -64,7 +64,8 @@ def cache_without_hub(models: Sequence[str], *, dataset: str | None, say: Callab
 
     gone = "HF_HUB_OFFLINE is set" if told else f"the hub at {endpoint()} cannot be reached ({reason})"
     for model in models:
-        if not isinstance(try_to_load_from_cache(model, "config.json"), str):
+        files = ("config.json", "adapter_config.json")  # an adapter is there too, and is refused in words of its own
+        if not any(isinstance(try_to_load_from_cache(model, file), str) for file in files):
             raise ValueError(
                 f"{gone}, and {model} is not in the hub's cache on this machine: name a folder, or fetch it where the hub "
                 "can be reached; HF_HUB_OFFLINE=1 uses what is in the cache without asking"

@@ -7,10 +7,12 @@ Three ways in which a folder's files could run code, and what becomes of each wi
   `trust_remote_code` says: refused.
 - weights in `pytorch_model.bin` are a pickle: refused with or without trust. Only safetensors are read.
 
-Left out: quantised formats, whose libraries transformers chooses itself.
+Left out, and refused before anything is loaded: adapters, which transformers puts onto the model by itself where peft is
+installed, and leaves out without a word where it is not; and quantised weights, which are no weights to train.
 """
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,17 +20,38 @@ from typing import TYPE_CHECKING, cast
 
 from safetensors import SafetensorError
 
+from ludic.hub import looks_like_a_path
+
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel
 
 
-def load_config(name: str | os.PathLike[str], *, trust_remote_code: bool = False) -> "PretrainedConfig":
-    """The configuration of a model folder or hub name.
+def check_folder(name: str | os.PathLike[str]) -> None:
+    """Refuse a path without a folder there, before a library that takes seconds is imported to say so.
 
     Raises:
+        ValueError: one line.
+    """
+    if looks_like_a_path(os.fspath(name)) and not Path(name).expanduser().is_dir():
+        raise ValueError(
+            f"model folder {os.fspath(name)} does not exist: give a folder with a saved model, or a hub name"
+        )
+
+
+class UnusableModelError(ValueError):
+    """The folder or hub name holds something other than a whole model in full precision."""
+
+
+def load_config(name: str | os.PathLike[str], *, trust_remote_code: bool = False) -> "PretrainedConfig":
+    """The configuration of a model folder or hub name. Quantised models have one too: a server can serve them.
+
+    Raises:
+        UnusableModelError: an adapter lies there, with or without a whole model; one line.
         ValueError: there is none, it cannot be read, or it wants code to be run; one line.
     """
+    check_folder(name)
+    _refuse_adapter(name)
     from transformers import AutoConfig  # takes seconds
 
     with loading(name, "configuration"):
@@ -38,17 +61,37 @@ def load_config(name: str | os.PathLike[str], *, trust_remote_code: bool = False
     return config
 
 
+def load_full_config(name: str | os.PathLike[str], *, trust_remote_code: bool = False) -> "PretrainedConfig":
+    """`load_config` of a model whose weights are read on this side, to train them or to decode with them.
+
+    Raises:
+        UnusableModelError: its weights are quantised; one line. Also what `load_config` raises.
+    """
+    config = load_config(name, trust_remote_code=trust_remote_code)
+    for part in (config, config.get_text_config()):
+        for key in ("quantization_config", "compression_config"):  # the second: older files of compressed-tensors
+            settings = getattr(part, key, None)
+            if settings:
+                method = settings.get("quant_method") if isinstance(settings, dict) else None
+                where = f"{key} in config.json" + (f": {method}" if method else "")
+                raise UnusableModelError(
+                    f"the weights of {os.fspath(name)} are quantised ({where}), and neither training nor --engine local reads "
+                    "such weights: give the model that they were made from; a vLLM server can evaluate them as they are"
+                )
+    return config
+
+
 def load_model(
     name: str | os.PathLike[str], *, dtype: "torch.dtype | None" = None, trust_remote_code: bool = False
 ) -> "PreTrainedModel":
     """The causal language model in a folder or under a hub name, in `dtype`, or in that which its files say.
 
     Raises:
-        ValueError: there is none, its weights are no safetensors, or it wants code to be run; one line.
+        ValueError: there is none, its weights are no safetensors, they are quantised, or it wants code to be run; one line.
     """
     from transformers import AutoModelForCausalLM
 
-    config = load_config(name, trust_remote_code=trust_remote_code)
+    config = load_full_config(name, trust_remote_code=trust_remote_code)
     with loading(name, "model"):
         model = AutoModelForCausalLM.from_pretrained(
             _place(name),
@@ -128,6 +171,41 @@ def loading(name: str | os.PathLike[str], what: str) -> Iterator[None]:
 def _place(name: str | os.PathLike[str]) -> str:
     folder = Path(name).expanduser()
     return str(folder) if folder.is_dir() else os.fspath(name)
+
+
+_ADAPTER_FILE = "adapter_config.json"
+
+
+def _refuse_adapter(name: str | os.PathLike[str]) -> None:
+    folder = Path(_place(name))
+    if folder.is_dir():
+        found = str(folder / _ADAPTER_FILE) if (folder / _ADAPTER_FILE).is_file() else None
+        whole = (folder / "config.json").is_file()
+    else:
+        from transformers.utils.hub import cached_file
+        from transformers.utils.peft_utils import find_adapter_config_file
+
+        with loading(name, "configuration"):
+            found = find_adapter_config_file(os.fspath(name))
+            missing = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+            whole = found is not None and cached_file(os.fspath(name), "config.json", **missing) is not None
+    if found is None:
+        return
+    try:
+        base = json.loads(Path(found).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, LookupError, TypeError):
+        base = None
+    of = f" of {base!s:.200}" if base else ""
+    if whole:
+        raise UnusableModelError(
+            f"{os.fspath(name)} holds an adapter{of} ({_ADAPTER_FILE}) beside a whole model, and which of the two is meant is "
+            f"not known: take {_ADAPTER_FILE} out for the model alone, or give a folder into which the adapter is merged "
+            "(peft's merge_and_unload, then save_pretrained)"
+        )
+    raise UnusableModelError(
+        f"{os.fspath(name)} is an adapter{of} ({_ADAPTER_FILE}) and no whole model: merge it into its base (peft's "
+        "merge_and_unload, then save_pretrained), and give that folder"
+    )
 
 
 def _refuse_kernels(name: str | os.PathLike[str], config: "PretrainedConfig") -> None:

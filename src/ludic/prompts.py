@@ -2,19 +2,23 @@
 
 A prompt is turned into ids once, here, by the trainer's own tokenizer; the engine gets ids. A completion is turned into
 text once, for the scorer, and never back. Training and evaluation use the same functions.
+
+A template that renders the date renders one date for as long as a tokenizer lives, and the one that is given to
+`load_tokenizer` where a run is resumed: prompts are the same ids on every day.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
+from weakref import WeakKeyDictionary
 
 import jinja2
 
-from ludic.hub import looks_like_a_path
-from ludic.pretrained import loading
+from ludic.pretrained import check_folder, loading
 from ludic.types import ChatMessage
 
 if TYPE_CHECKING:
@@ -32,14 +36,23 @@ _TEMPLATE_ERRORS = (
 )
 """What a template that somebody else wrote can end with. transformers renders it in jinja2's sandbox."""
 
+_USER_TURN: ChatMessage = {"role": "user", "content": "1 + 1"}
+_CHATS: list[list[ChatMessage]] = [[{"role": "system", "content": "Be brief."}, _USER_TURN], [_USER_TURN]]
+
+_MOMENTS: "WeakKeyDictionary[PreTrainedTokenizerBase, datetime]" = WeakKeyDictionary()
+"""The time at which each tokenizer's chat template renders."""
+
 
 def load_tokenizer(
     model: str | os.PathLike[str],
     chat_template_path: str | os.PathLike[str] | None = None,
     *,
     trust_remote_code: bool = False,
+    moment: datetime | None = None,
 ) -> "PreTrainedTokenizerBase":
     """The tokenizer of a model folder or hub name, with its own chat template or the one in a Jinja file.
+
+    A template that renders the date or the time renders that of `moment`, by default of now.
 
     Of several templates in the folder the default one is kept: the names of the others become file names when the
     tokenizer is saved.
@@ -49,8 +62,7 @@ def load_tokenizer(
             missing or broken; one line.
     """
     name = os.fspath(model)
-    if looks_like_a_path(name) and not Path(name).expanduser().is_dir():
-        raise ValueError(f"model folder {name} does not exist: give a folder with a saved model, or a hub name")
+    check_folder(name)
     from transformers import AutoTokenizer  # takes seconds, so a wrong folder is refused first
 
     location = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
@@ -64,12 +76,18 @@ def load_tokenizer(
         tokenizer.chat_template = _read_template(Path(chat_template_path))
     if tokenizer.chat_template is None:
         raise ValueError(_no_template(name))
+    if moment is not None:
+        _MOMENTS[tokenizer] = moment
     _try_template(tokenizer, name if chat_template_path is None else os.fspath(chat_template_path))
     return tokenizer
 
 
-def encode_prompt(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[ChatMessage]) -> list[int]:
+def encode_prompt(
+    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[ChatMessage], *, moment: datetime | None = None
+) -> list[int]:
     """The token ids of a chat with the start of the model's turn at its end: [P].
+
+    A date in the template is that of `moment`, by default the one of all of this tokenizer's prompts.
 
     Raises:
         ValueError: the tokenizer has no chat template, or its template refuses these messages; one line.
@@ -78,7 +96,11 @@ def encode_prompt(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[ChatM
         raise ValueError(_no_template(tokenizer.name_or_path))
     try:
         encoded = tokenizer.apply_chat_template(
-            _plain(messages), add_generation_prompt=True, tokenize=True, return_dict=False
+            _plain(messages),
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=False,
+            **_date_for(tokenizer, moment),
         )
     except _TEMPLATE_ERRORS as error:
         roles = ", ".join(message["role"] for message in messages)
@@ -103,6 +125,62 @@ def chat_template_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
     return hashlib.sha256(json.dumps(template, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def renders_date(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether the chat template asks for the date or the time, for which transformers gives it one function."""
+    return "strftime_now" in str(tokenizer.chat_template)
+
+
+def rendering(tokenizer: "PreTrainedTokenizerBase") -> dict[str, str]:
+    """What a run records of its prompts' form, to compare when it is resumed.
+
+    `rendered_chat` is the text that the template makes of two fixed chats, with a system turn and without, `rendered_ids` a
+    fingerprint of its token ids; `rendered_at` the time that it renders, in ISO format, where the template renders one.
+    """
+    texts, ids = [], []
+    for chat in _CHATS:
+        try:
+            ids.append(encode_prompt(tokenizer, chat))
+        except ValueError as error:  # many templates know no system turn
+            texts.append(f"refused: {error.__cause__}")
+        else:
+            texts.append(str(_render(tokenizer, chat, add_generation_prompt=True)))
+    record = {
+        "rendered_chat": "\n".join(texts),
+        "rendered_ids": hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16],
+    }
+    if renders_date(tokenizer):
+        record["rendered_at"] = _moment_of(tokenizer).isoformat()
+    return record
+
+
+def recorded_moment(record: Mapping[str, Any]) -> datetime | None:
+    """The time that the prompts of `record` were rendered at (see `rendering`); None where it has none.
+
+    Raises:
+        ValueError: it is no time; one line.
+    """
+    text = record.get("rendered_at")
+    try:
+        return None if text is None else datetime.fromisoformat(text)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"the recorded time of the prompts, {text!r:.80}, is none in ISO format") from error
+
+
+def _moment_of(tokenizer: "PreTrainedTokenizerBase") -> datetime:
+    return _MOMENTS.setdefault(tokenizer, datetime.now().replace(microsecond=0))
+
+
+def _date_for(tokenizer: "PreTrainedTokenizerBase", moment: datetime | None = None) -> dict[str, Any]:
+    """What a template that renders the date is given in place of transformers' function of the same name."""
+    if not renders_date(tokenizer):
+        return {}
+    return {"strftime_now": (moment or _moment_of(tokenizer)).strftime}
+
+
+def _render(tokenizer: "PreTrainedTokenizerBase", chat: Sequence[ChatMessage], **settings: Any) -> Any:
+    return tokenizer.apply_chat_template(_plain(chat), tokenize=False, **settings, **_date_for(tokenizer))
+
+
 def _plain(messages: Sequence[ChatMessage]) -> list[dict[str, str]]:
     return [{"role": message["role"], "content": message["content"]} for message in messages]
 
@@ -125,11 +203,10 @@ def _read_template(path: Path) -> str:
 
 def _try_template(tokenizer: "PreTrainedTokenizerBase", source: str) -> None:
     """Render one short chat, so that a broken template is found before anything else is loaded."""
-    probe: list[ChatMessage] = [{"role": "user", "content": "1 + 1"}]
     try:
-        with_question = tokenizer.apply_chat_template(_plain(probe), tokenize=False)
+        with_question = _render(tokenizer, [_USER_TURN])
     except _TEMPLATE_ERRORS as error:
         line = f" line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
         raise ValueError(f"the chat template of {source} is broken{line}: {error}") from error
-    if "1 + 1" not in str(with_question):
+    if _USER_TURN["content"] not in str(with_question):
         raise ValueError(f"the chat template of {source} leaves out the user's message")

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from ludic.cli import add_engine_arguments, check_engine_arguments, expand_home, hide_loading_bars
 from ludic.doctor.findings import run_checks
 from ludic.doctor.here import ask_hub_once, local_checks
+from ludic.pretrained import UnusableModelError
+from ludic.telemetry.formatting import inert
 from ludic.training.config import add_arguments, from_arguments
 
 DEFAULT_MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
@@ -28,7 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run all checks; 0 if none failed, else 1. 2 for flags that make no sense."""
+    """Run all checks; 0 if none failed, else 1. 2 for flags that make no sense, such as an adapter or a quantised --model."""
     args = expand_home(build_parser().parse_args(argv))
     try:
         check_engine_arguments(args)
@@ -37,17 +39,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         checks = local_checks(args, config) + (server_checks(args, config) if args.engine == "vllm" else [])
     except ValueError as error:
-        sys.stderr.write(f"python -m ludic.doctor: error: {error}\n")
-        return 2
+        return _refused(error)
     ask_hub_once(args)
     hide_loading_bars()
     counts = {"ok": 0, "warning": 0, "failed": 0}
-    for finding in run_checks(checks):
-        counts[finding.status] += 1
-        sys.stdout.write(f"{finding}\n")
-        sys.stdout.flush()
+    try:
+        for finding in run_checks(checks):
+            counts[finding.status] += 1
+            sys.stdout.write(f"{finding}\n")
+            sys.stdout.flush()
+    except UnusableModelError as error:
+        return _refused(error)
     sys.stdout.write(", ".join(f"{count} {status}" for status, count in counts.items()) + "\n")
     return 1 if counts["failed"] else 0
+
+
+def _refused(error: Exception) -> int:
+    sys.stderr.write(f"python -m ludic.doctor: error: {inert(str(error))}\n")
+    return 2
 
 
 if __name__ == "__main__":

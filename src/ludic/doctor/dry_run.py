@@ -36,9 +36,9 @@ def model_shape(model: str, trust_remote_code: bool) -> "tuple[PretrainedConfig,
     import torch
     from transformers import AutoModelForCausalLM
 
-    from ludic.pretrained import load_config, loading
+    from ludic.pretrained import load_full_config, loading
 
-    config = load_config(model, trust_remote_code=trust_remote_code)
+    config = load_full_config(model, trust_remote_code=trust_remote_code)
     with loading(model, "model"), torch.device("meta"):
         return config, AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
 

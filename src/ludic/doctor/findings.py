@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ludic.inference.errors import EngineError
+from ludic.pretrained import UnusableModelError
 from ludic.telemetry.formatting import inert
 
 Status = Literal["ok", "warning", "failed"]
@@ -50,11 +51,17 @@ def failed(name: str, found: str, fix: str) -> Finding:
 
 
 def run_checks(checks: Sequence[tuple[str, Check]]) -> Iterator[Finding]:
-    """The findings of named checks, each as soon as it is there. One that raises has failed, with its own words."""
+    """The findings of named checks, each as soon as it is there. One that raises has failed, with its own words.
+
+    Raises:
+        UnusableModelError: --model is no model that could be trained, so that no other finding matters.
+    """
     for name, check in checks:
         started = time.perf_counter()
         try:
             found = check()
+        except UnusableModelError:
+            raise
         except FAILURES as error:
             yield failed(name, " ".join(str(error).split()) or type(error).__name__, "")
             continue

@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -25,7 +26,7 @@ from ludic.inference.errors import (
 from ludic.inference.server_control import ServerControl
 from ludic.inference.server_guard import TRAINER_PATH
 from ludic.inference.trainer_lease import LEASE_S
-from ludic.prompts import encode_prompt
+from ludic.prompts import encode_prompt, renders_date
 from ludic.training.run_lock import describe
 from ludic.types import ChatMessage
 
@@ -131,12 +132,16 @@ def check_tokenizer(control: ServerControl, model: str, tokenizer: "PreTrainedTo
 def check_chat_template(control: ServerControl, model: str, tokenizer: "PreTrainedTokenizerBase") -> None:
     """Compare how both sides tokenise a chat. Nothing to compare is a warning: prompts are tokenised on this side.
 
+    Where the template renders the date, the server's is that of its own clock and time zone, and the prompts' own one does
+    not matter: they are rendered on this side.
+
     Raises:
         ServerMismatchError: the ids differ.
     """
     if tokenizer.chat_template is None:
         return
     request = {"model": model, "messages": _PROBE_CHAT, "add_generation_prompt": True}
+    asked_at = datetime.now()
     try:
         answer = control.ask("POST", "/tokenize", "tokens", json_body=request)
     except ServerLostError:
@@ -146,7 +151,11 @@ def check_chat_template(control: ServerControl, model: str, tokenizer: "PreTrain
             "the server's chat template could not be compared with the trainer's; prompts are tokenised here"
         )
         return
-    if answer["tokens"] != encode_prompt(tokenizer, _PROBE_CHAT):
+    moments: list[datetime | None] = [None]
+    if renders_date(tokenizer):
+        zones = [timedelta(minutes=15 * quarters) for quarters in range(-104, 105)]  # as far as 26 hours apart
+        moments = [moment + zone for moment in (asked_at, datetime.now()) for zone in zones]
+    if all(answer["tokens"] != encode_prompt(tokenizer, _PROBE_CHAT, moment=moment) for moment in moments):
         raise ServerMismatchError(
             "the server's chat template is not the trainer's (a test chat gives other token ids): "
             "serve and train the same model folder, or give both the same --chat-template"

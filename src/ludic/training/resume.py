@@ -29,7 +29,12 @@ _HARMLESS = {
     "verbose": "what is said",
 }
 _SHOWN = 60
-_NAMES = {"num_train_samples": "the number of training samples"}
+_NAMES = {
+    "num_train_samples": "the number of training samples",
+    "rendered_chat": "what the chat template renders",
+    "rendered_ids": "the fingerprint of the token ids of what the chat template renders",
+    "rendered_at": "the date in the prompts",
+}
 
 
 def changed_settings(stored: Mapping[str, Any], given: Mapping[str, Any], *, step: int = 0) -> list[str]:
@@ -54,7 +59,7 @@ def changed_settings(stored: Mapping[str, Any], given: Mapping[str, Any], *, ste
         elif name not in given:
             lines.append(f"{flag} was {_shown(stored[name])}, this version does not have it")
         elif _plain(stored[name]) != _plain(given[name]):
-            before, now = _shown_apart(stored[name], given[name])
+            before, now = shown_apart(stored[name], given[name])
             lines.append(f"{flag} was {before}, is {now}")
     return [inert(line) for line in lines]
 
@@ -66,6 +71,10 @@ def _alters(name: str, stored: Mapping[str, Any], given: Mapping[str, Any], step
     if name == "warmup_steps":  # where a decay begins, and the rate of the updates before
         longest = max(_number(settings.get(name)) for settings in (stored, given))
         return not constant or step < longest
+    if name in ("rendered_chat", "rendered_ids"):  # earlier versions did not record them
+        return name in stored and name in given
+    if name == "rendered_at":  # a template without a date is another template, which is a line of its own
+        return name in given
     return name not in _HARMLESS
 
 
@@ -82,7 +91,7 @@ def _plain(value: Any) -> Any:
     return ("switch", value) if isinstance(value, bool) else value
 
 
-def _shown_apart(before: Any, now: Any) -> tuple[str, str]:
+def shown_apart(before: Any, now: Any) -> tuple[str, str]:
     """Both values; of long texts what follows the beginning that they share."""
     if isinstance(before, str) and isinstance(now, str) and max(len(before), len(now)) > _SHOWN:
         shared = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(before, now, strict=False))))
