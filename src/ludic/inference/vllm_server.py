@@ -329,9 +329,9 @@ def _serve(args: argparse.Namespace) -> None:
     """What `vllm serve` does after parsing, in 0.26 to 0.32; the only place that differs is marked."""
     import vllm.logger
     from vllm.entrypoints.cli.serve import ServeSubcommand
-    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 
-    cli_env_setup()
+    # All that vLLM's `cli_env_setup` does, which moved in 0.33.
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     configure_logging = getattr(vllm.logger, "configure_logging_from_args", None)  # not in 0.26
     if configure_logging is not None:
         configure_logging(args)
