@@ -7,6 +7,7 @@ import ast
 import importlib.util
 import re
 import sys
+import tomllib
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 
 from ludic.inference import nccl_transport, vllm_logprobs
 from ludic.inference.server_defaults import DEFAULTS
+from ludic.inference.server_help import VLLM_RANGE
 from ludic.inference.weight_transport import WireWeights
 from tests.vllm_contract import ALWAYS, EITHER
 from tests.vllm_sources import ROOT, Sources, imported, listed, problems
@@ -141,6 +143,16 @@ def test_names_that_are_looked_up_as_strings_are_in_the_list() -> None:
     assert {flag for flag in flags if f"AsyncEngineArgs.{flag}" not in uses} <= {
         use.removeprefix("FrontendArgs.") for use in uses
     }
+
+
+def test_the_range_of_versions_is_the_same_wherever_it_stands() -> None:
+    (low, first), (high, last) = VLLM_RANGE
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    (wanted,) = [one for one in project["project"]["optional-dependencies"]["examples"] if one.startswith("vllm")]
+    assert wanted.startswith(f"vllm>={low}.{first},<{high}.{last + 1};")
+    texts = [ROOT / "README.md", ROOT / "CHANGELOG.md", *CALLERS]
+    spans = [span for text in texts for span in re.findall(r"0\.26 to 0\.\d+", text.read_text(encoding="utf-8"))]
+    assert len(spans) > 3 and set(spans) == {f"{low}.{first} to {high}.{last}"}
 
 
 # --- the one adapter that no test can run without two GPUs ----------------------------------------------------------------

@@ -225,9 +225,9 @@ def test_without_vllm_the_error_is_one_line_that_names_the_install_command(
 
 
 @pytest.mark.parametrize(
-    ("version", "supported"), [("0.25.1", False), ("0.26.0", True), ("0.32.1+cpu", True), ("0.33.0", False)]
+    ("version", "supported"), [("0.25.1", False), ("0.26.0", True), ("0.33.1+cpu", True), ("0.34.0", False)]
 )
-def test_only_vllm_0_26_to_0_32_is_accepted(monkeypatch: pytest.MonkeyPatch, version: str, supported: bool) -> None:
+def test_only_a_supported_vllm_is_accepted(monkeypatch: pytest.MonkeyPatch, version: str, supported: bool) -> None:
     module = type(sys)("vllm")
     module.__version__ = version  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "vllm", module)
