@@ -79,8 +79,8 @@ def test_a_machine_with_nothing_wrong_passes_every_local_check(args: argparse.Na
 @pytest.mark.parametrize(
     ("installed", "said"),
     [
-        ({"vllm": "0.25.1"}, "vllm 0.25.1; ludic is made for 0.26 to 0.32"),
-        ({"vllm": "0.33.0"}, "vllm 0.33.0"),
+        ({"vllm": "0.25.1"}, "vllm 0.25.1; ludic is made for 0.26 to 0.33"),
+        ({"vllm": "0.34.0"}, "vllm 0.34.0"),
         ({"torch": "2.10.0"}, "torch 2.10.0; ludic is made for 2.11 or later"),
         ({"transformers": None}, "transformers is not installed; run uv sync"),
     ],

@@ -56,7 +56,7 @@ ANN: Identity = {
 }
 BEN: Identity = {"host": "node-4", "pid": 90, "pid_started": 3.0, "user": "ben", "out_dir": "runs/b", "since": "13:00"}
 
-# What vLLM 0.26 to 0.32 serve that is not a question.
+# What vLLM 0.26 to 0.33 serve that is not a question.
 CONTROL_PATHS = (
     "/pause", "/resume", "/abort_requests", "/init_weight_transfer_engine", "/shutdown_weight_transfer_engine",
     "/start_weight_update", "/start_draft_weight_update", "/update_weights", "/finish_weight_update",

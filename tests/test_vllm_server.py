@@ -224,10 +224,40 @@ def test_without_vllm_the_error_is_one_line_that_names_the_install_command(
     assert stop.value.code == 2 and "uv sync --extra examples" in message and message.count("\n") == 1
 
 
+@pytest.mark.parametrize("version", ["0.26", "0.33"])
+@pytest.mark.parametrize(("given", "used"), [(None, "spawn"), ("fork", "fork")])
+def test_serving_does_what_vllm_serve_does_before_it(
+    monkeypatch: pytest.MonkeyPatch, version: str, given: str | None, used: str
+) -> None:
+    calls: list[str] = []
+
+    class ServeSubcommand:
+        def validate(self, args: argparse.Namespace) -> None:
+            calls.append("validate")
+
+        def cmd(self, args: argparse.Namespace) -> None:
+            calls.append(os.environ["VLLM_WORKER_MULTIPROC_METHOD"])
+
+    modules = {name: type(sys)(name) for name in ("vllm", "vllm.logger", "vllm.entrypoints.cli.serve")}
+    for name in ("vllm.entrypoints", "vllm.entrypoints.cli"):
+        modules[name] = type(sys)(name)
+    modules["vllm"].logger = modules["vllm.logger"]  # type: ignore[attr-defined]
+    modules["vllm.entrypoints.cli.serve"].ServeSubcommand = ServeSubcommand  # type: ignore[attr-defined]
+    if version != "0.26":
+        modules["vllm.logger"].configure_logging_from_args = lambda args: calls.append("log")  # type: ignore[attr-defined]
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", given or "")  # so that it is put back
+    if given is None:
+        monkeypatch.delenv("VLLM_WORKER_MULTIPROC_METHOD")
+    vllm_server._serve(argparse.Namespace())
+    assert calls == [*(["log"] if version != "0.26" else []), "validate", used]
+
+
 @pytest.mark.parametrize(
-    ("version", "supported"), [("0.25.1", False), ("0.26.0", True), ("0.32.1+cpu", True), ("0.33.0", False)]
+    ("version", "supported"), [("0.25.1", False), ("0.26.0", True), ("0.33.1+cpu", True), ("0.34.0", False)]
 )
-def test_only_vllm_0_26_to_0_32_is_accepted(monkeypatch: pytest.MonkeyPatch, version: str, supported: bool) -> None:
+def test_only_a_supported_vllm_is_accepted(monkeypatch: pytest.MonkeyPatch, version: str, supported: bool) -> None:
     module = type(sys)("vllm")
     module.__version__ = version  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "vllm", module)

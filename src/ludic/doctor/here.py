@@ -22,13 +22,14 @@ from ludic.cli import server_url
 from ludic.doctor.dry_run import check_architecture, check_saving, check_token_ids
 from ludic.doctor.findings import Check, Finding, failed, ok, warning
 from ludic.hub import endpoint, is_offline, why_unreachable
+from ludic.inference.server_help import VLLM_RANGE
 from ludic.training.config import GRPOConfig, RunPaths
 from ludic.types import ChatMessage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SUPPORTED = {"torch": ((2, 11), None), "transformers": ((5, 10), None), "vllm": ((0, 26), (0, 32))}
+SUPPORTED = {"torch": ((2, 11), None), "transformers": ((5, 10), None), "vllm": VLLM_RANGE}
 """Lowest and highest version, of the two first numbers; None: no highest."""
 STATIC_BYTES_GPU = 18
 """Of a parameter while training on a GPU: float32 master, gradient and two moments of AdamW, and the bf16 copy."""

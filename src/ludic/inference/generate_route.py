@@ -155,7 +155,7 @@ async def _unless_caller_leaves(receive: Receive, work: Coroutine[Any, Any, list
         await asyncio.gather(working, watching, return_exceptions=True)
 
 
-# --- vLLM: the one place that knows its Python interface, and how 0.26 and 0.32 differ --------------------------------
+# --- vLLM: the one place that knows its Python interface, and how its versions differ --------------------------------
 
 
 MAX_STARTS = 3

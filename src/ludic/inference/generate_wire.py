@@ -35,7 +35,7 @@ NEUTRAL_SAMPLING: dict[str, float | int] = {
     "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
 }  # fmt: skip
 """What vLLM takes from the model's generation_config.json unless the request names it, beside temperature, top_p and
-max_tokens (`ModelConfig.get_diff_sampling_param`, 0.26 to 0.32): here at the values that change nothing."""
+max_tokens (`ModelConfig.get_diff_sampling_param`, 0.26 to 0.33): here at the values that change nothing."""
 RECORDED_PREFIX = "ludic-lp-"
 """Begins the engine's ids of the requests whose log-probs the worker records (`vllm_logprobs`)."""
 MAX_TOKEN_ID = 2**31 - 1

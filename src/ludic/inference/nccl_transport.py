@@ -4,13 +4,14 @@
   applied by vLLM's own reload; once the digests show that every tensor lies where `vllm_model.checkpoint_views` finds it,
   and nothing in the server's model speaks against it, later ones are copied there directly.
 - `NCCLTransport` (`nccl`): vLLM's packed broadcast, for a server that was started with vLLM's own backend. Its
-  trainer-side API changed at vLLM 0.28; both are used here.
+  trainer-side API changed at vLLM 0.28 and 0.33; all are used here.
 
 vLLM is imported when a transport opens: this module can be imported where it is not installed.
 """
 
 import socket
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -157,21 +158,12 @@ def _open_nccl(
     from vllm.distributed.weight_transfer import nccl_engine
 
     if hasattr(nccl_engine, "NCCLTrainerInitInfo"):  # vLLM 0.28 and later: the engine drives the whole round
-        from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
-
-        class Source(WeightSource):  # type: ignore[misc, unused-ignore]
-            def metadata(self) -> list[Any]:
-                return [ParamMeta(name, weights.dtype, tuple(shape)) for name, shape in weights.shapes().items()]
-
-            def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-                return iter(weights)
-
         engine = nccl_engine.NCCLTrainerWeightTransferEngine.trainer_init(
             nccl_engine.NCCLTrainerInitInfo(
                 master_address=master_address, master_port=master_port, world_size=world_size, rank=0
             ),
             client=control,
-            source=Source(),
+            source=_weight_source(weights),
         )
         return engine, lambda _weights: engine.send_weights()
 
@@ -201,6 +193,25 @@ def _open_nccl(
         control.finish_weight_update()
 
     return group, send
+
+
+def _weight_source(weights: WireWeights) -> Any:
+    """`weights` as the trainer-side engine of vLLM 0.28 and later wants them: names, dtypes and shapes, and the tensors."""
+    from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
+
+    def described(_source: Any) -> list[Any]:
+        return [ParamMeta(name, weights.dtype, tuple(shape)) for name, shape in weights.shapes().items()]
+
+    class Source(WeightSource):  # type: ignore[misc, unused-ignore]
+        # vLLM 0.33 reads `metadata` and calls `iter_full`; before, it called `metadata` and iterated.
+        metadata = cached_property(described) if hasattr(WeightSource, "iter_full") else described
+
+        def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+            return iter(weights)
+
+        iter_full = __iter__
+
+    return Source()
 
 
 def _rendezvous(base_url: str) -> tuple[str, int]:

@@ -16,6 +16,8 @@ from typing import NoReturn
 
 from ludic.inference.server_defaults import plain_table
 
+VLLM_RANGE = (0, 26), (0, 33)
+"""The first and the last minor version of vLLM that ludic is made for; a test holds pyproject.toml and the texts to it."""
 PROG = "python -m ludic.inference.vllm_server"
 USAGE = f"{PROG} [MODEL] [flags of ludic] [any flag of vLLM]"
 DESCRIPTION = "vLLM's own server, with settings for reinforcement learning. Every flag is vLLM's but these:"

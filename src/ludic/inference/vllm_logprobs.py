@@ -9,7 +9,7 @@ sampled again (a preempted request lost its last token) replaces what was there,
 (the next step had begun) is left over. Rows that vLLM discards (a prompt that is prefilled in parts) are not filed. The
 token ids are recorded too: the caller compares them with the completion's, and believes no log-prob where they differ.
 
-It fits both model runners of vLLM 0.26 to 0.32 on one device. `recording_problem` names what it does not fit: speculative
+It fits both model runners of vLLM 0.26 to 0.33 on one device. `recording_problem` names what it does not fit: speculative
 decoding and parallelism (several samplers, or several tokens a step), unknown samplers, other log-probs than those of the
 distribution that was sampled from. Greedy requests must not be recorded. Nothing here imports vLLM.
 """

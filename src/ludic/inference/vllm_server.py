@@ -2,7 +2,7 @@
 
 It is a wrapper and not a fork: every flag is vLLM's, parsed by vLLM's parser (with `_` or `-`, from `--config` too) and
 handed to what `vllm serve` runs. Only defaults differ, by the table in `server_defaults`, and the command line overrides
-them. ludic's own flags are in `server_help`. vLLM 0.26 to 0.32, and the CPU build too, whose distribution has another name
+them. ludic's own flags are in `server_help`. vLLM 0.26 to 0.33, and the CPU build too, whose distribution has another name
 than `vllm`.
 
 The RL routes are a remote control of the server. So it listens on loopback, or wants an API key, and then for every route
@@ -34,6 +34,7 @@ from ludic.inference.server_help import (
     CPU_ENVIRONMENT,
     PROG,
     USAGE,
+    VLLM_RANGE,
     add_own_flags,
     fail,
     missing_gpu,
@@ -54,7 +55,6 @@ logger = logging.getLogger(__name__)
 
 KEY_HASHES_VARIABLE = "LUDIC_SERVER_KEY_HASHES"
 KEY_SOURCES = "--api-key-file FILE, LUDIC_API_KEY or VLLM_API_KEY"
-MIN_VLLM, MAX_VLLM = (0, 26), (0, 32)
 INSTALL = f"install it with `uv sync --extra examples` (GPU); or {CPU_ENVIRONMENT}"
 KEY_ON_COMMAND_LINE = f"--api-key: `ps` shows it to every user, and vLLM may log it: give the key by {KEY_SOURCES}"
 
@@ -107,8 +107,9 @@ def check_vllm_version() -> None:
             raise
         fail(f"vLLM is not installed: {INSTALL}")
     version = tuple(int(part) for part in vllm.__version__.split(".")[:2] if part.isdigit())
-    if not MIN_VLLM <= version <= MAX_VLLM:
-        low, high = (".".join(map(str, bound)) for bound in (MIN_VLLM, MAX_VLLM))
+    first, last = VLLM_RANGE
+    if not first <= version <= last:
+        low, high = (".".join(map(str, bound)) for bound in VLLM_RANGE)
         fail(f"vLLM {vllm.__version__} is not supported, only {low} to {high}: {INSTALL}")
 
 
@@ -326,12 +327,12 @@ def _fingerprint(key: bytes) -> bytes:
 
 
 def _serve(args: argparse.Namespace) -> None:
-    """What `vllm serve` does after parsing, in 0.26 to 0.32; the only place that differs is marked."""
+    """What `vllm serve` does after parsing, in 0.26 to 0.33; the only place that differs is marked."""
     import vllm.logger
     from vllm.entrypoints.cli.serve import ServeSubcommand
-    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 
-    cli_env_setup()
+    # All that vLLM's `cli_env_setup` does, which moved in 0.33.
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     configure_logging = getattr(vllm.logger, "configure_logging_from_args", None)  # not in 0.26
     if configure_logging is not None:
         configure_logging(args)

@@ -72,7 +72,7 @@ def head_stats(
         hidden = pad(hidden, (0, 0, 0, -count % _PAD_TO))
         targets = pad(targets, (0, -count % _PAD_TO))
     settings: _Settings = (1.0 / temperature, head.scale, head.softcap)
-    logprobs, entropy = _HeadStats.apply(  # type: ignore[no-untyped-call]
+    logprobs, entropy = _HeadStats.apply(  # type: ignore[no-untyped-call, unused-ignore]
         hidden, head.weight, head.bias, targets, settings, chunk_size, with_entropy, head.fp32_product, compiled
     )
     return logprobs[:count], entropy[:count]
