@@ -58,7 +58,9 @@ def build_parser() -> argparse.ArgumentParser:
                        help="folder or hub name of tokenizer and config, where --model is only a server's name")  # fmt: skip
     group.add_argument("--split", choices=("train", "test"), default="test", help="which problems (default: test)")
     group.add_argument(
-        "--dataset", metavar="PATH", help="a local folder or JSON lines file of question and answer (default: the hub)"
+        "--dataset",
+        metavar="PATH",
+        help="folder of train and test, or one file: JSONL (.gz), parquet or CSV (default: the hub)",
     )
     group.add_argument("--limit", type=int, metavar="N", help="only the first N problems (default: all)")
     group.add_argument("--system-prompt", default="", help="the system turn; empty for none (default: empty)")
@@ -227,7 +229,7 @@ def prepare(
     files = args.tokenizer or args.model
     cache_without_hub([files], dataset=None if args.dataset else HUB_ID, say=say)
     hide_loading_bars()
-    samples = load(args.split, dataset=args.dataset, limit=args.limit)
+    samples = load(args.split, dataset=args.dataset, limit=args.limit, say=say)
     tokenizer = load_tokenizer(files, args.chat_template, trust_remote_code=args.trust_remote_code)
     settings = settings_of(args, tokenizer)
     return samples, tokenizer, settings, check_out(args, out, settings)

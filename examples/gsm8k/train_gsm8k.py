@@ -74,7 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
                       help="a small policy and problems of our own, on the CPU, in about two minutes")  # fmt: skip
     task.add_argument("--model", default=DEFAULT_MODEL, help=f"hub name or folder (default: {DEFAULT_MODEL})")
     task.add_argument("--dataset", default=None, metavar="PATH",
-                      help="folder of train.jsonl and test.jsonl, or a JSONL file (default: openai/gsm8k, hub)")  # fmt: skip
+                      help="folder of train and test, or one file: JSONL (.gz), parquet or CSV (default: the hub)")  # fmt: skip
     task.add_argument(
         "--eval-dataset", default=None, metavar="PATH", help="problems to evaluate on, when not in --dataset"
     )
@@ -167,7 +167,7 @@ def _prepare(args: argparse.Namespace, config: GRPOConfig, paths: RunPaths) -> _
         _build_demo(args, paths, config)
 
     _say(f"loading {args.model}")
-    train_samples = load("train", dataset=args.dataset, limit=args.limit)
+    train_samples = load("train", dataset=args.dataset, limit=args.limit, say=lambda line: _say(f"train: {line}"))
     eval_samples = _load_eval_samples(args, config)
     tokenizer = load_tokenizer(args.model, args.chat_template, trust_remote_code=args.trust_remote_code)
     environment = GSM8K(system_prompt=args.system_prompt)
@@ -376,7 +376,7 @@ def _load_eval_samples(args: argparse.Namespace, config: GRPOConfig) -> list[GSM
     if args.eval_dataset is None and source is not None and not Path(source).is_dir():
         _say(f"no evaluation: {source} is a single file; name other problems with --eval-dataset")
         return []
-    return load("test", dataset=source, limit=config.eval_limit)
+    return load("test", dataset=source, limit=config.eval_limit, say=lambda line: _say(f"evaluation: {line}"))
 
 
 def _check_prompts(
