@@ -40,13 +40,14 @@ from ludic.doctor import check_token_ids, quick_checks
 from ludic.engines import open_engine, require_server
 from ludic.hub import cache_without_hub
 from ludic.pretrained import load_config, load_model, stored_dtype
-from ludic.prompts import chat_template_fingerprint, encode_prompt, load_tokenizer
+from ludic.prompts import chat_template_fingerprint, encode_prompt, load_tokenizer, render
 from ludic.signals import at_once
 from ludic.telemetry.formatting import InertFormatter
 from ludic.telemetry.jsonl import drop_steps_after, read_jsonl
 from ludic.telemetry.loggers import make_logger, parse_logger_names
 from ludic.telemetry.progress import StatusLine
 from ludic.telemetry.report import comparison_table, evaluation_rows, reward_curve_text, save_reward_curve
+from ludic.template_checks import describe_prompt
 from ludic.training.config import GRPOConfig, RunPaths, add_arguments, from_arguments
 from ludic.training.resume import changed_settings
 from ludic.training.run_lock import RunLock, identity
@@ -172,6 +173,9 @@ def _prepare(args: argparse.Namespace, config: GRPOConfig, paths: RunPaths) -> _
     tokenizer = load_tokenizer(args.model, args.chat_template, trust_remote_code=args.trust_remote_code)
     environment = GSM8K(system_prompt=args.system_prompt)
     _check_prompts(args, environment, tokenizer, config, train_samples, eval_samples)
+    chatml = Path(os.path.relpath(Path(__file__).with_name("chatml.jinja")))
+    for line in describe_prompt(tokenizer, environment.messages(train_samples[0]), plain_template=chatml):
+        _say(line)
     task = _task(args, tokenizer, eval_samples)
     if resume_from is not None:
         given = {**dataclasses.asdict(config), "num_train_samples": len(train_samples), **task}
@@ -198,7 +202,8 @@ async def _run(args: argparse.Namespace, config: GRPOConfig, paths: RunPaths, pa
 
         _seed_generators(config.seed)
     tokenizer, environment, resume_from = parts.tokenizer, parts.environment, parts.resume_from
-    probe = encode_prompt(tokenizer, environment.messages(parts.train_samples[0]))[:64]
+    first = environment.messages(parts.train_samples[0])
+    probe = encode_prompt(tokenizer, first)[:64]
     async with open_engine(
         args,
         tokenizer,
@@ -217,7 +222,10 @@ async def _run(args: argparse.Namespace, config: GRPOConfig, paths: RunPaths, pa
         reference = (await _aside(thread, load_policy, args.model, device, args))[0] if config.kl_coef > 0 else None
         if resume_from is None:
             # Not before there is a run that takes the place of the earlier one.
-            _set_aside(paths, [paths.metrics, paths.rollouts, paths.summary, paths.curve, paths.checkpoints])
+            _set_aside(
+                paths,
+                [paths.prompt, paths.metrics, paths.rollouts, paths.summary, paths.curve, paths.checkpoints],
+            )
         else:
             for path in (paths.metrics, paths.rollouts):  # what came after the checkpoint is made again
                 await _aside(thread, drop_steps_after, path, resume_from[1].step)
@@ -227,6 +235,7 @@ async def _run(args: argparse.Namespace, config: GRPOConfig, paths: RunPaths, pa
                 if (step := checkpoint_step(path)) is not None and step > resume_from[1].step
             ]
             _set_aside(paths, later)
+        paths.prompt.write_text(json.dumps({"messages": first, "text": render(tokenizer, first)}, indent=2) + "\n")
         metric_logger = make_logger(
             args.logger,
             metrics_path=paths.metrics,

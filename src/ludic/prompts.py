@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import jinja2
 
@@ -74,19 +74,46 @@ def encode_prompt(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[ChatM
     Raises:
         ValueError: the tokenizer has no chat template, or its template refuses these messages; one line.
     """
+    return cast("list[int]", _apply_template(tokenizer, messages, tokenize=True, return_dict=False))
+
+
+def render(
+    tokenizer: "PreTrainedTokenizerBase",
+    messages: Sequence[ChatMessage],
+    *,
+    add_generation_prompt: bool = True,
+    template: str | None = None,
+) -> str:
+    """The text that `encode_prompt` gives the ids of, by the tokenizer's template or another.
+
+    Raises:
+        ValueError: as `encode_prompt`.
+    """
+    return cast(
+        str,
+        _apply_template(
+            tokenizer, messages, tokenize=False, add_generation_prompt=add_generation_prompt, chat_template=template
+        ),
+    )
+
+
+def _apply_template(
+    tokenizer: "PreTrainedTokenizerBase",
+    messages: Sequence[ChatMessage],
+    *,
+    add_generation_prompt: bool = True,
+    **options: Any,
+) -> object:
     if tokenizer.chat_template is None:
         raise ValueError(_no_template(tokenizer.name_or_path))
     try:
-        encoded = tokenizer.apply_chat_template(
-            _plain(messages), add_generation_prompt=True, tokenize=True, return_dict=False
-        )
+        return tokenizer.apply_chat_template(_plain(messages), add_generation_prompt=add_generation_prompt, **options)
     except _TEMPLATE_ERRORS as error:
         roles = ", ".join(message["role"] for message in messages)
         raise ValueError(
             f"the chat template refuses the messages ({roles}): {error}; where it knows no system turn, "
             "pass --system-prompt ''"
         ) from error
-    return cast("list[int]", encoded)
 
 
 def decode_completion(tokenizer: "PreTrainedTokenizerBase", token_ids: Sequence[int]) -> str:
