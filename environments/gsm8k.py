@@ -12,15 +12,17 @@ Three rules are reported for each completion, and only the first is the reward:
   for 1,080, since Python reads no number in `080`.
 """
 
-import json
 import random
 import re
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
 
+from ludic.datafiles import read_rows, split_files
 from ludic.grading import Grader, Verdict
+from ludic.numbers import MAX_ANSWER_CHARS
 from ludic.parsers import boxed_parser, last_number_parser
 from ludic.types import ChatMessage, Score
 
@@ -43,25 +45,49 @@ class GSM8KSample:
 
 
 def load(
-    split: Split = "train", *, dataset: str | Path | None = None, limit: int | None = None, seed: int | None = None
+    split: Split = "train",
+    *,
+    dataset: str | Path | None = None,
+    limit: int | None = None,
+    seed: int | None = None,
+    say: Callable[[str], object] = lambda line: None,
 ) -> list[GSM8KSample]:
     """The samples of a split, in their order, or shuffled by `seed`; the first `limit` of those.
 
-    `dataset` is None for the Hugging Face hub; a file (JSONL, parquet or CSV) of rows with a `question` and an `answer`,
-    whatever the split; or a folder that holds `{split}.jsonl`, or else `{split}.parquet` or `.csv`, in shards or not. Of a
-    clone of the hub's data set, the configuration `main` is read, as from the hub.
+    `dataset` is None for the Hugging Face hub, or a file or folder as in `ludic.datafiles.split_files`, whose rows have a
+    `question` and an `answer`. `say` gets a line on what was read, and one each if questions are repeated or targets too long.
 
     Raises:
         ValueError: the data cannot be had, a row is malformed (`test.jsonl:17: ...`), or `limit` is below 1.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, not {limit}; leave it out for the whole split")
-    samples = list(_read_hub(split) if dataset is None else _read_local(split, Path(dataset)))
+    if dataset is None:
+        source, rows = f"{HUB_ID} (hub)", _hub_rows(split)
+    else:
+        files = split_files(split, Path(dataset))
+        others = f" and {len(files) - 1} more beside it" if len(files) > 1 else ""
+        source, rows = f"{files[0]}{others}", read_rows(files)
+    samples = list(_samples(rows))
     if not samples:
         raise ValueError(f"{dataset or HUB_ID} holds no rows for the split {split!r}")
     if seed is not None:
         random.Random(seed).shuffle(samples)
-    return samples[:limit]
+    used = samples[:limit]
+    say(f"{len(used)} problems" + (f" of the {len(samples)}" if len(used) < len(samples) else "") + f" in {source}")
+    question, count = Counter(sample.question.strip() for sample in used).most_common(1)[0]
+    if count > 1:
+        repeated = len(used) - len({sample.question.strip() for sample in used})
+        say(
+            f"warning: {repeated} of these problems repeat the question of another (one is there {count} times: "
+            f"{question!r:.60}), and count again: intervals are too narrow"
+        )
+    if too_long := sum(len(sample.target) > MAX_ANSWER_CHARS for sample in used):
+        say(
+            f"warning: {too_long} of these problems have a target of more than {MAX_ANSWER_CHARS} characters, which is not "
+            "graded: every answer to them counts as wrong"
+        )
+    return used
 
 
 class GSM8K:
@@ -123,7 +149,7 @@ def _last_digits(text: str) -> str:
     return digits
 
 
-def _read_hub(split: Split) -> Iterator[GSM8KSample]:
+def _hub_rows(split: Split) -> Iterator[tuple[str, object]]:
     try:
         from datasets import load_dataset
     except ModuleNotFoundError as error:
@@ -138,85 +164,7 @@ def _read_hub(split: Split) -> Iterator[GSM8KSample]:
         raise ValueError(
             f"cannot load {HUB_ID} from the hub ({reason}); give a local file or folder with --dataset"
         ) from error
-    return _samples((f"{HUB_ID}/{split}:{i}", row) for i, row in enumerate(cast(Iterable[object], rows), start=1))
-
-
-def _read_local(split: Split, path: Path) -> Iterator[GSM8KSample]:
-    if path.is_dir():
-        if (path / f"{split}.jsonl").is_file():
-            return _samples(_jsonl_rows(path / f"{split}.jsonl"))
-        for kind in ("parquet", "csv"):
-            if files := _split_files(split, path, kind):
-                return _samples(_table_rows(kind, files))
-        raise ValueError(f"{path} holds no {split}.jsonl (and no {split}*.parquet or {split}*.csv)")
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; --dataset takes a JSONL file or a folder that holds {split}.jsonl")
-    if path.suffix in (".parquet", ".csv"):
-        return _samples(_table_rows(path.suffix[1:], [path]))
-    return _samples(_jsonl_rows(path))
-
-
-def _split_files(split: Split, folder: Path, kind: str) -> list[Path]:
-    """The files of a split, as the hub names them (`train.parquet`, `train-00000-of-00001.parquet`), not in hidden folders.
-
-    A clone of the hub's data set has a folder for each configuration; as from the hub, `main` is read.
-
-    Raises:
-        ValueError: files in several folders, none of them `main`: they may hold the same problems.
-    """
-    named = re.compile(rf"{split}([-.]\d.*)?\.{kind}")
-    files = [
-        file
-        for file in sorted(folder.rglob(f"{split}*.{kind}"))
-        if named.fullmatch(file.name) and not any(part.startswith(".") for part in file.relative_to(folder).parts)
-    ]
-    folders = {file.parent for file in files}
-    if len(folders) > 1:
-        main = folder / "main"
-        if main not in folders:
-            names = ", ".join(sorted(f"{one.relative_to(folder)}/" for one in folders))
-            raise ValueError(
-                f"{folder} holds {split} files in several folders ({names}): give one of them to --dataset"
-            )
-        files = [file for file in files if file.parent == main]
-    return files
-
-
-def _jsonl_rows(path: Path) -> Iterator[tuple[str, object]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            place = f"{path}:{number}"
-            if not line.strip():
-                continue
-            try:
-                yield place, json.loads(line.decode("utf-8-sig"))
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{place}: not UTF-8 ({error.reason} at byte {error.start})") from error
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{place}: not JSON ({error.msg} at column {error.colno})") from error
-            except RecursionError as error:
-                raise ValueError(f"{place}: not a row (nested too deeply)") from error
-
-
-def _table_rows(kind: str, files: list[Path]) -> Iterator[tuple[str, object]]:
-    try:
-        from datasets import load_dataset
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"reading {files[0]} needs the package {error.name}: run `uv sync --extra examples`, "
-            "or turn it into a JSONL file"
-        ) from error
-    from datasets.exceptions import DatasetGenerationError
-
-    for file in files:
-        try:
-            rows = load_dataset(kind, data_files=str(file), split="train")
-        except (DatasetGenerationError, OSError, ValueError) as error:
-            cause = error.__cause__ or error
-            reason = next(iter(str(cause).splitlines()), type(cause).__name__)
-            raise ValueError(f"{file}: not a {kind} file that can be read ({reason})") from error
-        for number, row in enumerate(cast(Iterable[object], rows), start=1):
-            yield f"{file}:{number}", row
+    return ((f"{HUB_ID}/{split}:{i}", row) for i, row in enumerate(cast(Iterable[object], rows), start=1))
 
 
 def _samples(rows: Iterable[tuple[str, object]]) -> Iterator[GSM8KSample]:

@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import gzip
 import importlib.metadata
 import json
 import shutil
@@ -242,12 +243,31 @@ def test_data_from_the_hub_is_ok_only_where_the_hub_answers_or_the_cache_has_it(
 def test_a_folder_without_problems_to_train_on_is_not_called_data(args: argparse.Namespace, tmp_path: Path) -> None:
     args.dataset = args.model  # a model's folder: it has files, and no data
     assert "holds no train.jsonl" in here.check_data(args).found
-    folder = tmp_path / "tables"
-    folder.mkdir()
-    args.dataset = str(folder)
-    (folder / "train-00000.parquet").touch()
+
+
+def test_the_data_that_is_looked_at_is_the_data_that_a_run_reads(args: argparse.Namespace, tmp_path: Path) -> None:
+    def lay(name: str, content: bytes = b"question,answer\n1?,#### 1\n") -> Path:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+        return tmp_path / name
+
+    args.dataset = str(tmp_path)
+    broken = b'question,answer\n"1?'
+    for name in (".cache/train-0.csv", "socratic/train-0.csv", "training_args.csv", "train_log.csv"):
+        lay(name, broken)  # no run reads these
+    read = lay("main/train-0-of-1.csv")
+    assert here.check_data(args) == ok("data", f"{read} can be read")
+    read.write_bytes(broken)
+    assert f"{read}: not a csv file" in here.check_data(args).found
+    read.rename(lay("platinum/train.csv"))
+    assert "in several folders (platinum/, socratic/)" in here.check_data(args).found
+    args.dataset = str(lay("problems.jsonl.gz", gzip.compress(b'{"question": "1?", "answer": "#### 1"}\n')))
+    assert here.check_data(args) == ok("data", f"{args.dataset} can be read")
+    lay("problems.jsonl.gz", gzip.compress(b"18\n"))
+    assert "problems.jsonl.gz:1: not a JSON object" in here.check_data(args).found
+    args.dataset = str(lay("train.parquet", b"PAR1"))
     finding = here.check_data(args)
-    assert finding.status == "ok" and "not read before a run starts" in finding.found
+    assert finding.status == "failed" and "train.parquet: not a parquet file" in finding.found
 
 
 def test_data_that_cannot_be_read_is_named_with_its_line(args: argparse.Namespace, tmp_path: Path) -> None:
@@ -259,7 +279,7 @@ def test_data_that_cannot_be_read_is_named_with_its_line(args: argparse.Namespac
     args.dataset = str(folder)
     assert here.check_data(args).status == "failed"
     (folder / "train.jsonl").write_text('{"question": "1?", "answer": "#### 1"}\n{"question": \n')
-    assert "train.jsonl:2: not valid JSON" in here.check_data(args).found
+    assert "train.jsonl:2: not JSON" in here.check_data(args).found
     (folder / "train.jsonl").write_text("[1]\n")
     assert "train.jsonl:1: not a JSON object" in here.check_data(args).found
 

@@ -138,7 +138,7 @@ async def test_ctrl_c_ends_with_130_keeps_the_records_and_the_printed_command_fi
 def test_bad_input_is_one_line_on_standard_error_and_exit_code_2(dataset: Path, tmp_path: Path) -> None:
     process = start(flags(tmp_path / "nowhere", dataset, tmp_path))
     stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == 2 and stdout == ""
+    assert process.returncode == 2 and stdout == f"400 problems in {dataset}\n"
     assert re.fullmatch(r"eval_gsm8k_vllm\.py: error: model folder \S+nowhere does not exist: .*\n", stderr)
 
 
@@ -185,6 +185,28 @@ async def test_a_model_without_a_chat_template_is_refused_and_runs_with_one_give
         await run(script, arguments)
     (tmp_path / "chat.jinja").write_text("{% for message in messages %}{{ message.content }}\n{% endfor %}")
     assert await run(script, [*arguments, "--chat-template", str(tmp_path / "chat.jinja")]) == 0
+
+
+async def test_a_system_turn_of_the_templates_own_is_said_and_recorded_and_gone_with_the_template_that_is_named(
+    script: ModuleType, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_tiny_model(tmp_path / "model", tie_word_embeddings=True)
+    own = "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are Lud.<|im_end|>\n{% endif %}"
+    chatml = SCRIPT.with_name("chatml.jinja").read_text()
+    (tmp_path / "model" / "chat_template.jinja").write_text(own + chatml)
+    arguments = [*flags(tmp_path / "model", dataset, tmp_path, "--limit", "2", "--overwrite"), "--system-prompt", ""]
+    asked = "<|im_start|>user\nWhat is 0 + 0?<|im_end|>\n<|im_start|>assistant\n"
+    recorded = tmp_path / "gsm8k_eval.jsonl.prompt.json"
+    assert await run(script, arguments) == 0
+    (line,) = re.findall("^warning: .*$", capsys.readouterr().out, re.MULTILINE)
+    assert "adds a system turn of its own, '<|im_start|>system\\nYou are Lud.': for none, give --chat-template" in line
+    assert json.loads(recorded.read_text())["text"] == "<|im_start|>system\nYou are Lud.<|im_end|>\n" + asked
+    template = line.partition("--chat-template ")[2].partition(",")[0]
+    assert await run(script, [*arguments, "--chat-template", template]) == 0
+    said = capsys.readouterr().out
+    assert "warning" not in said and "the first prompt, as it is rendered: '<|im_start|>user\\nWhat is 0" in said
+    assert json.loads(recorded.read_text())["text"] == asked
+    assert [record["prompt_tokens"] for record in read_records(tmp_path / "gsm8k_eval.jsonl")] == [len(asked)] * 2
 
 
 async def test_records_that_are_there_are_neither_lost_nor_mixed(

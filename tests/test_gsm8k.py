@@ -179,7 +179,7 @@ def test_several_folders_without_main_are_refused(tmp_path: Path) -> None:
 def test_a_single_table_is_read_and_a_broken_one_is_named(tmp_path: Path, suffix: str) -> None:
     path = write_table(tmp_path / f"problems{suffix}", *ROWS)
     assert [s.target for s in load("train", dataset=path)] == ["9", "1,080", "-10"]
-    path.write_bytes(b'question,answer\n"a","b","c"\n"unclosed')
+    path.write_bytes(b'question,answer\n"a","#### 1"\n"unclosed')
     with pytest.raises(ValueError, match=rf"problems\{suffix}: not a \w+ file that can be read \(.+\)$"):
         load("train", dataset=path)
 
@@ -188,6 +188,57 @@ def test_a_single_table_is_read_and_a_broken_one_is_named(tmp_path: Path, suffix
 def test_the_target_is_one_line(tmp_path: Path, after: str) -> None:
     path = write_jsonl(tmp_path / "some.jsonl", [{"question": "How many?", "answer": f"9 * 2\n####{after}"}])
     assert [s.target for s in load("train", dataset=path)] == ["18"]
+
+
+def test_what_was_read_is_said_with_questions_that_are_repeated(tmp_path: Path) -> None:
+    said: list[str] = []
+    for name, rows in (("train-00000-of-00002.csv", ROWS), ("train-00001-of-00002.csv", [*ROWS[:2], ROWS[1]])):
+        write_table(tmp_path / name, *rows)
+    first = tmp_path / "train-00000-of-00002.csv"
+    assert len(load("train", dataset=tmp_path, say=said.append)) == 6
+    assert said.pop(0) == f"6 problems in {first} and 1 more beside it"
+    assert said == [
+        "warning: 3 of these problems repeat the question of another (one is there 3 times: 'How many dollars?'), "
+        "and count again: intervals are too narrow"
+    ]
+    said.clear()
+    load("train", dataset=tmp_path, limit=3, say=said.append)
+    assert said == [f"3 problems of the 6 in {first} and 1 more beside it"]
+    said.clear()
+    load("train", dataset=write_jsonl(tmp_path / "p.jsonl", [ROWS[0], ROWS[0] | {"question": " How many eggs?\n"}]),
+         say=said.append)  # fmt: skip
+    assert said[0] == f"2 problems in {tmp_path / 'p.jsonl'}" and said[1].startswith("warning: 1 of these")
+
+
+@pytest.mark.parametrize("number", ["7" * 5_000, "-0." + "3" * 5_000, "1" + ",000" * 1_500])
+async def test_a_number_of_thousands_of_digits_is_one_line_as_a_target_and_graded_as_wrong(
+    environment: GSM8K, tmp_path: Path, number: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for path in (tmp_path / "some.jsonl", tmp_path / "some.csv", tmp_path / "some.parquet"):
+        rows = [ROWS[0], {"question": number, "answer": f"#### {number}"}]
+        write_jsonl(path, rows) if path.suffix == ".jsonl" else write_table(path, *rows)
+        said: list[str] = []
+        assert load("train", dataset=path, say=said.append)[1] == GSM8KSample(
+            question=number, answer=f"#### {number}", target=number
+        )
+        assert said[1:] == [
+            "warning: 1 of these problems have a target of more than 2000 characters, which is not graded: "
+            "every answer to them counts as wrong"
+        ]
+        said.clear()
+        load("train", dataset=path, limit=1, say=said.append)
+        assert len(said) == 1
+    for text in (
+        number,
+        rf"\boxed{{{number}}}",
+        rf"\boxed{{\frac{{{number}}}{{3}}}}",
+        rf"1e{number}",
+        r"\boxed{7^{9000}}",
+    ):
+        for target in ("18", "7" * 1_999, r"\frac{1}{3}", number):
+            score = await environment.score(sample(target), text)
+            assert score.reward == score.parts["strict"] == score.parts["flexible"] == 0
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_an_empty_system_prompt_is_left_out() -> None:

@@ -5,6 +5,7 @@ It needs the dependency group `real-model` beside the CPU environment (CONTRIBUT
 
 import importlib.util
 import shutil
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -100,7 +101,7 @@ async def test_it_trains_one_update_syncs_with_proof_and_evaluates_sixteen_probl
             server.base_url,
             model=str(smollm2),
             stop_token_ids=stop_token_ids(smollm2, tokenizer, load_config(smollm2)),
-            trainer="real-model",
+            trainer=uuid.uuid4().hex,
         )
         try:
             await engine.connect(tokenizer, max_seq_len=256)

@@ -345,7 +345,7 @@ async def test_a_problem_an_answer_or_a_name_that_looks_like_a_path_is_only_writ
         monkeypatch.syspath_prepend(str(Path(script.__file__ or "").parent))  # as when the script is run
         assert await script.run(script.build_parser().parse_args(words)) == 0
     made = {path.relative_to(out).as_posix() for path in set(tmp_path.rglob("*")) - before if out in path.parents}
-    names = {"gsm8k_eval.jsonl", "gsm8k_eval.jsonl.settings.json", "gsm8k_eval.jsonl.summary.json"}
+    names = {"gsm8k_eval.jsonl", *(f"gsm8k_eval.jsonl.{what}.json" for what in ("settings", "summary", "prompt"))}
     assert made == names and set(tmp_path.rglob("*")) - before == {
         out,
         out.parent,

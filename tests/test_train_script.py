@@ -85,6 +85,7 @@ def test_a_run_leaves_the_files_that_the_readme_names(finished: tuple[Path, str]
     assert {path.name for path in out_dir.iterdir()} == {
         "checkpoints_gsm8k",
         "gsm8k_train_metrics.jsonl",
+        "gsm8k_train_prompt.json",
         "gsm8k_train_reward.png",
         "gsm8k_train_rollouts.jsonl",
         "gsm8k_train_summary.json",
@@ -92,6 +93,17 @@ def test_a_run_leaves_the_files_that_the_readme_names(finished: tuple[Path, str]
     }
     assert [path.name for path in (out_dir / "checkpoints_gsm8k").iterdir()] == ["step_2"]
     assert (out_dir / "gsm8k_train_reward.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_first_prompt_is_said_and_recorded_as_it_was_rendered(
+    finished: tuple[Path, str], digit_problems: Path
+) -> None:
+    out_dir, said = finished
+    question = read_jsonl(digit_problems / "train.jsonl")[0]["question"]
+    prompt = f"<|system|>{DEFAULT_SYSTEM_PROMPT}<|end|><|user|>{question}<|end|><|assistant|>"
+    assert json.loads((out_dir / "gsm8k_train_prompt.json").read_text())["text"] == prompt
+    assert f"the first prompt, as it is rendered: '{prompt}'" in said and "warning: the chat template" not in said
+    assert f"train: 12 problems in {digit_problems / 'train.jsonl'}" in said
 
 
 def test_every_rollout_is_a_line_with_all_its_fields(finished: tuple[Path, str], digit_policy_dir: Path) -> None:

@@ -4,7 +4,8 @@
     uv run python examples/gsm8k/eval_gsm8k_vllm.py --model checkpoints_gsm8k/step_100
 
 `--out` gets one record a problem as it is finished, `<out>.settings.json` what they were made with, a fingerprint of the
-weights included, and `<out>.summary.json` the figures. A run that was cut short is finished with `--resume-eval`.
+weights included, `<out>.prompt.json` the text of the first prompt, and `<out>.summary.json` the figures. A run that was cut
+short is finished with `--resume-eval`.
 """
 
 import argparse
@@ -60,10 +61,16 @@ def build_parser() -> argparse.ArgumentParser:
                        help="folder or hub name of tokenizer and config, where --model is only a server's name")  # fmt: skip
     group.add_argument("--split", choices=("train", "test"), default="test", help="which problems (default: test)")
     group.add_argument(
-        "--dataset", metavar="PATH", help="a local folder or JSON lines file of question and answer (default: the hub)"
+        "--dataset",
+        metavar="PATH",
+        help="folder of train and test, or one file: JSONL (.gz), parquet or CSV (default: the hub)",
     )
     group.add_argument("--limit", type=int, metavar="N", help="only the first N problems (default: all)")
-    group.add_argument("--system-prompt", default="", help="the system turn; empty for none (default: empty)")
+    group.add_argument(
+        "--system-prompt",
+        default="",
+        help="the system turn (default: empty, for none, though a chat template may add its own)",
+    )
 
     group = parser.add_argument_group("sampling")
     group.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: 0)")
@@ -247,7 +254,7 @@ def prepare(
     hide_loading_bars()
     check_model = load_full_config if args.engine == "local" else load_config  # vLLM serves quantised weights too
     check_model(files, trust_remote_code=args.trust_remote_code)
-    samples = load(args.split, dataset=args.dataset, limit=args.limit)
+    samples = load(args.split, dataset=args.dataset, limit=args.limit, say=say)
     tokenizer = load_tokenizer(
         files,
         args.chat_template,
@@ -275,12 +282,18 @@ async def run(args: argparse.Namespace) -> int:
 
         from environments.gsm8k import GSM8K
         from ludic.evaluation import evaluate, prepare_problems
+        from ludic.prompts import render
         from ludic.telemetry import EvaluationDisplay, JsonlWriter
+        from ludic.template_checks import describe_prompt
 
     async with contextlib.aclosing(GSM8K(system_prompt=args.system_prompt)) as environment:
         with at_once():
             problems = prepare_problems(environment, samples, tokenizer, max_seq_len=args.max_seq_len)
             check_records(done, problems, args.samples)
+            first = problems[0].messages
+            chatml = Path(os.path.relpath(Path(__file__).with_name("chatml.jinja")))
+            for line in describe_prompt(tokenizer, first, plain_template=chatml):
+                say(line)
             longest = max(len(problem.prompt_token_ids) for problem in problems)
         max_seq_len = args.max_seq_len or longest + args.max_tokens
         engine_args = argparse.Namespace(**vars(args) | {"seed_requests": True})  # of those that `sampling` has
@@ -295,6 +308,7 @@ async def run(args: argparse.Namespace) -> int:
                 out.unlink(missing_ok=True)
             with JsonlWriter(out) as writer, keep_or_explain(out), EvaluationDisplay(f"GSM8K {args.split}") as display:
                 write_json(Path(f"{out}.settings.json"), settings)
+                write_json(Path(f"{out}.prompt.json"), {"messages": first, "text": render(tokenizer, first)})
                 Path(f"{out}.summary.json").unlink(missing_ok=True)  # of records that were fewer, or others
                 result = await evaluate(
                     engine,

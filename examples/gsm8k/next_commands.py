@@ -11,6 +11,7 @@ from pathlib import Path
 from environments.gsm8k import load
 from ludic.cli import DEFAULT_HOST, DEFAULT_PORT
 from ludic.commands import flag, python_command
+from ludic.datafiles import split_files
 from ludic.inference.weights_in_use import WeightsInUse
 from ludic.pretrained import load_config
 from ludic.training.config import GRPOConfig, RunPaths
@@ -69,7 +70,11 @@ def _training_problems(args: argparse.Namespace) -> tuple[list[str], list[str]] 
     path = Path(args.dataset).expanduser()
     if path.is_dir() and has("train", path):
         return [], ["--dataset", args.dataset, *([] if has("test", path) else ["--eval-limit", "0"])]
-    if path.is_dir() and not (path := path / f"{args.split}.jsonl").is_file():
+    try:
+        path, *others = split_files(args.split, path)
+    except ValueError:  # the folder was moved meanwhile
+        return None
+    if others:  # --dataset takes one file, and of a folder those of the split `train`
         return None
     return [f"the command below trains on the problems that were scored, {path}: name others with --dataset"], [
         "--dataset",

@@ -40,13 +40,14 @@ from ludic.doctor import check_token_ids, quick_checks
 from ludic.engines import open_engine, require_server
 from ludic.hub import cache_without_hub
 from ludic.pretrained import load_full_config, load_model, stored_dtype
-from ludic.prompts import chat_template_fingerprint, encode_prompt, load_tokenizer, recorded_moment, rendering
+from ludic.prompts import chat_template_fingerprint, encode_prompt, load_tokenizer, recorded_moment, render, rendering
 from ludic.signals import at_once
 from ludic.telemetry.formatting import InertFormatter
 from ludic.telemetry.jsonl import drop_steps_after, read_jsonl
 from ludic.telemetry.loggers import make_logger, parse_logger_names
 from ludic.telemetry.progress import StatusLine
 from ludic.telemetry.report import comparison_table, evaluation_rows, reward_curve_text, save_reward_curve
+from ludic.template_checks import describe_prompt
 from ludic.training.config import GRPOConfig, RunPaths, add_arguments, from_arguments
 from ludic.training.resume import changed_settings
 from ludic.training.resumed_model import find_resumed_model, keep_model
@@ -75,7 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
                       help="a small policy and problems of our own, on the CPU, in about two minutes")  # fmt: skip
     task.add_argument("--model", default=DEFAULT_MODEL, help=f"hub name or folder (default: {DEFAULT_MODEL})")
     task.add_argument("--dataset", default=None, metavar="PATH",
-                      help="folder of train.jsonl and test.jsonl, or a JSONL file (default: openai/gsm8k, hub)")  # fmt: skip
+                      help="folder of train and test, or one file: JSONL (.gz), parquet or CSV (default: the hub)")  # fmt: skip
     task.add_argument(
         "--eval-dataset", default=None, metavar="PATH", help="problems to evaluate on, when not in --dataset"
     )
@@ -182,7 +183,7 @@ def _prepare(args: argparse.Namespace, config: GRPOConfig, paths: RunPaths) -> _
 
     _say(f"loading {args.model}")
     load_full_config(args.model, trust_remote_code=args.trust_remote_code)  # an adapter or quantised weights end here
-    train_samples = load("train", dataset=args.dataset, limit=args.limit)
+    train_samples = load("train", dataset=args.dataset, limit=args.limit, say=lambda line: _say(f"train: {line}"))
     eval_samples = _load_eval_samples(args, config)
     tokenizer = load_tokenizer(
         args.model,
@@ -192,6 +193,9 @@ def _prepare(args: argparse.Namespace, config: GRPOConfig, paths: RunPaths) -> _
     )
     environment = GSM8K(system_prompt=args.system_prompt)
     _check_prompts(args, environment, tokenizer, config, train_samples, eval_samples)
+    chatml = Path(os.path.relpath(Path(__file__).with_name("chatml.jinja")))
+    for line in describe_prompt(tokenizer, environment.messages(train_samples[0]), plain_template=chatml):
+        _say(line)
     task = _task(args, tokenizer, eval_samples)
     if resume_from is not None:
         given = {**dataclasses.asdict(config), "num_train_samples": len(train_samples), **task}
@@ -219,8 +223,9 @@ async def _run(args: argparse.Namespace, config: GRPOConfig, paths: RunPaths, pa
 
         _seed_generators(config.seed)
     tokenizer, environment, resume_from = parts.tokenizer, parts.environment, parts.resume_from
+    first = environment.messages(parts.train_samples[0])
     model = resume_from[1].model if resume_from else args.model
-    probe = encode_prompt(tokenizer, environment.messages(parts.train_samples[0]))[:64]
+    probe = encode_prompt(tokenizer, first)[:64]
     engine_args = args if args.engine == "local" else argparse.Namespace(**{**vars(args), "model": parts.served_as})
     async with open_engine(
         engine_args,
@@ -241,7 +246,10 @@ async def _run(args: argparse.Namespace, config: GRPOConfig, paths: RunPaths, pa
         reference = (await _aside(thread, load_policy, args.model, device, args))[0] if config.kl_coef > 0 else None
         if resume_from is None:
             # Not before there is a run that takes the place of the earlier one.
-            _set_aside(paths, [paths.metrics, paths.rollouts, paths.summary, paths.curve, paths.checkpoints])
+            _set_aside(
+                paths,
+                [paths.prompt, paths.metrics, paths.rollouts, paths.summary, paths.curve, paths.checkpoints],
+            )
         else:
             for path in (paths.metrics, paths.rollouts):  # what came after the checkpoint is made again
                 await _aside(thread, drop_steps_after, path, resume_from[1].step)
@@ -251,6 +259,7 @@ async def _run(args: argparse.Namespace, config: GRPOConfig, paths: RunPaths, pa
                 if (step := checkpoint_step(path)) is not None and step > resume_from[1].step
             ]
             _set_aside(paths, later)
+        paths.prompt.write_text(json.dumps({"messages": first, "text": render(tokenizer, first)}, indent=2) + "\n")
         metric_logger = make_logger(
             args.logger,
             metrics_path=paths.metrics,
@@ -428,7 +437,7 @@ def _load_eval_samples(args: argparse.Namespace, config: GRPOConfig) -> list[GSM
     if args.eval_dataset is None and source is not None and not Path(source).is_dir():
         _say(f"no evaluation: {source} is a single file; name other problems with --eval-dataset")
         return []
-    return load("test", dataset=source, limit=config.eval_limit)
+    return load("test", dataset=source, limit=config.eval_limit, say=lambda line: _say(f"evaluation: {line}"))
 
 
 def _check_prompts(

@@ -92,14 +92,44 @@ def encode_prompt(
     Raises:
         ValueError: the tokenizer has no chat template, or its template refuses these messages; one line.
     """
+    return cast("list[int]", _apply_template(tokenizer, messages, moment=moment, tokenize=True, return_dict=False))
+
+
+def render(
+    tokenizer: "PreTrainedTokenizerBase",
+    messages: Sequence[ChatMessage],
+    *,
+    add_generation_prompt: bool = True,
+    template: str | None = None,
+) -> str:
+    """The text that `encode_prompt` gives the ids of, by the tokenizer's template or another.
+
+    Raises:
+        ValueError: as `encode_prompt`.
+    """
+    return cast(
+        str,
+        _apply_template(
+            tokenizer, messages, tokenize=False, add_generation_prompt=add_generation_prompt, chat_template=template
+        ),
+    )
+
+
+def _apply_template(
+    tokenizer: "PreTrainedTokenizerBase",
+    messages: Sequence[ChatMessage],
+    *,
+    add_generation_prompt: bool = True,
+    moment: datetime | None = None,
+    **options: Any,
+) -> object:
     if tokenizer.chat_template is None:
         raise ValueError(_no_template(tokenizer.name_or_path))
     try:
-        encoded = tokenizer.apply_chat_template(
+        return tokenizer.apply_chat_template(
             _plain(messages),
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=False,
+            add_generation_prompt=add_generation_prompt,
+            **options,
             **_date_for(tokenizer, moment),
         )
     except _TEMPLATE_ERRORS as error:
@@ -108,7 +138,6 @@ def encode_prompt(
             f"the chat template refuses the messages ({roles}): {error}; where it knows no system turn, "
             "pass --system-prompt ''"
         ) from error
-    return cast("list[int]", encoded)
 
 
 def decode_completion(tokenizer: "PreTrainedTokenizerBase", token_ids: Sequence[int]) -> str:
@@ -143,7 +172,7 @@ def rendering(tokenizer: "PreTrainedTokenizerBase") -> dict[str, str]:
         except ValueError as error:  # many templates know no system turn
             texts.append(f"refused: {error.__cause__}")
         else:
-            texts.append(str(_render(tokenizer, chat, add_generation_prompt=True)))
+            texts.append(render(tokenizer, chat))
     record = {
         "rendered_chat": "\n".join(texts),
         "rendered_ids": hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16],
@@ -177,10 +206,6 @@ def _date_for(tokenizer: "PreTrainedTokenizerBase", moment: datetime | None = No
     return {"strftime_now": (moment or _moment_of(tokenizer)).strftime}
 
 
-def _render(tokenizer: "PreTrainedTokenizerBase", chat: Sequence[ChatMessage], **settings: Any) -> Any:
-    return tokenizer.apply_chat_template(_plain(chat), tokenize=False, **settings, **_date_for(tokenizer))
-
-
 def _plain(messages: Sequence[ChatMessage]) -> list[dict[str, str]]:
     return [{"role": message["role"], "content": message["content"]} for message in messages]
 
@@ -204,7 +229,7 @@ def _read_template(path: Path) -> str:
 def _try_template(tokenizer: "PreTrainedTokenizerBase", source: str) -> None:
     """Render one short chat, so that a broken template is found before anything else is loaded."""
     try:
-        with_question = _render(tokenizer, [_USER_TURN])
+        with_question = tokenizer.apply_chat_template(_plain([_USER_TURN]), tokenize=False, **_date_for(tokenizer))
     except _TEMPLATE_ERRORS as error:
         line = f" line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
         raise ValueError(f"the chat template of {source} is broken{line}: {error}") from error

@@ -22,7 +22,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     task = parser.add_argument_group("task")
     task.add_argument("--model", default=DEFAULT_MODEL, help="hub name or folder (default: %(default)s)")
-    task.add_argument("--dataset", default=None, metavar="PATH", help="folder or JSONL file (default: the hub's GSM8K)")
+    task.add_argument(
+        "--dataset", default=None, metavar="PATH", help="folder or file of problems (default: the hub's GSM8K)"
+    )
     task.add_argument("--out-dir", default=".", help="where the run would write (default: here)")
     add_engine_arguments(parser)
     add_arguments(parser)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from ludic.cli import server_url
+from ludic.datafiles import read_rows, split_files
 from ludic.doctor.dry_run import check_architecture, check_saving, check_token_ids
 from ludic.doctor.findings import Check, Finding, failed, ok, warning
 from ludic.hub import endpoint, is_offline, why_unreachable
@@ -243,24 +244,15 @@ def check_data(args: argparse.Namespace) -> Finding:
     """Is the data set there, and can it be read? Its rows are checked when they are loaded."""
     if args.dataset is None:
         return _check_hub_data()
-    path = Path(args.dataset)
-    file = path / "train.jsonl" if path.is_dir() else path
-    if path.is_dir() and not file.exists():
-        tables = [table for kind in ("parquet", "csv") for table in path.rglob(f"train*.{kind}")]
-        if tables:
-            return ok("data", f"{path} holds {tables[0].name}, which is not read before a run starts")
-        return failed(
-            "data", f"{path} holds no train.jsonl (and no train*.parquet or train*.csv)", "name a folder that does"
-        )
-    with file.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(itertools.islice(lines, 100), start=1):
-            try:
-                row = json.loads(line) if line.strip() else {}
-            except ValueError as error:
-                return failed("data", f"{file}:{number}: not valid JSON ({error})", "mend the file")
+    try:
+        files = split_files("train", Path(args.dataset))
+        named = f"{files[0]}" + (f" and {len(files) - 1} more" if len(files) > 1 else "")
+        for place, row in itertools.islice(read_rows(files), 100):
             if not isinstance(row, dict):
-                return failed("data", f"{file}:{number}: not a JSON object", "mend the file")
-    return ok("data", f"{file} can be read")
+                return failed("data", f"{place}: not a JSON object", "mend the file")
+    except ValueError as error:
+        return failed("data", str(error), "mend it, or name another --dataset")
+    return ok("data", f"{named} can be read")
 
 
 def _check_hub_data() -> Finding:

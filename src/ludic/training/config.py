@@ -254,6 +254,10 @@ class RunPaths:
         return self.out_dir / f"{self.name}_train_rollouts.jsonl"
 
     @property
+    def prompt(self) -> Path:
+        return self.out_dir / f"{self.name}_train_prompt.json"
+
+    @property
     def metrics(self) -> Path:
         return self.out_dir / f"{self.name}_train_metrics.jsonl"
 
