@@ -64,8 +64,8 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = AutoModelForCausalLM.from_pretrained(
         file.parent, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True), **source
     )
-    model.to(torch.bfloat16)
-    model.hf_quantizer = None
+    torch.nn.Module.to(model, torch.bfloat16)
+    setattr(model, "hf_quantizer", None)  # noqa: B010 - save_pretrained would write the quantised form
     for name in ("quantization_config", "_pre_quantization_dtype"):
         if hasattr(model.config, name):
             delattr(model.config, name)
@@ -100,7 +100,7 @@ async def test_it_trains_one_update_syncs_with_proof_and_evaluates_sixteen_probl
         engine = VLLMEngine(
             server.base_url,
             model=str(smollm2),
-            stop_token_ids=stop_token_ids(smollm2, tokenizer, load_config(smollm2)),
+            stop_token_ids=stop_token_ids(str(smollm2), tokenizer, load_config(smollm2)),
             trainer=uuid.uuid4().hex,
         )
         try:
