@@ -118,7 +118,7 @@ async def test_it_trains_one_update_syncs_with_proof_and_evaluates_sixteen_probl
     assert (summary.updates, summary.rollouts, summary.eval_problems) == (1, 16, 16)
     assert summary.accuracy_before is not None and summary.accuracy_after is not None
     assert any(not torch.equal(value, before[name]) for name, value in policy.named_parameters())
-    gaps = recorder.figures["sync/logprob_gap"]  # the server's weights were proven before and after the update
-    assert len(gaps) == 2 and all(0 < gap < 0.1 for gap in gaps)  # it computes in bfloat16
-    assert 0 < recorder.figures["logprob_gap"][0] < 0.1
+    # The server computes in bfloat16. Before the update the two sides were held against each other as well, unrecorded.
+    (after_the_update,), (sampled,) = recorder.figures["sync/logprob_gap"], recorder.figures["logprob_gap"]
+    assert 0 < after_the_update < 0.1 and 0 < sampled < 0.1
     shutil.rmtree(tmp_path, ignore_errors=True)  # 2 GB of masters and optimizer
