@@ -49,11 +49,12 @@ SHAPE: Record = {
     "bos_token_id": None, "eos_token_id": 2, "pad_token_id": 0, "dtype": "float32",
 }  # fmt: skip
 _GPT2: Record = {"n_embd": 64, "n_head": 2, "n_layer": 2, "n_positions": 1024, "tie_word_embeddings": True}
+_TIED: Record = {"tie_word_embeddings": True}  # vLLM has no other
 _EXPERTS: Record = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 FAMILIES: dict[str, Record] = {
     "llama": {},
     "qwen3": {},
-    "gemma3_text": {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]},
+    "gemma3_text": {**_TIED, "sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]},
     "mistral": {"sliding_window": WINDOW},
     "phi3": {},
     "olmo2": {},
@@ -68,8 +69,13 @@ FAMILIES: dict[str, Record] = {
     "qwen2_moe": {**_EXPERTS, "shared_expert_intermediate_size": 64},
     "gpt2": _GPT2,
     "glm4": {},
-    "cohere2": {"logit_scale": 0.5, "sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]},
-    "gemma2": {"sliding_window": WINDOW, "query_pre_attn_scalar": 32},
+    "cohere2": {
+        **_TIED,
+        "logit_scale": 0.5,
+        "sliding_window": WINDOW,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "gemma2": {**_TIED, "sliding_window": WINDOW, "query_pre_attn_scalar": 32},
 }
 """transformers' names of model types, and the settings in which each differs from `SHAPE`."""
 FIGURES = ("packing", "local engine", "at start", "sync", "reload")
@@ -79,6 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--families", default=",".join(FAMILIES), help="model types, with commas (default: all)")
     parser.add_argument("--out", type=Path, default=Path("bench_out"), help="folder of models, logs, records and table")
+    parser.add_argument("--no-server", action="store_true", help="only packing and the local engine: a minute for all")
     parser.add_argument("--start-deadline", type=float, default=300.0, help="seconds for a server (default: 300)")
     parser.add_argument("--table", action="store_true", help="only write the table of the records that OUT holds")
     parser.set_defaults(name="families")
@@ -190,6 +197,8 @@ def measure_family(args: argparse.Namespace, family: str) -> Record:
 
     part("packing", lambda: packing(family))
     part("local engine", lambda: asyncio.run(local_engine(family)))
+    if args.no_server:
+        return row
     folder = args.out / "models" / family
     random_model(family, seed=0).save_pretrained(folder)
     build_tokenizer([], SHAPE["vocab_size"]).save_pretrained(folder)

@@ -197,6 +197,16 @@ def test_families_are_proven_on_a_server_each(tmp_path: Path) -> None:
     assert "all 28 tensors held by the server have the digests of those sent" in rows["gpt2"]["proof"]
 
 
+def test_families_are_compared_without_a_server_and_a_refusal_stands_under_the_table(tmp_path: Path) -> None:
+    run("families.py", "--families phimoe,gemma2 --no-server", tmp_path)
+    report = (tmp_path / "families.md").read_text()
+    check_rows(report, "phimoe")
+    assert "- gemma2, packing: Gemma2ForCausalLM caps its attention logits at 50.0" in report
+    rows = Records(tmp_path / "families.jsonl").last()
+    assert rows["phimoe"]["packing"] < 1e-4 and rows["phimoe"]["local engine"] < 1e-4
+    assert rows["gemma2"]["refused"].keys() == {"packing", "local engine"}
+
+
 def test_families_that_are_not_known_are_refused_with_those_that_are(tmp_path: Path) -> None:
     run("families.py", "--families llama,falcon9", tmp_path, codes=(2,))
     assert not (tmp_path / "families.md").exists()
