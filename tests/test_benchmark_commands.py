@@ -184,6 +184,35 @@ def test_load_finds_every_rollout_of_the_fake_and_of_a_real_server(digit_server:
 
 
 @in_the_gate
+def test_families_are_proven_on_a_server_each(tmp_path: Path) -> None:
+    """One whose names and experts differ between memory, checkpoint and server, and one that is held transposed."""
+    run("families.py", "--families mixtral,gpt2", tmp_path)
+    check_rows((tmp_path / "families.md").read_text(), "mixtral", "gpt2")
+    rows = Records(tmp_path / "families.jsonl").last()
+    for family in ("mixtral", "gpt2"):
+        row = rows[family]
+        assert row["refused"] == {}
+        figures = [row[name] for name in ("packing", "local engine", "at start", "sync", "reload")]
+        assert max(figures) < 1e-4, row
+    assert "all 28 tensors held by the server have the digests of those sent" in rows["gpt2"]["proof"]
+
+
+def test_families_are_compared_without_a_server_and_a_refusal_stands_under_the_table(tmp_path: Path) -> None:
+    run("families.py", "--families phimoe,gemma2 --no-server", tmp_path)
+    report = (tmp_path / "families.md").read_text()
+    check_rows(report, "phimoe")
+    assert "- gemma2, packing: Gemma2ForCausalLM caps its attention logits at 50.0" in report
+    rows = Records(tmp_path / "families.jsonl").last()
+    assert rows["phimoe"]["packing"] < 1e-4 and rows["phimoe"]["local engine"] < 1e-4
+    assert rows["gemma2"]["refused"].keys() == {"packing", "local engine"}
+
+
+def test_families_that_are_not_known_are_refused_with_those_that_are(tmp_path: Path) -> None:
+    run("families.py", "--families llama,falcon9", tmp_path, codes=(2,))
+    assert not (tmp_path / "families.md").exists()
+
+
+@in_the_gate
 def test_survival_pulls_every_plug_and_adds_the_lost_servers(
     digit_policy_dir: Path, digit_problems: Path, tmp_path: Path
 ) -> None:

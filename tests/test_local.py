@@ -5,10 +5,13 @@ import copy
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
     GemmaConfig,
     GemmaForCausalLM,
     GPT2Config,
@@ -23,7 +26,7 @@ from transformers import (
 )
 
 from ludic.inference.local import LocalEngine
-from ludic.inference.local_decoding import ATTENTION_NAME, inverse_cdf, keep_nucleus
+from ludic.inference.local_decoding import ATTENTION_NAME, decoding_attention, inverse_cdf, keep_nucleus
 from ludic.types import Completion, SamplingParams
 
 VOCAB_SIZE = 48
@@ -78,6 +81,67 @@ def gpt2() -> GPT2LMHeadModel:
     return GPT2LMHeadModel(
         GPT2Config(vocab_size=VOCAB_SIZE, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.15)
     ).eval()
+
+
+_SMALL: dict[str, Any] = dict(
+    vocab_size=VOCAB_SIZE, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+    num_key_value_heads=1, head_dim=16, max_position_embeddings=64, pad_token_id=0,
+)  # fmt: skip
+_MAMBA_HEADS: dict[str, Any] = {"mamba_n_heads": 4, "mamba_d_head": 16}
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "gemma2": ({}, r"Gemma2ForCausalLM caps its attention logits at 50\.0"),
+    "vaultgemma": ({}, r"VaultGemmaForCausalLM caps its attention logits at 50\.0"),
+    "lfm2": ({"layer_types": ["conv", "full_attention"]}, "has layers of type conv"),
+    "bamba": (_MAMBA_HEADS | {"attn_layer_indices": [1]}, "BambaForCausalLM has layers of type linear_attention"),
+    "granitemoehybrid": (
+        _MAMBA_HEADS | {"layer_types": ["mamba", "attention"], "num_local_experts": 2, "shared_intermediate_size": 32},
+        "GraniteMoeHybridForCausalLM has layers of type linear_attention",
+    ),
+    "mamba": ({"state_size": 4}, "MambaForCausalLM has layers of type linear_attention"),
+    "gpt_oss": ({"num_local_experts": 4}, "GptOssForCausalLM does not run with the local engine"),
+    "rwkv": ({}, "RwkvForCausalLM computes something else"),
+    "recurrent_gemma": ({"lru_width": 32, "num_hidden_layers": 3}, "RecurrentGemmaForCausalLM computes something else"),
+}
+"""Families that sdpa, a cache or padding would change without a word, or that ended in a trace."""
+
+
+def of_type(model_type: str, **settings: Any) -> PreTrainedModel:
+    """A small model of that type with weights that are large enough for its attention to matter."""
+    torch.manual_seed(0)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**_SMALL | settings))
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=1.5 / parameter.shape[1] ** 0.5)
+    return model.eval()
+
+
+@pytest.mark.parametrize("model_type", REFUSED)
+def test_what_this_process_would_decode_wrong_is_refused_in_a_line_with_a_way_out(model_type: str) -> None:
+    settings, said = REFUSED[model_type]
+    with pytest.raises(ValueError, match=said) as refused:
+        LocalEngine(of_type(model_type, **settings), eos_token_ids=EOS, pad_token_id=0)
+    assert str(refused.value).endswith("; decode it with a vLLM server (--engine vllm)")
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["softcap", "s_aux"])
+def test_an_option_that_sdpa_would_leave_out_is_refused_where_it_is_met(name: str) -> None:
+    states = torch.zeros(1, 2, 1, 8)
+    attend: Any = decoding_attention
+    attend(torch.nn.Identity(), states, states, states, None, **{name: None})
+    with pytest.raises(ValueError, match=name):
+        attend(torch.nn.Identity(), states, states, states, None, **{name: torch.ones(2)})
+
+
+@pytest.mark.parametrize("model_type", ["cohere2", "llama4_text", "gptj", "olmo2", "bloom"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_families_pass_the_trial(model_type: str, dtype: torch.dtype) -> None:
+    more: dict[str, dict[str, Any]] = {
+        "llama4_text": {"num_local_experts": 2, "intermediate_size_mlp": 64},
+        "gptj": {"rotary_dim": 8},
+    }
+    model = of_type(model_type, **more.get(model_type, {}))
+    LocalEngine(model, eos_token_ids=EOS, pad_token_id=0, dtype=dtype)
 
 
 @pytest.fixture

@@ -753,6 +753,60 @@ def test_checkpoint_tensors_are_found_in_fused_and_padded_parameters() -> None:
     assert checkpoint_views(model, {"embed.weight": [128, 4]}) == {}
 
 
+@pytest.mark.vllm
+@pytest.mark.filterwarnings("ignore")
+def test_modules_that_gpt2_turns_over_are_seen_as_the_checkpoint_holds_them_square_or_not() -> None:
+    from ludic.inference.vllm_model import checkpoint_views
+
+    class GPT2Model(torch.nn.Module):
+        """As vLLM's: linear layers, where the checkpoint has weights of [inputs, outputs]."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.c_attn, self.c_proj, self.other = torch.nn.Linear(4, 12), torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+
+    model = GPT2Model()
+    shapes = {"c_attn.weight": [4, 12], "c_proj.weight": [4, 4], "other.weight": [4, 4], "c_proj.bias": [4]}
+    views = checkpoint_views(model, shapes)
+    assert torch.equal(views["c_attn.weight"], model.c_attn.weight.t())
+    assert torch.equal(views["c_proj.weight"], model.c_proj.weight.t())
+    assert torch.equal(views["other.weight"], model.other.weight)
+    assert torch.equal(views["c_proj.bias"], model.c_proj.bias)
+
+
+@pytest.mark.vllm
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("sent", "missing"),
+    [
+        (["gate_up_proj.weight", "qkv_proj.weight"], ""),  # both fused in the checkpoint already
+        (["gate_proj.weight", "up_proj.weight", "qkv_proj.weight"], ""),
+        (["gate_up_proj.weight", "q_proj.weight", "k_proj.weight", "v_proj.weight"], ""),
+        (["gate_up_proj.weight", "q_proj.weight", "v_proj.weight"], "k_proj"),
+        (["gate_up_proj.weight"], "k_proj"),
+        (["gate_proj.weight", "qkv_proj.weight"], "up_proj"),
+    ],
+    ids=str,
+)
+def test_a_module_may_come_fused_or_in_parts_but_not_in_some_of_them(sent: list[str], missing: str) -> None:
+    from ludic.inference.vllm_model import check_complete
+
+    model = torch.nn.Module()
+    model.packed_modules_mapping = {  # type: ignore[assignment]
+        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+        "gate_up_proj": ["gate_proj", "up_proj"],
+    }
+    model.mlp = torch.nn.Module()
+    model.mlp.qkv_proj = torch.nn.Linear(4, 8, bias=False)
+    model.mlp.gate_up_proj = torch.nn.Linear(4, 8, bias=False)
+    update = {f"mlp.{name}": torch.zeros(1) for name in sent}
+    if not missing:
+        check_complete(model, update)
+        return
+    with pytest.raises(ValueError, match=rf"partial: tensor 'mlp\.{missing}\.weight' is missing"):
+        check_complete(model, update)
+
+
 # --- a real server on the CPU -----------------------------------------------------------------------------------------
 
 

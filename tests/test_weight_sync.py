@@ -3,17 +3,18 @@
 import asyncio
 import errno
 import json
+import re
 import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import requests
 import torch
 from aiohttp import web
 from safetensors.torch import load_file
-from transformers import PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, MistralConfig, PreTrainedModel
 
 from ludic.inference import weight_sync
 from ludic.inference.bucket_broadcast import BucketReceiver, WireLayout
@@ -22,11 +23,13 @@ from ludic.inference.errors import (
     EngineError,
     ServerInUseError,
     ServerLostError,
+    ServerMismatchError,
     ServerUnauthorizedError,
     ServerUnreachableError,
     WeightSyncError,
 )
 from ludic.inference.server_control import HeldDigests, ServerControl, error_text
+from ludic.inference.sync_probe import gap_error
 from ludic.inference.vllm_client import VLLMEngine
 from ludic.inference.weight_sync import TRANSPORTS, WeightSync
 from ludic.inference.weight_transport import UNTOUCHED, WireWeights
@@ -219,6 +222,46 @@ def test_weights_go_over_the_wire_in_the_servers_dtype(control: FakeControl, pol
 def test_a_tied_weight_is_sent_once_under_its_name_in_the_checkpoint(policy: PreTrainedModel) -> None:
     names = [name for name, _ in WireWeights(model=policy, dtype=torch.float32)]
     assert "model.embed_tokens.weight" in names and "lm_head.weight" not in names
+
+
+_EXPERTS: dict[str, Any] = {"num_experts": 4, "num_local_experts": 4, "moe_intermediate_size": 16}
+RENAMED: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4},
+    "phimoe": {"num_local_experts": 4},
+    "qwen3_moe": _EXPERTS,
+    "olmoe": {"num_experts": 4},
+    "deepseek_v3": {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
+    "gpt_neox": {},
+    "granitemoe": {"num_local_experts": 4},
+    "glm4": {},
+    "gpt2": {"n_embd": 32, "n_head": 2, "n_layer": 2},
+    "llama": {"tie_word_embeddings": True},
+}
+
+
+@pytest.mark.parametrize("model_type", RENAMED)
+@pytest.mark.parametrize("loaded", [False, True], ids=["made here", "from a folder"])
+def test_names_and_values_on_the_wire_are_those_of_a_checkpoint(model_type: str, loaded: bool, tmp_path: Path) -> None:
+    settings = {
+        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    config = CONFIG_MAPPING[model_type](**settings | RENAMED[model_type])
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path)
+    if loaded:
+        model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    saved = load_file(tmp_path / "model.safetensors")
+    buffers = {name for name, _ in model.named_buffers()}  # they do not train
+    weights = WireWeights(model=model, dtype=torch.float32)
+    sent = dict(weights)
+    assert sent.keys() == saved.keys() - buffers
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in sent.items())
+    assert weights.shapes() == {name: list(tensor.shape) for name, tensor in sent.items()}
+    assert list(sent) == list(weights.shapes()) and weights.num_bytes() == sum(one.nbytes for one in sent.values())
+    narrow = WireWeights(model=model, dtype=torch.bfloat16)
+    assert narrow.digests() == [tensor_digest(saved[name].bfloat16()) for name in sent]
+    assert all(torch.equal(one, two.to(one.dtype)) for one, two in zip(narrow.masters(), sent.values(), strict=True))
 
 
 def test_the_probe_leaves_the_mode_of_every_module_alone(control: FakeControl, policy: PreTrainedModel) -> None:
@@ -450,10 +493,65 @@ def test_one_worker_of_several_that_differs_is_caught(
 def test_an_output_head_that_the_digests_cannot_see_is_caught_by_the_log_probs(
     control: FakeControl, policy: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stale = prompt_logprobs(control.model, PROBE)
-    monkeypatch.setattr(control, "prompt_logprobs", lambda model, token_ids, *, cache_salt: stale)
+    stale, asked = prompt_logprobs(control.model, PROBE), list[str]()
+
+    def answer(model: str, token_ids: list[int], *, cache_salt: str) -> list[float]:
+        asked.append(cache_salt)
+        return stale if len(asked) > 1 else prompt_logprobs(control.model, token_ids)
+
+    monkeypatch.setattr(control, "prompt_logprobs", answer)
+    sync = sync_with(control)
+    sync.sync(policy, 0)  # both sides compute the same
     with pytest.raises(WeightSyncError, match=r"log-probs of the probe .* differ .* \(limit 0\.15\)"):
-        sync_with(control).sync(policy, 1)
+        sync.sync(policy, 1)
+    assert control.paused[-1]
+
+
+def test_where_all_digests_agree_and_no_probe_ever_did_the_two_implementations_differ_and_nothing_is_tried_again(
+    control: FakeControl, policy: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = prompt_logprobs(control.model, PROBE)
+    monkeypatch.setattr(control, "prompt_logprobs", lambda model, token_ids, *, cache_salt: other)
+    with pytest.raises(ServerMismatchError, match="Qwen2ForCausalLM differently; train one of another family") as said:
+        sync_with(control).sync(policy, 0)
+    assert not isinstance(said.value, ServerLostError), "it would be taken for a lost server, and tried again"
+    assert "holds exactly the weights" in str(said.value) and "\n" not in str(said.value)
+    assert not control.paused[-1], "its weights are whole"
+
+
+@pytest.mark.parametrize(
+    ("settings", "differ_from", "said"),
+    [
+        (
+            {"sliding_window": 6},
+            6,
+            r"beyond its window of 6 tokens; keep .* --max-model-len at most 6, or train one of",
+        ),
+        ({"sliding_window": 6}, 0, r"differently; train one of another family"),
+        ({"sliding_window": 512}, 9, r"differently; train one of another family"),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}},
+            0,
+            r"it has RoPE of the type dynamic\); restart the server with a --max-model-len equal to --max-seq-len",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 10000.0}},
+            0,
+            r"RoPE of the type yarn\); train one of another family",
+        ),
+        ({"final_logit_softcapping": 30.0}, 0, r"\(it has final_logit_softcapping\); train one of another family"),
+    ],
+    ids=["window", "not the window", "window not reached", "dynamic", "yarn", "cap"],
+)
+def test_what_differs_is_named_with_what_to_do_about_it(settings: dict[str, Any], differ_from: int, said: str) -> None:
+    model = torch.nn.Module()
+    model.config = MistralConfig(**{"sliding_window": None} | settings)  # type: ignore[assignment]
+    gaps = torch.full([20], 1e-6)
+    gaps[differ_from:] = 0.7
+    error = gap_error(gaps, cast(PreTrainedModel, model), same_weights=True)
+    assert isinstance(error, ServerMismatchError) and re.search(said, str(error)), error
+    assert isinstance(gap_error(gaps, cast(PreTrainedModel, model), same_weights=False), WeightSyncError)
+    assert gap_error(gaps / 100, cast(PreTrainedModel, model), same_weights=True) is None
 
 
 def test_log_probs_that_are_not_numbers_are_caught(

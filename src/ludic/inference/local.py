@@ -92,6 +92,9 @@ class LocalEngine:
         max_batch_size: rows decoded at once. More is quicker until the cache no longer fits.
         copy_model: False hands over `model` itself, for a caller that has no other use for it.
 
+    Raises:
+        ValueError: this process cannot decode models of this architecture; or a token or a size is impossible.
+
     Example:
         >>> engine = LocalEngine.from_pretrained("checkpoints_gsm8k/step_10")
         >>> completions = await engine.generate(prompt, num_completions=8, sampling=SamplingParams(seed=1))

@@ -20,8 +20,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ludic.training.attention import attention_problem
 from ludic.types import Completion, SamplingParams
 
+OTHER_ENGINE = "decode it with a vLLM server (--engine vllm)"
+"""What to do about a model that this process cannot decode."""
+_LAYERS = ("full_attention", "sliding_attention", "chunked_attention")
+_DOES_NOT_RUN = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 _LARGEST_UNIFORM = 1.0 - 2.0**-24
 """Just under 1, so that a uniform times the total probability stays under the total after rounding."""
 
@@ -106,11 +111,53 @@ ATTENTION_NAME = "ludic_decoding"
 
 
 def prepare_decoding(model: PreTrainedModel) -> None:
-    """Switch a model to `decoding_attention`, in place; one that takes no attention function keeps its own."""
+    """Switch a model to `decoding_attention`, in place; one that takes no attention function keeps its own.
+
+    Raises:
+        ValueError: this process cannot decode the model, or would compute another one. Known settings are looked at; what
+            else there may be (a state in place of a cache, an architecture that ignores padding) is found by a trial.
+    """
+    name = type(model).__name__
+    problem = attention_problem(model, layers=_LAYERS)
+    if problem:
+        raise ValueError(f"{name} {problem}; {OTHER_ENGINE}")
+    try:
+        _set_attention(model)
+        gap = _trial_gap(model)
+    except torch.OutOfMemoryError:
+        raise
+    except _DOES_NOT_RUN as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{name} does not run with the local engine ({reason:.200}); {OTHER_ENGINE}") from error
+    if gap > (1e-2 if model.dtype == torch.float32 else 0.5):
+        raise ValueError(
+            f"{name} computes something else with a cache and padding, which the local engine uses, than without "
+            f"(largest difference {gap:.2g} nats); {OTHER_ENGINE}"
+        )
+
+
+def _set_attention(model: PreTrainedModel) -> None:
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, decoding_attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
     model.set_attn_implementation("sdpa")
     model.set_attn_implementation(ATTENTION_NAME)
+
+
+@torch.inference_mode()
+def _trial_gap(model: PreTrainedModel) -> float:
+    """How far the log-probs of a completion behind a padded prompt are from those of a plain forward pass; 0 where the
+    weights give no numbers, of which the first request will tell."""
+    vocabulary: int = model.config.get_text_config().vocab_size
+    prompts = [tuple(token % vocabulary for token in range(1, length)) for length in (4, 7)]
+    ids = torch.tensor([prompts[0]], device=model.device)
+    if not model(input_ids=ids, use_cache=False).logits.isfinite().all():
+        return 0.0
+    greedy = SamplingParams(temperature=0.0, max_tokens=2)
+    rows = [Row(prompt=prompt, sampling=greedy, seed=0, member=0) for prompt in prompts]
+    short = decode(model, rows, eos_token_ids=frozenset(), pad_token_id=0, policy_version=0)[0]
+    ids = torch.tensor([[*prompts[0], *short.token_ids]], device=model.device)
+    logprobs = model(input_ids=ids, use_cache=False).logits[0, len(prompts[0]) - 1 : -1].float().log_softmax(-1)
+    return float((logprobs.amax(-1).cpu() - torch.tensor(short.logprobs)).abs().max())
 
 
 def decoding_attention(
@@ -130,7 +177,13 @@ def decoding_attention(
 
     Returns:
         [B, T, H, D], and None for the attention weights.
+
+    Raises:
+        ValueError: for a cap of the scores or attention sinks, which sdpa would leave out without a word.
     """
+    dropped = [name for name in ("softcap", "s_aux") if options.get(name) is not None]
+    if dropped:
+        raise ValueError(f"torch's attention kernels cannot do what its layers ask for: {', '.join(dropped)}")
     batch_size, num_heads, num_tokens, head_dim = query.shape
     num_key_heads = key.shape[1]
     if num_tokens > 1 or num_heads == num_key_heads or options.get("position_bias") is not None:

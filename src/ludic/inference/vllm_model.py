@@ -12,11 +12,14 @@ after a sync through vLLM's reload whose digests agreed at exactly these places.
 
 import bisect
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig
     from vllm.config.parallel import ParallelConfig
 
+_CONV1D = {"GPT2Model": frozenset({"c_attn", "c_fc", "c_proj"})}
+"""Modules of vLLM's models whose checkpoints hold weights as [inputs, outputs]."""
 _PLAIN_METHODS = (UnquantizedLinearMethod, UnquantizedEmbeddingMethod)
 
 
@@ -37,16 +42,30 @@ def checkpoint_views(model: torch.nn.Module, shapes: Mapping[str, list[int]]) ->
     one (tensor-parallel shards, packed or quantised weights) and there is no view.
     """
     # remove_duplicate=False: a tied lm_head is then found under its own name too.
-    return views_among(dict(model.named_parameters(remove_duplicate=False)), fused_parts(model), shapes)
+    return views_among(dict(model.named_parameters(remove_duplicate=False)), layout_of(model), shapes)
 
 
-def fused_parts(model: torch.nn.Module) -> dict[str, tuple[str, list[str]]]:
-    """For each checkpoint module that `model` fuses with others, the fused module and all of its parts, in order."""
-    return {part: (whole, parts) for whole, parts in _packed_modules(model).items() for part in parts if part != whole}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """How a model holds checkpoint modules, by the last part of their names."""
+
+    fused: Mapping[str, tuple[str, list[str]]]
+    """For each that the model fuses with others, the fused module and all of its parts, in order."""
+    transposed: Container[str]
+    """Those whose weight it turns over."""
+
+
+def layout_of(model: torch.nn.Module) -> Layout:
+    packed = _packed_modules(model)
+    classes = {type(module).__name__ for module in model.modules()}
+    return Layout(
+        fused={part: (whole, parts) for whole, parts in packed.items() for part in parts if part != whole},
+        transposed=frozenset[str]().union(*(names for owner, names in _CONV1D.items() if owner in classes)),
+    )
 
 
 def views_among(
-    parameters: Mapping[str, torch.Tensor], fused: Mapping[str, tuple[str, list[str]]], shapes: Mapping[str, list[int]]
+    parameters: Mapping[str, torch.Tensor], layout: Layout, shapes: Mapping[str, list[int]]
 ) -> dict[str, torch.Tensor]:
     """`checkpoint_views` into these parameters, by their names in the model."""
     views: dict[str, torch.Tensor] = {}
@@ -54,9 +73,12 @@ def views_among(
         module, _, leaf = name.rpartition(".")
         parent, _, last = module.rpartition(".")
         if name in parameters:
-            view = _leading_rows(parameters[name], shape)
-        elif last in fused:
-            whole, parts = fused[last]
+            held = parameters[name]
+            # A square one would fit either way.
+            turned = last in layout.transposed and held.dim() == 2
+            view = _leading_rows(held.t() if turned else held, shape)
+        elif last in layout.fused:
+            whole, parts = layout.fused[last]
             siblings = [f"{parent}.{part}.{leaf}" for part in parts]
             view = _fused_slice(parameters.get(f"{parent}.{whole}.{leaf}"), siblings, name, shapes)
         else:
@@ -170,6 +192,7 @@ def reload_policy(
             yield name, tensor
 
     parameters = {name for name, _ in model.named_parameters()}
+    _let_experts_pack_anew(model)
     initialize_layerwise_reload(model)
     problem = ""
     try:
@@ -193,6 +216,18 @@ def finish_reload(model: torch.nn.Module, model_config: "ModelConfig") -> None:
     _rebuild_tied_cpu_heads(model)
 
 
+def _let_experts_pack_anew(model: torch.nn.Module) -> None:
+    """Let the CPU backend pack the experts of a mixture when they are loaded again.
+
+    vLLM has them packed together with their kernel, which it makes at the first load only, because a GPU's graphs hold its
+    addresses: at a later load it would multiply with weights that are not packed.
+    """
+    for layer in model.modules():
+        method = getattr(layer, "quant_method", None)
+        if isinstance(method, UnquantizedFusedMoEMethod) and method.unquantized_backend is UnquantizedMoeBackend.CPU:
+            method.moe_kernel = None
+
+
 def check_complete(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
     """Refuse an update that lacks some of the model's tensors: vLLM would keep the old ones with no more than a warning.
 
@@ -200,10 +235,12 @@ def check_complete(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) 
     cannot be compared before loading, and `_load` compares what vLLM says it loaded.
     """
     packed = _packed_modules(model)
-    expected = {name for name, _ in model.named_parameters()}  # a tied head is left out here, as in checkpoints
-    expected = {part for name in expected for part in _checkpoint_names(name, packed)}
+    parameters = {name for name, _ in model.named_parameters()}  # a tied head is left out here, as in checkpoints
+    expected = {part for name in parameters for part in _checkpoint_names(name, packed)}
     aliases = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    missing = sorted(expected - tensors.keys())
+    # Some checkpoints hold fused what others of the same class of vLLM's hold in parts.
+    needed = {part for name in parameters - tensors.keys() for part in _checkpoint_names(name, packed)}
+    missing = sorted(needed - tensors.keys())
     if missing and tensors.keys() <= expected | aliases:
         raise ValueError(
             f"the update is partial: tensor {missing[0]!r} is missing ({len(missing)} of {len(expected)} are)"

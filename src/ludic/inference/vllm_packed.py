@@ -20,7 +20,7 @@ from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
 from ludic.inference.digest import canonical, digest_hex, tensor_digests
-from ludic.inference.vllm_model import fused_parts, views_among
+from ludic.inference.vllm_model import layout_of, views_among
 
 BLOCK_ROWS = 256
 DISAGREE = "readings-differ-"
@@ -68,11 +68,11 @@ class PackedWeights:
         found: dict[str, str] = {}
         if not self._has_layers:  # on a GPU: not a millisecond of each sync goes into looking for them
             return found
-        fused = fused_parts(self._model)
+        layout = layout_of(self._model)
         for names, layer in packed_layers(self._model, shapes):
             exact = self._is_exact(names[0], layer)
             weight = read_weight(layer)
-            views = views_among({name: weight for name in names}, fused, shapes)
+            views = views_among({name: weight for name in names}, layout, shapes)
             digests = tensor_digests([canonical(view, flush=self.flushes) for view in views.values()])
             for name, digest in zip(views, map(digest_hex, digests), strict=True):
                 other = found.get(name, digest)

@@ -8,7 +8,7 @@ A sync that did not take is an error. After every sync, digests of the tensors t
 of what was sent: of its memory, and of what packed layers multiply with (`vllm_packed`), as far as there is an exact way to
 see it. The log-probs of a fixed prompt are compared with the trainer's own at the first sync and at the first of another
 kind, then at every tenth (`probe_every`), and at each sync where the server's memory does not show all tensors: they also
-see what digests cannot, once the two policies differ by more than `PROBE_GAP_LIMIT`.
+see what digests cannot, once the two policies differ by more than `sync_probe.PROBE_GAP_LIMIT`.
 
 Everything has a deadline, and the server's own words are in the error. A sync that fails before anything was sent lets the
 server go on; after that it stays paused, since half replaced weights serve nobody, and the next sync of whichever trainer
@@ -31,13 +31,17 @@ import torch
 from ludic.inference.beside import Beside
 from ludic.inference.digest import digest_hex
 from ludic.inference.engine import WeightSyncReport
-from ludic.inference.errors import EngineError, ServerInUseError, ServerUnauthorizedError, WeightSyncError
+from ludic.inference.errors import (
+    EngineError,
+    ServerInUseError,
+    ServerMismatchError,
+    ServerUnauthorizedError,
+    WeightSyncError,
+)
 from ludic.inference.nccl_transport import BucketTransport, NCCLTransport
 from ludic.inference.server_control import HeldDigests, ServerControl
+from ludic.inference.sync_probe import gap_error, trainer_logprobs
 from ludic.inference.weight_transport import SharedMemoryTransport, WeightTransport, WireWeights
-from ludic.training.logprobs import token_logprobs
-from ludic.training.packing import pack
-from ludic.types import TrainingSample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,11 +49,6 @@ if TYPE_CHECKING:
 POLL_S = 0.25
 REFUSAL_GRACE_S = 5.0
 """How long a transfer may take to notice by itself that the server has refused it."""
-PROBE_GAP_LIMIT = 0.15
-"""Nats. Mean log-prob difference on the probe above which a sync has failed. Measured: 1e-6 for fp32 on both sides, 0.008
-to 0.02 for bf16 against fp32 masters, 0.9 for a stale output head (CPU backend of vLLM 0.32)."""
-
-
 SETTLE_S = 3.0
 """For the one call by which a server is left paused, or running, after a sync that failed."""
 STAYS_PAUSED = (
@@ -57,7 +56,7 @@ STAYS_PAUSED = (
 )
 IN_DOUBT = "if the server still runs, its weights may be half replaced: sync again, or restart it, before it is used"
 
-_PASS_ON = (ServerInUseError, ServerUnauthorizedError)
+_PASS_ON = (ServerInUseError, ServerMismatchError, ServerUnauthorizedError)
 """Errors that another attempt would not mend."""
 
 TRANSPORTS: dict[str, type[BucketTransport | SharedMemoryTransport | NCCLTransport]] = {
@@ -121,6 +120,8 @@ class WeightSync:
         self._probe_every = probe_every
         self._fp32_head = fp32_head
         self._abort_reason = ""
+        self._has_agreed = False
+        """Whether the log-probs of any probe have: then both sides compute the same with the same weights."""
         self._talk = self._new_talk()
 
     def _new_talk(self) -> _Talk:
@@ -133,6 +134,7 @@ class WeightSync:
         Raises:
             WeightSyncError: the server refused, did not answer in time, or does not hold what was sent; or `abort` was
                 called. It says in which state the server was left. Another attempt begins from nothing.
+            ServerMismatchError: it holds what was sent, and vLLM computes something else with it than transformers.
             ServerInUseError, ServerUnauthorizedError: the server is not ours.
         """
         talk, outcome = self._talk, list[WeightSyncReport | BaseException]()
@@ -240,7 +242,7 @@ class WeightSync:
         path, gap = talk.transport.path(), None
         talk.syncs_since_probe += 1
         if proof.in_memory < proof.total or path != talk.probed_path or talk.syncs_since_probe >= self._probe_every:
-            gap = self._prove_logprobs(talk.control, model, policy_version)
+            gap = self._prove_logprobs(talk, model, policy_version, same_weights=proof.compared == proof.total)
             talk.probed_path, talk.syncs_since_probe = path, 0
             laps.end("probe")
         if proof.in_memory == proof.total:
@@ -259,20 +261,22 @@ class WeightSync:
             phases_s=laps.seconds,
         )
 
-    def _prove_logprobs(self, control: ServerControl, model: "PreTrainedModel", policy_version: int) -> float:
+    def _prove_logprobs(
+        self, talk: _Talk, model: "PreTrainedModel", policy_version: int, *, same_weights: bool
+    ) -> float:
         """The mean |difference| in nats between the server's and the trainer's log-probs of the probe prompt."""
-        control.check_wanted()  # a thread that was left behind must not touch the model: the trainer has gone on
+        talk.control.check_wanted()  # a thread that was left behind must not touch the model: the trainer has gone on
         salt = f"ludic-probe-{policy_version}-{time.monotonic_ns()}"
-        asked = Beside(lambda: control.prompt_logprobs(self._served_model, self._probe, cache_salt=salt))
-        trained = _prompt_logprobs(model, self._probe, fp32_head=self._fp32_head)
-        served = torch.tensor(asked.result())
-        gap = (served - trained).abs().mean().item()
-        if not gap <= PROBE_GAP_LIMIT:
-            raise WeightSyncError(
-                f"after the sync the server's log-probs of the probe prompt differ from the trainer's by {gap:.3g} nats "
-                f"on average (limit {PROBE_GAP_LIMIT}): the server does not compute with the weights that it was sent"
-            )
-        return gap
+        asked = Beside(lambda: talk.control.prompt_logprobs(self._served_model, self._probe, cache_salt=salt))
+        trained = trainer_logprobs(model, self._probe, fp32_head=self._fp32_head)
+        gaps = (torch.tensor(asked.result()) - trained).abs()
+        error = gap_error(gaps, model, same_weights=same_weights and not self._has_agreed)
+        if isinstance(error, ServerMismatchError):
+            talk.pausing = talk.transport.touched = False  # its weights are whole, and it was resumed
+        if error is not None:
+            raise error
+        self._has_agreed = True
+        return gaps.mean().item()
 
 
 def _cut_off(talk: _Talk, control: ServerControl) -> str:
@@ -324,7 +328,7 @@ class _Proof:
         )
         if wrong:
             (first, held, digest), count = wrong[0], len({name for name, _, _ in wrong})
-            finite = bool(weights.model.get_parameter(first).isfinite().all())
+            finite = bool(dict(weights)[first].isfinite().all())
             raise WeightSyncError(
                 f"after the sync {count} of {len(names)} tensors on the server differ from those sent, "
                 f"the first is {first} (digest {held}, sent {digest})"
@@ -382,24 +386,3 @@ def _proof_words(path: str, proof: _Proof, gap: float | None) -> str:
         digests += f", {proof.compared - proof.in_memory} of them as the layers multiply with them"
     probe = "log-probs of the probe not due" if gap is None else f"log-probs of the probe within {gap:.2g} nats"
     return f"{path}; {digests}; {probe}"
-
-
-@torch.no_grad()
-def _prompt_logprobs(model: "PreTrainedModel", token_ids: list[int], *, fp32_head: bool) -> torch.Tensor:
-    """[P - 1] float32 on the CPU: the model's log-probability of each token after the first, as training computes it."""
-    probe = TrainingSample(
-        token_ids=token_ids,
-        loss_mask=[False] + [True] * (len(token_ids) - 1),
-        rollout_logprobs=None,
-        advantage=0.0,
-        policy_version=0,
-    )
-    device = next(model.parameters()).device
-    (row,) = pack([probe], token_budget=len(token_ids), normalisation="token_mean")
-    # Eager: a compiled policy would be compiled once more for a forward without gradients.
-    with (
-        torch.compiler.set_stance("force_eager"),
-        torch.autocast("cuda", dtype=torch.bfloat16, enabled=device.type == "cuda"),
-    ):
-        stats = token_logprobs(model, row.to(device), temperature=1.0, with_entropy=False, fp32_head=fp32_head)
-    return stats.logprobs[1 - len(token_ids) :].float().cpu()

@@ -10,12 +10,13 @@ Whether what was sent arrived is not decided here but in `weight_sync`.
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from transformers.core_model_loading import revert_weight_conversion
 
 from ludic.inference.bucket_broadcast import BUCKET_BYTES, WireLayout
 from ludic.inference.digest import FlatDigest, canonical, digest_hex, tensor_digest, tensor_digests
@@ -35,30 +36,44 @@ UNTOUCHED = "the model was not touched"
 class WireWeights:
     """The parameters of a model as they go over the wire: checkpoint names, in the server's dtype, tied ones once.
 
-    Iterating casts one tensor at a time; it can be iterated again and again, and sees the masters as they are then.
+    The names and shapes are those that `save_pretrained` writes, by transformers' own reverse mapping: in memory some models
+    stack their experts or call a module otherwise. What the mapping cuts or moves is a copy for as long as it is in use, in
+    the server's dtype.
+
+    It can be iterated again and again, and sees the masters as they are then.
     """
 
     model: "PreTrainedModel"
     dtype: torch.dtype
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                yield name, parameter.detach().to(self.dtype).contiguous()
+        for name, tensor in self._tensors().items():
+            yield name, tensor.to(self.dtype).contiguous()
 
     def masters(self) -> list[torch.Tensor]:
-        """The parameters themselves, not cast, each contiguous."""
-        return [parameter.detach().contiguous() for parameter in self.model.parameters()]
+        """The tensors, each contiguous: the parameters themselves, not cast, but for those that the mapping copies."""
+        return [tensor.contiguous() for tensor in self._tensors().values()]
 
     def shapes(self) -> dict[str, list[int]]:
-        return {name: list(parameter.shape) for name, parameter in self.model.named_parameters()}
+        return {name: list(tensor.shape) for name, tensor in self._reverted(lambda master: master.to("meta")).items()}
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        if self.shapes().keys() == dict(self.model.named_parameters()).keys():
+            return self._reverted(lambda master: master)
+        return self._reverted(lambda master: master.to(self.dtype))
+
+    @torch.no_grad()
+    def _reverted(self, take: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, torch.Tensor]:
+        named = {name: take(parameter.detach()) for name, parameter in self.model.named_parameters()}
+        reverted: dict[str, torch.Tensor] = revert_weight_conversion(self.model, named)
+        return reverted
 
     def layout(self, bucket_bytes: int = BUCKET_BYTES) -> WireLayout:
         shapes = self.shapes()
         return WireLayout.of(list(shapes), list(shapes.values()), self.dtype, bucket_bytes)
 
     def num_bytes(self) -> int:
-        return sum(p.numel() for p in self.model.parameters()) * self.dtype.itemsize
+        return sum(parameter.numel() for parameter in self.model.parameters()) * self.dtype.itemsize
 
     def digests(self) -> list[int]:
         """The digest of each tensor in the wire's dtype, cast a bucket at a time."""

@@ -20,7 +20,7 @@ kernels cannot honour: logit soft-capping, attention sinks, dropout, attention i
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
@@ -46,7 +46,7 @@ and layer."""
 OTHER_FAMILY = "train one of another family, such as Llama, Qwen2, Qwen3, Mistral, Gemma 3, Phi-3, OLMo 2 or SmolLM3"
 """What to do about an architecture that cannot be trained: a setting of it cannot be changed without making it another model."""
 
-_SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
+_SUPPORTED_LAYERS = frozenset({"full_attention", "sliding_attention"})
 _VARLEN_HEAD_DIM = 256
 _VARLEN_ASKS_FOR_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
 """torch 2.11's wrapper takes fewer key heads than query heads without being asked; later ones want to be. The kernel is
@@ -64,16 +64,9 @@ def prepare_packed_attention(model: PreTrainedModel) -> None:
             packed attention cannot honour.
     """
     name = type(model).__name__
-    config = model.config.get_text_config()
-    layers = set(getattr(config, "layer_types", None) or ()) - _SUPPORTED_LAYERS
-    if layers:
-        kinds = ", ".join(sorted(layers))
-        raise ValueError(f"{name} has layers of type {kinds}, which packed rows would leak through; {OTHER_FAMILY}")
-    if getattr(config, "attn_logit_softcapping", None) is not None:
-        raise ValueError(
-            f"{name} caps its attention logits at {config.attn_logit_softcapping}, which packed attention cannot do; "
-            f"{OTHER_FAMILY}"
-        )
+    problem = attention_problem(model)
+    if problem:
+        raise ValueError(f"{name} {problem}; {OTHER_FAMILY}")
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, packed_attention)
     model.set_attn_implementation(ATTENTION_NAME)
     if model.config._attn_implementation != ATTENTION_NAME:
@@ -83,6 +76,19 @@ def prepare_packed_attention(model: PreTrainedModel) -> None:
     # The policy that sampled had no dropout and no router jitter. Both hang on this flag, not on modules that could be found
     # and set to 0: many architectures call `functional.dropout(..., training=self.training)`. Gradients do not need the flag.
     model.eval()
+
+
+def attention_problem(model: PreTrainedModel, *, layers: Collection[str] = _SUPPORTED_LAYERS) -> str:
+    """What the model's settings ask of attention that torch's kernels, or rows with these types of `layers`, cannot do.
+
+    Words that follow the model's name; "" if nothing. transformers' sdpa attention would leave a cap out without a word.
+    """
+    config = model.config.get_text_config()
+    kinds = ", ".join(sorted(set(getattr(config, "layer_types", None) or ()).difference(layers)))
+    if kinds:
+        return f"has layers of type {kinds}, which do not keep the sequences of a row apart here"
+    cap = getattr(config, "attn_logit_softcapping", None)
+    return "" if cap is None else f"caps its attention logits at {cap}, which torch's attention kernels cannot do"
 
 
 def packed_attention_kwargs(micro_batch: MicroBatch) -> dict[str, torch.Tensor | int]:
@@ -168,8 +174,8 @@ def packed_attention(
     name = type(module).__name__
     if cu_seq_lens_q is None or cu_seq_lens_k is None or max_length_q is None or max_length_k is None:
         raise ValueError(
-            f"{name} runs packed attention, which needs packed_attention_kwargs(micro_batch) in the forward, "
-            f"handed on to every layer (if the family leaves that out, {OTHER_FAMILY})"
+            f"{name} was not given the boundaries of a packed row, which must be handed on to every layer (in code of your "
+            f"own: packed_attention_kwargs(micro_batch) in the forward, another copy of the model to generate); {OTHER_FAMILY}"
         )
     if query.shape[0] != 1 or query.shape[2] != key.shape[2]:
         raise ValueError(
@@ -279,7 +285,7 @@ def compile_layers(model: PreTrainedModel) -> None:
     layers = [module for module in model.base_model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         raise ValueError(
-            f"{type(model).__name__} has no decoder layers of transformers' kind to compile; do not ask for it"
+            f"{type(model).__name__} has no decoder layers of transformers' kind to compile: add --no-compile"
         )
     # Read when a layer is traced, and for the whole process: torch has no argument for it.
     functorch_config.activation_memory_budget = ACTIVATION_BUDGET

@@ -134,7 +134,7 @@ def check_head(model: PreTrainedModel) -> None:
     if not gap <= 1e-2 * max(1.0, theirs.abs().max().item()):
         raise ValueError(
             f"{type(model).__name__} changes its logits after the LM head in a way that is not supported "
-            f"(largest difference {gap:.2g}); its log-probs would be wrong"
+            f"(largest difference {gap:.2g}), so its log-probs would be wrong; {OTHER_FAMILY}"
         )
 
 
@@ -163,5 +163,6 @@ def check_mode(model: PreTrainedModel) -> None:
     if not gap <= (1e-5 if model.dtype == torch.float32 else 1e-2):
         raise ValueError(
             f"{type(model).__name__} gives the same row other log-probs when it trains (largest difference {gap:.2g} nats): "
-            "it drops out or adds noise that evaluation mode leaves on, so it would not train the policy that sampled"
+            "it drops out or adds noise that evaluation mode leaves on, so it would not train the policy that sampled; "
+            f"{OTHER_FAMILY}"
         )
