@@ -108,6 +108,10 @@ ALWAYS: Uses = {
     ),
     # The model, and how weights come into it.
     "vllm.model_executor.layers.attention": ("Attention.impl",),
+    "vllm.model_executor.layers.fused_moe.oracle.unquantized": ("UnquantizedMoeBackend.CPU",),
+    "vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method": (
+        "UnquantizedFusedMoEMethod.unquantized_backend", "UnquantizedFusedMoEMethod.moe_kernel",
+    ),
     "vllm.model_executor.layers.linear": ("UnquantizedLinearMethod.process_weights_after_loading(_)",),
     "vllm.model_executor.layers.quantization.base_config": ("QuantizeMethodBase",),
     "vllm.model_executor.layers.utils": (
