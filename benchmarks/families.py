@@ -31,13 +31,13 @@ from benchmarks.harness import Record, machine, markdown_table, records_of, say,
 from benchmarks.logprob_gap import reference, trained
 from benchmarks.make_policy import build_tokenizer
 from benchmarks.processes import PartError, ludic_server, required, run_and_write, serving
-from ludic.inference.errors import EngineError
+from ludic.rollout.errors import EngineError
 from ludic.types import SamplingParams
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ludic.inference.vllm_client import VLLMEngine
+    from ludic.inference.client.vllm_client import VLLMEngine
 
 CONTEXT = 256
 WINDOW = 16
@@ -127,7 +127,7 @@ def largest(ones: Sequence[Sequence[float]], others: Sequence[torch.Tensor]) -> 
 
 def packing(family: str) -> float:
     """Of sequences longer than the window, two of which share a prompt."""
-    from ludic.training.attention import prepare_packed_attention
+    from ludic.train.attention import prepare_packed_attention
 
     sequences = [
         {"prompt": PROBE[:20], "completion": PROBE[20:50]},
@@ -141,7 +141,7 @@ def packing(family: str) -> float:
 
 
 async def local_engine(family: str) -> float:
-    from ludic.inference.local import LocalEngine
+    from ludic.rollout.local import LocalEngine
 
     model = random_model(family, seed=0)
     sampling = SamplingParams(max_tokens=24, seed=1)
@@ -166,9 +166,9 @@ def of_server(engine: "VLLMEngine", model: Path) -> list[float]:
 
 async def synced(family: str, folder: Path, base_url: str, row: Record) -> None:
     """Fill in the figures of the server; raises where a sync was refused or not proven."""
-    from ludic.inference.vllm_client import VLLMEngine
-    from ludic.prompts import load_tokenizer
-    from ludic.training.attention import prepare_packed_attention
+    from ludic.inference.client.vllm_client import VLLMEngine
+    from ludic.task.prompts import load_tokenizer
+    from ludic.train.attention import prepare_packed_attention
 
     first, second = random_model(family, seed=0), random_model(family, seed=1)
     wanted = {"at start": of_probe(first), "sync": of_probe(second), "reload": of_probe(first)}

@@ -51,8 +51,8 @@ from benchmarks.processes import (
 )
 from environments.gsm8k import load
 from ludic.cli import hide_loading_bars
-from ludic.inference.engine import InferenceEngine
-from ludic.prompts import encode_prompt, load_tokenizer
+from ludic.rollout.engine import InferenceEngine
+from ludic.task.prompts import encode_prompt, load_tokenizer
 from ludic.types import SamplingParams
 
 GPU_SHARE = 0.4

@@ -50,9 +50,9 @@ from benchmarks.processes import (
 )
 from environments.gsm8k import load
 from ludic.cli import hide_loading_bars
-from ludic.inference.engine import InferenceEngine, WeightSyncReport
-from ludic.prompts import load_tokenizer
-from ludic.training.config import GRPOConfig, add_arguments, from_arguments
+from ludic.config import GRPOConfig, add_arguments, from_arguments
+from ludic.rollout.engine import InferenceEngine, WeightSyncReport
+from ludic.task.prompts import load_tokenizer
 from ludic.types import Completion, SamplingParams
 
 ROOM = 512

@@ -25,11 +25,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from environments.gsm8k import GSM8K, GSM8KSample
-from ludic.parsers import boxed_parser
+from ludic.task.parsers import boxed_parser
 from ludic.types import ChatMessage, Score
 
 if TYPE_CHECKING:
-    from ludic.inference.engine import InferenceEngine
+    from ludic.rollout.engine import InferenceEngine
 
 ROOT = Path(__file__).resolve().parent.parent
 STARTED = time.monotonic()
@@ -129,8 +129,8 @@ def without_stop(policy: Path, folder: Path) -> tuple[Path, list[int]]:
     """
     from transformers import AutoConfig, GenerationConfig
 
-    from ludic.inference.vllm_client import stop_token_ids
-    from ludic.prompts import load_tokenizer
+    from ludic.inference.client.vllm_client import stop_token_ids
+    from ludic.task.prompts import load_tokenizer
 
     tokenizer = load_tokenizer(policy)
     stops = stop_token_ids(str(policy), tokenizer)
@@ -161,12 +161,12 @@ async def open_engine(
 ) -> "AsyncIterator[InferenceEngine]":
     """The engine over the server at `base_url` as the scripts have it, or without one the engine of this process.
 
-    What trains gives a `probe`, as in `ludic.engines.open_engine`.
+    What trains gives a `probe`, as in `ludic.run.open_engine`.
     """
-    from ludic.engines import connected
-    from ludic.inference.local import LocalEngine
-    from ludic.inference.vllm_client import VLLMEngine
-    from ludic.prompts import load_tokenizer
+    from ludic.inference.client.vllm_client import VLLMEngine
+    from ludic.rollout.local import LocalEngine
+    from ludic.run import connected
+    from ludic.task.prompts import load_tokenizer
 
     if base_url is None:
         async with contextlib.aclosing(

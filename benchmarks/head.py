@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.harness import Record, machine, markdown_table, records_of, say, write_report
 from benchmarks.processes import run_and_write
-from ludic.training.lm_head import Head, head_stats
+from ludic.train.lm_head import Head, head_stats
 
 SHAPES = "576x49152,896x151936,2048x128256"
 """Hidden size x vocabulary: SmolLM2-135M, Qwen2.5-0.5B, Llama 3.2 1B."""

@@ -30,10 +30,10 @@ from transformers import AutoModelForCausalLM
 from benchmarks.harness import ROOT, Record, Records, machine, markdown_table, numbers, say, write_report
 from environments.gsm8k import GSM8K, load
 from ludic.cli import hide_loading_bars
-from ludic.inference.local import LocalEngine
-from ludic.prompts import load_tokenizer
-from ludic.training.config import GRPOConfig, RunPaths, add_arguments, from_arguments
-from ludic.training.trainer import GRPOTrainer
+from ludic.config import GRPOConfig, RunPaths, add_arguments, from_arguments
+from ludic.rollout.local import LocalEngine
+from ludic.task.prompts import load_tokenizer
+from ludic.train.trainer import GRPOTrainer
 
 sys.path.insert(0, str(ROOT / "examples" / "gsm8k"))  # no package: the demo's script is run from its folder
 from demo import (

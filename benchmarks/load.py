@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from benchmarks import wire_server
-from ludic.inference.vllm_client import VLLMEngine
-from ludic.rollouts import GroupStream, Prompt
+from ludic.inference.client.vllm_client import VLLMEngine
+from ludic.rollout.groups import GroupStream, Prompt
 from ludic.types import ChatMessage, ParseResult, RolloutGroup, SamplingParams, Score
 
 if TYPE_CHECKING:
@@ -311,7 +311,7 @@ async def load_real(
     url: str, model: str, *, rollouts: int, concurrency: int, group_size: int, max_tokens: int, gil_share: float = 0.0
 ) -> LoadReport:
     """`rollouts` from a real server of ludic that serves the folder `model`."""
-    from ludic.prompts import encode_prompt, load_tokenizer
+    from ludic.task.prompts import encode_prompt, load_tokenizer
 
     tokenizer = load_tokenizer(model)
     engine = VLLMEngine(url, model=model, concurrency=concurrency)

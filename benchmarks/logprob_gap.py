@@ -63,8 +63,8 @@ async def sample(args: argparse.Namespace, base_url: str) -> tuple[list[Record],
     """Sequences that the server sampled: prompt and completion ids, with its log-probs while it decoded and as a prompt; and
     its median tokens a second while it samples as many again, seeds apart."""
     from environments.gsm8k import GSM8K, load
-    from ludic.inference.vllm_client import VLLMEngine
-    from ludic.prompts import encode_prompt, load_tokenizer
+    from ludic.inference.client.vllm_client import VLLMEngine
+    from ludic.task.prompts import encode_prompt, load_tokenizer
 
     tokenizer, environment = load_tokenizer(args.model), GSM8K()
     problems = load("train", dataset=args.dataset, limit=args.prompts)
@@ -102,7 +102,7 @@ async def sample(args: argparse.Namespace, base_url: str) -> tuple[list[Record],
 
 def sampled(args: argparse.Namespace, head: str) -> tuple[list[Record], float]:
     """What a server with this precision of its head sampled, and its tokens a second."""
-    from ludic.pretrained import load_config
+    from ludic.task.pretrained import load_config
 
     context = min(load_config(args.model).get_text_config().max_position_embeddings, 2048)
     settings: dict[str, Any] = {"max_model_len": context, "dtype": "bfloat16"}
@@ -123,8 +123,8 @@ def sampled(args: argparse.Namespace, head: str) -> tuple[list[Record], float]:
 
 def load(args: argparse.Namespace, dtype: torch.dtype) -> "PreTrainedModel":
     """The model's weights rounded to bf16, as the server has them, to be computed with in `dtype`."""
-    from ludic.pretrained import load_model
-    from ludic.training.master_weights import cast_parameters
+    from ludic.task.pretrained import load_model
+    from ludic.train.master_weights import cast_parameters
 
     model = load_model(args.model, dtype=torch.float32)
     cast_parameters(model, torch.bfloat16)
@@ -148,8 +148,8 @@ def reference(model: "PreTrainedModel", sequences: Sequence[Record]) -> list[tor
 @torch.no_grad()
 def trained(model: "PreTrainedModel", sequences: Sequence[Record], *, fp32_head: bool) -> list[torch.Tensor]:
     """[C] of each completion: packed, as the trainer computes it."""
-    from ludic.training.logprobs import token_logprobs
-    from ludic.training.packing import pack
+    from ludic.train.logprobs import token_logprobs
+    from ludic.train.packing import pack
 
     samples = [
         TrainingSample(
@@ -181,7 +181,7 @@ def in_fp32(model: "PreTrainedModel", *, rope: bool, attention: bool, kernel: bo
     """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    from ludic.training import attention as packed
+    from ludic.train import attention as packed
 
     def wide(_module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         return (args[0].float(), *args[1:])
@@ -228,7 +228,7 @@ def difference(ones: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> 
 
 
 def measure(args: argparse.Namespace) -> None:
-    from ludic.training.attention import prepare_packed_attention
+    from ludic.train.attention import prepare_packed_attention
 
     if args.model is None or args.dataset is None:
         raise ValueError("--model and --dataset are needed: a model's folder, and one with GSM8K's train.jsonl")

@@ -21,11 +21,11 @@ import torch
 from benchmarks.harness import HashRewardGSM8K, Record, emit, versions
 from environments.gsm8k import GSM8KSample, load
 from ludic.cli import add_engine_arguments, check_engine_arguments, hide_loading_bars, run_script
-from ludic.engines import open_engine
-from ludic.inference.engine import InferenceEngine
-from ludic.prompts import encode_prompt, load_tokenizer
-from ludic.training.config import GRPOConfig, RunPaths, add_arguments, from_arguments
-from ludic.training.trainer import GRPOTrainer
+from ludic.config import GRPOConfig, RunPaths, add_arguments, from_arguments
+from ludic.rollout.engine import InferenceEngine
+from ludic.run import open_engine
+from ludic.task.prompts import encode_prompt, load_tokenizer
+from ludic.train.trainer import GRPOTrainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

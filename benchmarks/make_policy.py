@@ -30,11 +30,11 @@ from transformers import (
 )
 
 from environments.gsm8k import DEFAULT_SYSTEM_PROMPT, GSM8K, GSM8KSample, load
-from ludic.pretrained import load_model
-from ludic.prompts import encode_prompt, load_tokenizer
-from ludic.training.attention import prepare_packed_attention
-from ludic.training.logprobs import token_logprobs
-from ludic.training.packing import pack
+from ludic.task.pretrained import load_model
+from ludic.task.prompts import encode_prompt, load_tokenizer
+from ludic.train.attention import prepare_packed_attention
+from ludic.train.logprobs import token_logprobs
+from ludic.train.packing import pack
 from ludic.types import TrainingSample
 
 SHAPES: dict[str, dict[str, Any]] = {

@@ -25,8 +25,8 @@ from typing import Any
 import torch
 
 from benchmarks.harness import ROOT, Record, records_of, say, versions
-from ludic.inference.errors import EngineError
-from ludic.inference.server_process import PARENT_PID_VARIABLE, free_port, last_error_lines
+from ludic.inference.client.server_process import PARENT_PID_VARIABLE, free_port, last_error_lines
+from ludic.rollout.errors import EngineError
 
 END_GRACE_S = 10.0
 # Without VLLM_HOST_IP vLLM looks for the way to the internet, which a machine for measurements may not have.

@@ -48,8 +48,8 @@ from benchmarks.processes import (
     vllm_settings,
 )
 from ludic.cli import hide_loading_bars
-from ludic.inference.engine import InferenceEngine
-from ludic.training.attention import prepare_packed_attention
+from ludic.rollout.engine import InferenceEngine
+from ludic.train.attention import prepare_packed_attention
 from ludic.types import SamplingParams
 
 if TYPE_CHECKING:
@@ -133,9 +133,9 @@ async def generating(engine: InferenceEngine, completions: int) -> AsyncIterator
 
 def vllm_syncs(policy: Path, url: str, *, syncs: int) -> list[Record]:
     """vLLM's packed NCCL broadcast as its own client would drive it."""
-    from ludic.inference.nccl_transport import NCCLTransport
-    from ludic.inference.server_control import ServerControl
-    from ludic.inference.weight_transport import WireWeights
+    from ludic.inference.client.server_control import ServerControl
+    from ludic.inference.weights.nccl_transport import NCCLTransport
+    from ludic.inference.weights.weight_transport import WireWeights
 
     model = load_masters(policy)
     weights = WireWeights(model=model, dtype=torch.bfloat16)

@@ -3,7 +3,7 @@
     PYTHONPATH=src:. python benchmarks/trainer.py --out OUT                one GPU; the parts of --parts, one after the other
 
 Every part is a process of its own with random weights and random tokens: neither changes the time. It trains through
-`ludic.training.learner`, as a run does, on whole updates: packing, copies to the device, forward, backward, clipping, step.
+`ludic.train.learner`, as a run does, on whole updates: packing, copies to the device, forward, backward, clipping, step.
 
 MFU is 6 x parameters x tokens forwarded / seconds / 989 TFLOP/s (the dense bf16 peak of an H100 or H200 SXM); tokens a
 second count the tokens of the sequences, a shared prompt once for each of its completions. "Idle" is the share of an
@@ -36,13 +36,13 @@ from benchmarks.harness import (
 )
 from benchmarks.make_policy import SHAPES
 from benchmarks.processes import PartError, run_and_write, run_part
-from ludic.training.config import GRPOConfig
+from ludic.config import GRPOConfig
 from ludic.types import TrainingSample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ludic.training.learner import Learner
+    from ludic.train.learner import Learner
 
 PEAK_FLOPS = 989e12
 PARTS = ("mfu", "mfu-1.5b", "mfu-7b", "sharing", "budget", "vocabulary", "head", "gradients")
@@ -115,7 +115,7 @@ def build_model(shape: str, device: str, **changes: Any) -> "PreTrainedModel":
 
 
 def build_learner(args: argparse.Namespace, shape: str, *, vocab_size: int | None = None, **settings: Any) -> "Learner":
-    from ludic.training.learner import Learner
+    from ludic.train.learner import Learner
 
     torch._dynamo.reset()
     config = GRPOConfig(**{"micro_token_budget": 16384, "max_seq_len": 1024, "learning_rate": 1e-6, **settings})
@@ -258,7 +258,7 @@ def part_head(args: argparse.Namespace) -> None:
 
 def part_gradients(args: argparse.Namespace) -> None:
     """The gradient of one update as trained against the plain one: separate rows, fp32, full logits, on the same device."""
-    from ludic.training.learner import Learner
+    from ludic.train.learner import Learner
 
     cuda = args.device == "cuda"
     lengths = Lengths(prompt=(98, 25), completion=(100, 45), num_sequences=64 if cuda else 16)

@@ -42,9 +42,9 @@ from benchmarks.processes import (
     vllm_settings,
 )
 from ludic.cli import hide_loading_bars
-from ludic.inference.errors import EngineError
-from ludic.inference.vllm_client import stop_token_ids
-from ludic.prompts import load_tokenizer
+from ludic.inference.client.vllm_client import stop_token_ids
+from ludic.rollout.errors import EngineError
+from ludic.task.prompts import load_tokenizer
 
 PHASES = {
     "generation": "bare generation, no log-probs",

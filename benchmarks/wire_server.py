@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, cast
 
-from ludic.inference.generate_wire import COMPLETIONS_PATH, PATH, PROTOCOL, Generated, GenerateRequest, encode_reply
+from ludic.inference.wire import COMPLETIONS_PATH, PATH, PROTOCOL, Generated, GenerateRequest, encode_reply
 
 FIRST_BYTE = 5
 """Token ids are bytes from here on, as in the tokenizer of the tiny test models: completions decode to some text."""

@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
 
-from ludic.datafiles import read_rows, split_files
-from ludic.grading import Grader, Verdict
-from ludic.numbers import MAX_ANSWER_CHARS
-from ludic.parsers import boxed_parser, last_number_parser
+from ludic.task.datafiles import read_rows, split_files
+from ludic.task.grading import Grader, Verdict
+from ludic.task.numbers import MAX_ANSWER_CHARS
+from ludic.task.parsers import boxed_parser, last_number_parser
 from ludic.types import ChatMessage, Score
 
 HUB_ID = "openai/gsm8k"
@@ -54,7 +54,7 @@ def load(
 ) -> list[GSM8KSample]:
     """The samples of a split, in their order, or shuffled by `seed`; the first `limit` of those.
 
-    `dataset` is None for the Hugging Face hub, or a file or folder as in `ludic.datafiles.split_files`, whose rows have a
+    `dataset` is None for the Hugging Face hub, or a file or folder as in `ludic.task.datafiles.split_files`, whose rows have a
     `question` and an `answer`. `say` gets a line on what was read, and one each if questions are repeated or targets too long.
 
     Raises:
@@ -91,7 +91,7 @@ def load(
 
 
 class GSM8K:
-    """The environment (`ludic.environment.Environment`). Without a `grader` it makes one, and closes it in `aclose`."""
+    """The environment (`ludic.task.environment.Environment`). Without a `grader` it makes one, and closes it in `aclose`."""
 
     def __init__(self, system_prompt: str = DEFAULT_SYSTEM_PROMPT, grader: Grader | None = None) -> None:
         self.system_prompt = system_prompt

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
-from ludic.inference.server_defaults import markdown_table
+from ludic.inference.server.server_defaults import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = (ROOT / "README.md", ROOT / "examples" / "gsm8k" / "README.md")

@@ -26,7 +26,7 @@ from ludic.types import ChatMessage
 from tests.vllm_helpers import cpu_server, make_tiny_model, make_tiny_tokenizer
 
 if TYPE_CHECKING:
-    from ludic.inference.server_process import RunningServer
+    from ludic.inference.client.server_process import RunningServer
 
 # As in a terminal: who runs the tests in the background, or under nohup, has these ignored, and children inherit that.
 for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):

@@ -16,8 +16,8 @@ from typing import Any
 from aiohttp import web
 from transformers import PreTrainedTokenizerFast
 
-from ludic.inference.generate_wire import PATH, PROTOCOL, Generated, GenerateRequest, decode_request, encode_reply
-from ludic.inference.server_guard import BOOT_HEADER, TRAINER_HEADER, ServerGuard
+from ludic.inference.server.server_guard import BOOT_HEADER, TRAINER_HEADER, ServerGuard
+from ludic.inference.wire import PATH, PROTOCOL, Generated, GenerateRequest, decode_request, encode_reply
 
 MODEL = "tiny"
 

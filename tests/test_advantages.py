@@ -3,7 +3,7 @@ from typing import Literal
 
 import pytest
 
-from ludic.training.advantages import group_advantages, has_variance, training_samples
+from ludic.train.advantages import group_advantages, has_variance, training_samples
 from ludic.types import Completion, ParseResult, Rollout, RolloutGroup, Score
 
 

@@ -22,8 +22,8 @@ from transformers import (
 )
 from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention
 
-from ludic.training import attention
-from ludic.training.attention import (
+from ludic.train import attention
+from ludic.train.attention import (
     boundary_kwargs,
     checkpoint_layers,
     compile_layers,
@@ -31,7 +31,7 @@ from ludic.training.attention import (
     packed_attention_kwargs,
     prepare_packed_attention,
 )
-from ludic.training.packing import pack
+from ludic.train.packing import pack
 from ludic.types import MicroBatch, TrainingSample
 
 _SHAPE: dict[str, Any] = {

@@ -19,7 +19,7 @@ from benchmarks.harness import ROOT, Record, Records
 from tests.vllm_helpers import CPU_SERVER_ARGS, CPU_SERVER_ENV
 
 if TYPE_CHECKING:
-    from ludic.inference.server_process import RunningServer
+    from ludic.inference.client.server_process import RunningServer
 
 README = (ROOT / "benchmarks" / "README.md").read_text()
 ELSEWHERE = {

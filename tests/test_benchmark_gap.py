@@ -11,8 +11,8 @@ import torch
 
 from benchmarks import head, logprob_gap
 from benchmarks.harness import Record, Records
-from ludic.inference.server_process import RunningServer
-from ludic.training.attention import packed_attention, prepare_packed_attention
+from ludic.inference.client.server_process import RunningServer
+from ludic.train.attention import packed_attention, prepare_packed_attention
 from tests.vllm_helpers import make_tiny_model
 
 ON = {"hardware": "1 x GPU", "versions": {"torch": "2.11"}, "date": "2026-01-02", "command": "python benchmarks/x.py"}
@@ -84,7 +84,7 @@ def test_rope_and_attention_really_are_in_fp32(tmp_path: Path, monkeypatch: pyte
 
     angles: list[torch.dtype] = []
     model.get_submodule("model.rotary_emb").register_forward_hook(lambda _m, _i, out: angles.append(out[0].dtype))
-    monkeypatch.setattr("ludic.training.attention.packed_attention", look)
+    monkeypatch.setattr("ludic.train.attention.packed_attention", look)
     for rope, attention in ((False, False), (True, False), (True, True)):
         with logprob_gap.in_fp32(model, rope=rope, attention=attention):
             logprob_gap.trained(model, _sequences(), fp32_head=True)

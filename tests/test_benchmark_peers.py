@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from benchmarks.harness import hash_reward
 from benchmarks.peers import common, padded_trainer, trl_async, trl_grpo, trl_shared
-from ludic.prompts import encode_prompt
+from ludic.task.prompts import encode_prompt
 from tests.vllm_helpers import make_tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -28,8 +28,8 @@ from benchmarks.harness import (
 from benchmarks.peers import common as peers
 from benchmarks.processes import PartError, ServerSpec, Worker, as_flags, process_group, run_part, serving, trl_server
 from environments.gsm8k import load
-from ludic.pretrained import load_model
-from ludic.prompts import encode_prompt, load_tokenizer
+from ludic.task.pretrained import load_model
+from ludic.task.prompts import encode_prompt, load_tokenizer
 from ludic.types import SamplingParams
 
 ON = {"hardware": "2 x GPU", "versions": {"torch": "2.11"}, "date": "2026-01-02", "command": "python benchmarks/x.py"}

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from ludic.inference.bucket_broadcast import BucketReceiver, BucketSender, WireLayout
-from ludic.inference.digest import tensor_digests
+from ludic.inference.weights.bucket_broadcast import BucketReceiver, BucketSender, WireLayout
+from ludic.inference.weights.digest import tensor_digests
 
 CPU = torch.device("cpu")
 SHAPES = [(4, 900), (3,), (70, 33), (), (0, 4), (2050,)]
@@ -153,7 +153,7 @@ class Engine:
     """vLLM's engine class with a queue in the place of NCCL, and a trainer at the other end."""
 
     def __init__(self, model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch, *, tensor_parallel: int = 1) -> None:
-        vllm_nccl = within_vllm("ludic.inference.vllm_nccl")
+        vllm_nccl = within_vllm("ludic.inference.worker.vllm_nccl")
         self.wire = Wire()
         monkeypatch.setattr(vllm_nccl.BucketWeightTransferEngine, "_connect", lambda *_: self.wire.end(1))
         config = SimpleNamespace(
@@ -237,7 +237,7 @@ def test_a_model_that_cannot_be_written_in_place_is_refused_with_the_reason_and_
 
 @pytest.mark.vllm
 def test_a_quantised_layer_and_a_split_model_are_not_written_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    model_module = within_vllm("ludic.inference.vllm_model")
+    model_module = within_vllm("ludic.inference.worker.vllm_model")
 
     class Fp8Method(model_module.QuantizeMethodBase):  # type: ignore[misc, name-defined, unused-ignore]
         def create_weights(self, *_: Any) -> None: ...
@@ -254,7 +254,7 @@ def test_a_quantised_layer_and_a_split_model_are_not_written_in_place(monkeypatc
 
 @pytest.mark.vllm
 def test_two_tensors_in_one_place_are_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    model_module = within_vllm("ludic.inference.vllm_model")
+    model_module = within_vllm("ludic.inference.worker.vllm_model")
     served = Served()
     served.head = torch.nn.Linear(8, 64, bias=False)
     served.head.weight = served.embed.weight
@@ -270,7 +270,7 @@ def test_two_tensors_in_one_place_are_not_written(monkeypatch: pytest.MonkeyPatc
 def test_vllms_own_loader_gets_whole_tensors_by_name_and_its_refusal_leaves_nothing_on_the_wire(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model_module = within_vllm("ludic.inference.vllm_model")
+    model_module = within_vllm("ludic.inference.worker.vllm_model")
     steps: list[str] = []
     monkeypatch.setattr(model_module, "initialize_layerwise_reload", lambda model: steps.append("begin"))
     monkeypatch.setattr(model_module, "finalize_layerwise_reload", lambda model, config: steps.append("end"))

@@ -26,10 +26,12 @@ from transformers import (
     PreTrainedModel,
 )
 
-from ludic.pretrained import load_model, serving_files
-from ludic.training import checkpoint as checkpoint_module
-from ludic.training import optimizer_state
-from ludic.training.checkpoint import (
+from ludic.config import GRPOConfig
+from ludic.survival.changed_settings import _HARMLESS, changed_settings
+from ludic.task.pretrained import load_model, serving_files
+from ludic.train import checkpoint as checkpoint_module
+from ludic.train import optimizer_state
+from ludic.train.checkpoint import (
     CheckpointError,
     TrainerState,
     find_checkpoint,
@@ -43,10 +45,8 @@ from ludic.training.checkpoint import (
     training_folder,
     verify_checkpoint,
 )
-from ludic.training.config import GRPOConfig
-from ludic.training.model_folder import _name_dtype
-from ludic.training.optimizer_state import save_optimizer
-from ludic.training.resume import _HARMLESS, changed_settings
+from ludic.train.model_folder import _name_dtype
+from ludic.train.optimizer_state import save_optimizer
 from tests.vllm_helpers import make_tiny_model, make_tiny_tokenizer
 
 CPU = torch.device("cpu")

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from ludic.training.config import LOSS_NAMES, GRPOConfig, RunPaths, add_arguments, from_arguments
-from ludic.training.losses import LOSSES
+from ludic.config import LOSS_NAMES, GRPOConfig, RunPaths, add_arguments, from_arguments
+from ludic.train.losses import LOSSES
 
 FIELDS = dataclasses.fields(GRPOConfig)
 

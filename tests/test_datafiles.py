@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from ludic.datafiles import read_rows, split_files
+from ludic.task.datafiles import read_rows, split_files
 
 ROW = {"question": "How many?", "answer": "#### 18"}
 LINE = json.dumps(ROW).encode() + b"\n"

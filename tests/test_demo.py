@@ -17,8 +17,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from environments.gsm8k import GSM8K, load
-from ludic.inference.local import LocalEngine
-from ludic.prompts import encode_prompt
+from ludic.rollout.local import LocalEngine
+from ludic.task.prompts import encode_prompt
 from ludic.types import SamplingParams
 
 

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ludic.inference import digest, flat
-from ludic.inference.digest import FlatDigest, digest_hex, tensor_digest, tensor_digests
-from ludic.inference.flat import pack, plan_buckets, unpack
+from ludic.inference.weights import bucket_layout, digest
+from ludic.inference.weights.bucket_layout import pack, plan_buckets, unpack
+from ludic.inference.weights.digest import FlatDigest, digest_hex, tensor_digest, tensor_digests
 
 DTYPES = [
     torch.float32,
@@ -27,7 +27,7 @@ DTYPES = [
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Blocks of 4 words, 2 blocks a pass and buffers of 4 blocks, so that small tensors have many."""
-    monkeypatch.setattr(flat, "BLOCK_BYTES", 32)
+    monkeypatch.setattr(bucket_layout, "BLOCK_BYTES", 32)
     monkeypatch.setattr(digest, "BLOCK_BYTES", 32)
     monkeypatch.setattr(digest, "_BLOCK_WORDS", 4)
     monkeypatch.setattr(digest, "_PASS_BLOCKS", {"cpu": 2})
@@ -165,16 +165,16 @@ def test_a_digest_does_not_depend_on_the_cut_into_buckets_nor_on_their_order(buc
 
 @given(st.lists(st.integers(0, 20_000), max_size=8), st.integers(1, 4))
 def test_the_pieces_of_a_plan_cover_every_byte_once_in_buckets_of_bounded_size(sizes: list[int], blocks: int) -> None:
-    buckets = plan_buckets(sizes, blocks * flat.BLOCK_BYTES)
+    buckets = plan_buckets(sizes, blocks * bucket_layout.BLOCK_BYTES)
     covered: list[list[range]] = [[] for _ in sizes]
     for bucket in buckets:
         end = 0
         for piece in bucket.pieces:
-            assert piece.offset % flat.BLOCK_BYTES == piece.start % flat.BLOCK_BYTES == 0
+            assert piece.offset % bucket_layout.BLOCK_BYTES == piece.start % bucket_layout.BLOCK_BYTES == 0
             assert end <= piece.offset < piece.offset + piece.num_bytes <= bucket.num_bytes
             end = piece.offset + piece.num_bytes
             covered[piece.tensor].append(range(piece.start, piece.start + piece.num_bytes))
-        assert bucket.num_bytes <= blocks * flat.BLOCK_BYTES
+        assert bucket.num_bytes <= blocks * bucket_layout.BLOCK_BYTES
     for size, ranges in zip(sizes, covered, strict=True):
         assert [byte for part in ranges for byte in part] == list(range(size))
 

@@ -13,11 +13,11 @@ from signal import SIGHUP, SIGINT, SIGTERM
 
 import pytest
 
-from ludic.evaluation import CompletionRecord, ProblemRecord, summarise
-from ludic.signals import SIGNALS
+from ludic.config import RunPaths, from_arguments
+from ludic.rollout.evaluation import CompletionRecord, ProblemRecord, summarise
+from ludic.survival.signals import SIGNALS
 from ludic.telemetry.alarms import ALARM_NAMES, AlarmThresholds
-from ludic.training.config import RunPaths, from_arguments
-from ludic.training.trainer import TrainingSummary
+from ludic.train.trainer import TrainingSummary
 from scripts import write_docs
 
 ROOT = write_docs.ROOT

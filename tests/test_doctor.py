@@ -21,18 +21,18 @@ import torch
 from aiohttp import web
 from transformers import Qwen2Config
 
-from ludic import hub
-from ludic.doctor import dry_run, here, vllm_probe
+from ludic.config import from_arguments
+from ludic.doctor import dry_run, machine, vllm_probe
 from ludic.doctor.__main__ import build_parser, main
 from ludic.doctor.findings import Finding, failed, ok, run_checks
 from ludic.doctor.server import ServerChecks, check_free_port, server_checks
-from ludic.grading import Grader, Verdict
-from ludic.inference import handshake
-from ludic.inference.engine import WeightSyncReport
-from ludic.inference.errors import WeightSyncError
-from ludic.inference.server_control import ServerControl
-from ludic.prompts import load_tokenizer
-from ludic.training.config import from_arguments
+from ludic.inference.client import handshake
+from ludic.inference.client.server_control import ServerControl
+from ludic.rollout.engine import WeightSyncReport
+from ludic.rollout.errors import WeightSyncError
+from ludic.task import hub
+from ludic.task.grading import Grader, Verdict
+from ludic.task.prompts import load_tokenizer
 from tests.fake_vllm import FakeServer, serving
 from tests.vllm_helpers import make_tiny_tokenizer
 
@@ -60,7 +60,7 @@ def only(finding: Finding | list[Finding]) -> Finding:
 
 def test_a_machine_with_nothing_wrong_passes_every_local_check(args: argparse.Namespace) -> None:
     args.engine = "local"
-    findings = list(run_checks(here.local_checks(args, from_arguments(args))))
+    findings = list(run_checks(machine.local_checks(args, from_arguments(args))))
     assert [finding.status for finding in findings] == ["ok"] * len(findings), [str(finding) for finding in findings]
     assert {finding.name for finding in findings} >= {
         "versions",
@@ -98,20 +98,20 @@ def test_a_version_out_of_range_is_named_with_the_range(
         return found
 
     monkeypatch.setattr(importlib.metadata, "version", version)
-    finding = only(here.check_versions())
+    finding = only(machine.check_versions())
     assert finding.status == "failed" and said in str(finding)
 
 
 def test_no_gpu_is_a_warning_and_one_gpu_for_both_sides_too(
     args: argparse.Namespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert here.check_gpus(args).status == "warning"
+    assert machine.check_gpus(args).status == "warning"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: "H200")
-    assert here.check_gpus(args).status == "ok"
+    assert machine.check_gpus(args).status == "ok"
     args.start_server = True
-    finding = here.check_gpus(args)
+    finding = machine.check_gpus(args)
     assert finding.status == "warning" and "--gpu-memory-utilization" in finding.fix
 
 
@@ -119,8 +119,8 @@ def test_no_gpu_is_a_warning_and_one_gpu_for_both_sides_too(
 def test_memory_that_does_not_suffice_is_said_with_what_is_needed(
     args: argparse.Namespace, monkeypatch: pytest.MonkeyPatch, free: int, status: str
 ) -> None:
-    monkeypatch.setattr(here, "_free_memory", lambda: free)
-    finding = here.check_memory(args, from_arguments(args))
+    monkeypatch.setattr(machine, "_free_memory", lambda: free)
+    finding = machine.check_memory(args, from_arguments(args))
     assert finding.status == status and "GiB needed" in finding.found
 
 
@@ -128,12 +128,12 @@ def test_too_small_a_disk_and_a_folder_that_cannot_be_written_are_found(
     args: argparse.Namespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = from_arguments(args)
-    assert here.check_disk(args, config).status == "ok"
+    assert machine.check_disk(args, config).status == "ok"
     with monkeypatch.context() as patch:
         patch.setattr("os.access", lambda path, mode: False)
-        assert "cannot be written" in here.check_disk(args, config).found
+        assert "cannot be written" in machine.check_disk(args, config).found
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    finding = here.check_disk(args, config)
+    finding = machine.check_disk(args, config)
     assert finding.status == "failed" and "--keep-checkpoints" in finding.fix
 
 
@@ -145,7 +145,7 @@ def test_a_checkpoint_needs_room_for_the_model_beside_its_masters_where_they_are
 ) -> None:
     empty = SimpleNamespace(num_parameters=lambda: 2**30)
     monkeypatch.setattr(dry_run, "model_shape", lambda model, trust: (Qwen2Config(dtype=dtype), empty))
-    finding = here.check_disk(args, from_arguments(args))  # two that stay, and the next
+    finding = machine.check_disk(args, from_arguments(args))  # two that stay, and the next
     assert finding.found.startswith(said)
 
 
@@ -155,16 +155,16 @@ def test_proxy_variables_without_an_exemption_are_a_warning(
     for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
-    assert here.check_proxies(args).status == "ok"
+    assert machine.check_proxies(args).status == "ok"
     monkeypatch.setenv("HTTP_PROXY", "http://proxy:3128")
-    assert here.check_proxies(args).status == "warning"
+    assert machine.check_proxies(args).status == "warning"
     monkeypatch.setenv("NO_PROXY", "localhost, 127.0.0.1")
-    assert here.check_proxies(args).status == "ok"
+    assert machine.check_proxies(args).status == "ok"
 
 
 def forget_the_hub() -> None:
     hub.why_unreachable.cache_clear()
-    here.hub_problem.cache_clear()
+    machine.hub_problem.cache_clear()
 
 
 @pytest.fixture
@@ -177,7 +177,7 @@ def empty_caches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     with socket.socket() as taken:  # bound, and nobody listens
         taken.bind(("127.0.0.1", 0))
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{taken.getsockname()[1]}")
-        assert here.hub_problem() is not None
+        assert machine.hub_problem() is not None
     return tmp_path
 
 
@@ -196,14 +196,14 @@ def put_model_into_cache(cache: Path, *, shards: Sequence[str]) -> None:
 def test_a_hub_that_cannot_be_reached_has_failed_unless_the_cache_has_all_that_is_needed(
     args: argparse.Namespace, empty_caches: Path
 ) -> None:
-    assert here.check_hub(args).status == "ok"  # nothing is needed
+    assert machine.check_hub(args).status == "ok"  # nothing is needed
     args.model = "somebody/some-model"
-    finding = here.check_hub(args)
+    finding = machine.check_hub(args)
     assert finding.status == "failed" and "cannot be reached" in finding.found and "the model" in finding.found
     put_model_into_cache(empty_caches, shards=["model-1.safetensors"])
-    assert here.check_hub(args).status == "failed"  # half of the weights
+    assert machine.check_hub(args).status == "failed"  # half of the weights
     put_model_into_cache(empty_caches, shards=["model-1.safetensors", "model-2.safetensors"])
-    finding = here.check_hub(args)
+    finding = machine.check_hub(args)
     assert finding.status == "warning" and "in the cache" in finding.found and "HF_HUB_OFFLINE=1" in finding.fix
 
 
@@ -213,7 +213,7 @@ def test_offline_mode_has_failed_where_the_cache_is_empty(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     forget_the_hub()
     args.model = "somebody/some-model"
-    finding = here.check_hub(args)
+    finding = machine.check_hub(args)
     assert finding.status == "failed" and "HF_HUB_OFFLINE=1" in finding.found
 
 
@@ -221,28 +221,28 @@ def test_data_from_the_hub_is_ok_only_where_the_hub_answers_or_the_cache_has_it(
     args: argparse.Namespace, empty_caches: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     args.dataset = None
-    finding = here.check_data(args)
+    finding = machine.check_data(args)
     assert finding.status == "failed" and "cannot be reached" in finding.found and "--dataset" in finding.fix
     folder = empty_caches / "datasets" / "openai___gsm8k" / "main" / "0.0.0" / "abc"
     folder.mkdir(parents=True)
     (folder / "gsm8k-train.arrow").touch()
-    assert here.check_data(args).status == "failed"  # half of it
+    assert machine.check_data(args).status == "failed"  # half of it
     (folder / "gsm8k-test.arrow").touch()
-    assert here.check_data(args).status == "ok" and "in the cache" in here.check_data(args).found
+    assert machine.check_data(args).status == "ok" and "in the cache" in machine.check_data(args).found
     shutil.rmtree(folder)
     with HTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler) as server:
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
         thread = threading.Thread(target=server.handle_request)
         thread.start()
         forget_the_hub()
-        finding = here.check_data(args)
+        finding = machine.check_data(args)
         thread.join()
     assert finding.status == "ok" and "downloaded when a run starts" in finding.found
 
 
 def test_a_folder_without_problems_to_train_on_is_not_called_data(args: argparse.Namespace, tmp_path: Path) -> None:
     args.dataset = args.model  # a model's folder: it has files, and no data
-    assert "holds no train.jsonl" in here.check_data(args).found
+    assert "holds no train.jsonl" in machine.check_data(args).found
 
 
 def test_the_data_that_is_looked_at_is_the_data_that_a_run_reads(args: argparse.Namespace, tmp_path: Path) -> None:
@@ -256,38 +256,38 @@ def test_the_data_that_is_looked_at_is_the_data_that_a_run_reads(args: argparse.
     for name in (".cache/train-0.csv", "socratic/train-0.csv", "training_args.csv", "train_log.csv"):
         lay(name, broken)  # no run reads these
     read = lay("main/train-0-of-1.csv")
-    assert here.check_data(args) == ok("data", f"{read} can be read")
+    assert machine.check_data(args) == ok("data", f"{read} can be read")
     read.write_bytes(broken)
-    assert f"{read}: not a csv file" in here.check_data(args).found
+    assert f"{read}: not a csv file" in machine.check_data(args).found
     read.rename(lay("platinum/train.csv"))
-    assert "in several folders (platinum/, socratic/)" in here.check_data(args).found
+    assert "in several folders (platinum/, socratic/)" in machine.check_data(args).found
     args.dataset = str(lay("problems.jsonl.gz", gzip.compress(b'{"question": "1?", "answer": "#### 1"}\n')))
-    assert here.check_data(args) == ok("data", f"{args.dataset} can be read")
+    assert machine.check_data(args) == ok("data", f"{args.dataset} can be read")
     lay("problems.jsonl.gz", gzip.compress(b"18\n"))
-    assert "problems.jsonl.gz:1: not a JSON object" in here.check_data(args).found
+    assert "problems.jsonl.gz:1: not a JSON object" in machine.check_data(args).found
     args.dataset = str(lay("train.parquet", b"PAR1"))
-    finding = here.check_data(args)
+    finding = machine.check_data(args)
     assert finding.status == "failed" and "train.parquet: not a parquet file" in finding.found
 
 
 def test_data_that_cannot_be_read_is_named_with_its_line(args: argparse.Namespace, tmp_path: Path) -> None:
     args.dataset = str(tmp_path / "missing")
-    (finding,) = run_checks([("data", lambda: here.check_data(args))])
+    (finding,) = run_checks([("data", lambda: machine.check_data(args))])
     assert finding.status == "failed" and "missing" in finding.found
     folder = tmp_path / "data"
     folder.mkdir()
     args.dataset = str(folder)
-    assert here.check_data(args).status == "failed"
+    assert machine.check_data(args).status == "failed"
     (folder / "train.jsonl").write_text('{"question": "1?", "answer": "#### 1"}\n{"question": \n')
-    assert "train.jsonl:2: not JSON" in here.check_data(args).found
+    assert "train.jsonl:2: not JSON" in machine.check_data(args).found
     (folder / "train.jsonl").write_text("[1]\n")
-    assert "train.jsonl:1: not a JSON object" in here.check_data(args).found
+    assert "train.jsonl:1: not a JSON object" in machine.check_data(args).found
 
 
 @pytest.mark.parametrize("verdict", [Verdict(matched=False), Verdict(matched=False, failure="crash")])
 def test_a_grader_that_does_not_work_is_found(monkeypatch: pytest.MonkeyPatch, verdict: Verdict) -> None:
     monkeypatch.setattr(Grader, "match_sync", lambda self, prediction, target: verdict)
-    assert here.check_grader().status == "failed"
+    assert machine.check_grader().status == "failed"
 
 
 def test_a_port_that_is_taken_is_found_before_a_server_is_started(args: argparse.Namespace) -> None:
@@ -301,7 +301,7 @@ def test_a_port_that_is_taken_is_found_before_a_server_is_started(args: argparse
 
 
 FAKE_VLLM = {
-    "starts": ("__version__ = '0.32.0'", "device_type = 'cuda'", "", "ok", "0.32.0 can start here, on cuda"),
+    "starts": ("__version__ = '0.32.0'", "device_type = 'cuda'", "", "ok", "0.32.0 can start machine, on cuda"),
     "no device": ("__version__ = '0.32.0'", "device_type = ''", "", "failed", "finds no device"),
     "no library": ("raise ImportError('libcudart.so.13: not found')", "", "", "failed", "libcudart.so.13: not found"),
     "no kernels": (
@@ -338,7 +338,7 @@ def test_a_vllm_that_cannot_start_here_has_failed_with_the_reason(
 @pytest.mark.vllm
 def test_a_real_vllm_that_starts_is_said_to_start_with_its_device() -> None:
     finding = vllm_probe.check_vllm()
-    assert finding.status == "ok" and "can start here, on " in finding.found
+    assert finding.status == "ok" and "can start machine, on " in finding.found
 
 
 # --- the server -------------------------------------------------------------------------------------------------------
@@ -362,7 +362,7 @@ class Sync:
 
 @pytest.fixture
 async def server(args: argparse.Namespace, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[FakeServer]:
-    monkeypatch.setattr("ludic.inference.weight_sync.WeightSync", Sync)
+    monkeypatch.setattr("ludic.inference.weights.weight_sync.WeightSync", Sync)
     monkeypatch.setattr(Sync, "error", None)
     monkeypatch.setattr(handshake, "PAUSED_LOOKS", 1)
     fake = FakeServer(tokenizer=load_tokenizer(args.model), model=args.model)  # type: ignore[arg-type]
@@ -516,7 +516,7 @@ def test_the_command_says_one_line_a_check_and_its_exit_code_says_whether_one_fa
     assert main([*flags, "--engine", "local"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert all(line.startswith("ok ") for line in lines[:-1]) and lines[-1].endswith("0 warning, 0 failed")
-    monkeypatch.setattr(here, "_free_memory", lambda: 1000)
+    monkeypatch.setattr(machine, "_free_memory", lambda: 1000)
     assert main([*flags, "--engine", "local"]) == 1
     assert main([*flags, "--group-size", "1"]) == 2
     assert "--group-size must be at least 2" in capsys.readouterr().err

@@ -11,15 +11,15 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig
 
+from ludic.config import GRPOConfig, from_arguments
 from ludic.doctor import dry_run
 from ludic.doctor.__main__ import build_parser
 from ludic.doctor.dry_run import check_architecture, check_saving, check_token_ids
 from ludic.doctor.tiny_model import MAX_PARAMETERS, tiny_model
-from ludic.prompts import encode_prompt, load_tokenizer
-from ludic.training.attention import OTHER_FAMILY
-from ludic.training.config import GRPOConfig, from_arguments
-from ludic.training.learner import Learner
-from ludic.training.memory import worst_samples
+from ludic.task.prompts import encode_prompt, load_tokenizer
+from ludic.train.attention import OTHER_FAMILY
+from ludic.train.learner import Learner
+from ludic.train.memory import worst_samples
 from tests.vllm_helpers import CHAT_TEMPLATE, make_tiny_model, make_tiny_tokenizer, randomize_weights
 
 SHAPE: dict[str, Any] = {
@@ -212,7 +212,7 @@ def test_a_generation_config_that_no_checkpoint_could_save_is_refused_with_what_
 
 
 def test_weights_that_come_back_as_others_are_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ludic import pretrained
+    from ludic.task import pretrained
 
     load_model = pretrained.load_model
 

@@ -22,10 +22,10 @@ import aiohttp
 import pytest
 
 from ludic.cli import check_engine_arguments, run_script
-from ludic.evaluation import read_records
-from ludic.inference.server_guard import TRAINER_PATH
-from ludic.inference.weights_in_use import WeightsInUse
-from ludic.training.config import from_arguments
+from ludic.config import from_arguments
+from ludic.inference.client.weights_in_use import WeightsInUse
+from ludic.inference.server.server_guard import TRAINER_PATH
+from ludic.rollout.evaluation import read_records
 from tests.fake_vllm import FakeServer, serving
 from tests.printed import printed_command
 from tests.vllm_helpers import make_tiny_model, make_tiny_tokenizer

@@ -13,7 +13,8 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from ludic.evaluation import (
+from ludic.rollout.engine import WeightSyncReport
+from ludic.rollout.evaluation import (
     EvaluationProgress,
     clustered_interval,
     evaluate,
@@ -21,8 +22,7 @@ from ludic.evaluation import (
     read_records,
     wilson_interval,
 )
-from ludic.inference.engine import WeightSyncReport
-from ludic.prompts import chat_template_fingerprint, decode_completion, encode_prompt, load_tokenizer
+from ludic.task.prompts import chat_template_fingerprint, decode_completion, encode_prompt, load_tokenizer
 from ludic.telemetry import JsonlWriter
 from ludic.types import ChatMessage, Completion, ParseResult, SamplingParams, Score
 from tests.vllm_helpers import make_tiny_tokenizer

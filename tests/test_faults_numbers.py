@@ -21,8 +21,8 @@ from benchmarks.faults.numbers import (
     same,
     update,
 )
-from ludic.training import learner as learner_module
-from ludic.training.learner import Learner
+from ludic.train import learner as learner_module
+from ludic.train.learner import Learner
 
 
 @pytest.fixture

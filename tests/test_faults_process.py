@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from ludic.inference import leftovers
-from ludic.inference.leftovers import WeightsFolder, group_members, remove_orphaned_folders
-from ludic.inference.server_process import ServerProcess, ServerStartError, free_port
+from ludic.inference import cleanup
+from ludic.inference.cleanup import WeightsFolder, group_members, remove_orphaned_folders
+from ludic.inference.client.server_process import ServerProcess, ServerStartError, free_port
 
 if TYPE_CHECKING:
     from benchmarks.faults.trainer_killed import PlainRun
@@ -32,7 +32,7 @@ STAND_IN = """\
 import http.server, multiprocessing.shared_memory, os, signal, subprocess, sys, time
 sys.path.insert(0, {source!r})
 from pathlib import Path
-from ludic.inference import server_process
+from ludic.inference.client import server_process
 server_process.ORPHAN_GRACE_S = 0.5
 server_process.end_with_parent()
 print("started with", *sys.argv[3:], flush=True)
@@ -60,7 +60,7 @@ Server(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler).serv
 def python(tmp_path: Path) -> str:
     """An interpreter that runs the stand-in whatever it is asked to run."""
     path = tmp_path / "python"
-    source = str(Path(leftovers.__file__).parents[2])
+    source = str(Path(cleanup.__file__).parents[2])
     path.write_text(STAND_IN.format(python=sys.executable, source=source, folder=str(tmp_path)))
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
     return str(path)
@@ -116,7 +116,7 @@ def test_a_server_that_was_killed_or_stopped_is_started_again_where_it_was(
 def test_a_server_that_is_deaf_to_sigterm_is_ended_by_force(
     server: ServerProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ludic.inference.server_process.SHUTDOWN_GRACE_S", 0.3)
+    monkeypatch.setattr("ludic.inference.client.server_process.SHUTDOWN_GRACE_S", 0.3)
     (tmp_path / "deaf").touch()
     server.start()
     server.stop()
@@ -161,7 +161,7 @@ def test_a_start_that_hangs_ends_when_the_server_is_closed_and_there_is_no_other
 def test_a_restart_waits_for_its_port_and_says_who_cannot_have_it(
     server: ServerProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ludic.inference.server_process.PORT_WAIT_S", 0.3)
+    monkeypatch.setattr("ludic.inference.client.server_process.PORT_WAIT_S", 0.3)
     server.start()
     server.stop()
     with socket.socket() as other:
@@ -171,7 +171,7 @@ def test_a_restart_waits_for_its_port_and_says_who_cannot_have_it(
         with pytest.raises(ServerStartError, match=f"cannot listen on 127.0.0.1:{server.port}"):
             server.restart("it was lost")
         threading.Timer(0.1, other.close).start()
-        monkeypatch.setattr("ludic.inference.server_process.PORT_WAIT_S", 20.0)
+        monkeypatch.setattr("ludic.inference.client.server_process.PORT_WAIT_S", 20.0)
         server.restart("it was lost")
     assert answers(server) == server.pid
 
@@ -189,8 +189,8 @@ def test_a_server_has_no_words_before_it_was_started(tmp_path: Path) -> None:
 PARENT = """\
 import signal, sys, time
 from pathlib import Path
-from ludic.inference.leftovers import WeightsFolder
-from ludic.inference.server_process import ServerProcess
+from ludic.inference.cleanup import WeightsFolder
+from ludic.inference.client.server_process import ServerProcess
 folder = WeightsFolder(Path("/dev/shm")).path
 (folder / "weights.safetensors").write_bytes(bytes(4096))
 server = ServerProcess("model", python={python!r}, log_path={log!r})
@@ -227,7 +227,7 @@ def test_a_folder_of_weights_is_removed_once_its_owner_is_gone_and_not_before(tm
     script = """
         import os, signal
         from pathlib import Path
-        from ludic.inference.leftovers import WeightsFolder
+        from ludic.inference.cleanup import WeightsFolder
         folder = WeightsFolder(Path(".")).path
         (folder / "weights.safetensors").write_bytes(bytes(4096))
         os.kill(os.getpid(), signal.SIGKILL)
@@ -239,7 +239,7 @@ def test_a_folder_of_weights_is_removed_once_its_owner_is_gone_and_not_before(tm
     (orphan,) = set(tmp_path.iterdir()) - {mine.path, other}
     assert remove_orphaned_folders(tmp_path) == [orphan]
     assert set(tmp_path.iterdir()) == {mine.path, other}
-    leftovers.remove_own_folders()
+    cleanup.remove_own_folders()
     assert list(tmp_path.iterdir()) == [other]
     mine.remove()  # what is gone already is no error
 

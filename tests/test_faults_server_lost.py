@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from ludic.inference.server_process import ServerProcess
-from ludic.training.config import GRPOConfig
+from ludic.config import GRPOConfig
+from ludic.inference.client.server_process import ServerProcess
 
 server_lost = pytest.importorskip("benchmarks.faults.server_lost")
 

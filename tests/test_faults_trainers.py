@@ -5,8 +5,8 @@ import collections
 import pytest
 
 from benchmarks.faults import trainers
-from ludic.inference import server_guard
-from ludic.inference.trainer_lease import TrainerLease
+from ludic.inference.server import server_guard
+from ludic.inference.server.trainer_lease import TrainerLease
 
 
 def test_two_trainers_never_share_a_server_and_each_refusal_names_the_first() -> None:

@@ -22,12 +22,12 @@ from transformers import AutoModelForCausalLM
 from benchmarks.faults import weights
 from benchmarks.faults.model_server import ModelServer
 from benchmarks.faults.outcome import Injection
-from ludic.inference.errors import WeightSyncError
-from ludic.inference.nccl_link import LinkLeftError, NcclLink, Watch
-from ludic.inference.server_control import HeldDigests, ServerControl
-from ludic.inference.server_process import RunningServer
-from ludic.inference.weight_sync import WeightSync
-from ludic.training.attention import prepare_packed_attention
+from ludic.inference.client.server_control import HeldDigests, ServerControl
+from ludic.inference.client.server_process import RunningServer
+from ludic.inference.weights.nccl_link import LinkLeftError, NcclLink, Watch
+from ludic.inference.weights.weight_sync import WeightSync
+from ludic.rollout.errors import WeightSyncError
+from ludic.train.attention import prepare_packed_attention
 from tests.vllm_helpers import cpu_server, make_tiny_model
 
 
@@ -171,8 +171,8 @@ def test_a_packed_weight_is_read_back_bit_for_bit_but_for_what_no_product_can_te
 ) -> None:
     from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
-    from ludic.inference.digest import canonical
-    from ludic.inference.vllm_packed import PackedWeights, read_weight
+    from ludic.inference.weights.digest import canonical
+    from ludic.inference.worker.vllm_packed import PackedWeights, read_weight
 
     generator = torch.Generator().manual_seed(sum(shape))
     wanted = torch.randn(shape, generator=generator).to(dtype)
@@ -191,7 +191,7 @@ def test_a_packed_weight_is_read_back_bit_for_bit_but_for_what_no_product_can_te
 @pytest.mark.vllm
 @pytest.mark.filterwarnings("ignore")
 def test_a_kernel_that_rounds_is_found_out_and_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ludic.inference import vllm_packed
+    from ludic.inference.worker import vllm_packed
 
     def rounding(layer: Any, remove_weight: bool) -> None:
         weight = layer.weight.detach().bfloat16().float()

@@ -18,7 +18,8 @@ from benchmarks import wire_server
 from benchmarks.faults import wire, wire_kinds
 from benchmarks.faults.proxy import fault_proxy
 from benchmarks.load import ByteTokenizer
-from ludic.inference.generate_wire import (
+from ludic.inference.client.vllm_client import VLLMEngine
+from ludic.inference.wire import (
     COMPLETIONS_ROUTE,
     MAX_COMPLETIONS,
     MAX_SEED,
@@ -32,12 +33,11 @@ from ludic.inference.generate_wire import (
     encode_reply,
     encode_request,
 )
-from ludic.inference.vllm_client import VLLMEngine
 from ludic.types import SamplingParams
 from tests.fuzz import fuzz_wire
 
 if TYPE_CHECKING:
-    from ludic.inference.server_process import RunningServer
+    from ludic.inference.client.server_process import RunningServer
 
 quick = settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow])
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from ludic.engines import _server_flags
-from ludic.inference import handshake
-from ludic.training.config import GRPOConfig
-from ludic.training.learner import Learner
-from ludic.training.lm_head import Head, head_stats
-from ludic.training.logprobs import token_logprobs
-from ludic.training.packing import pack
+from ludic.config import GRPOConfig
+from ludic.inference.client import handshake
+from ludic.run import _server_flags
+from ludic.train.learner import Learner
+from ludic.train.lm_head import Head, head_stats
+from ludic.train.logprobs import token_logprobs
+from ludic.train.packing import pack
 from ludic.types import TrainingSample
 
 VOCABULARY = 997

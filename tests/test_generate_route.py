@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 
-from ludic.inference import generate_route, generate_wire
-from ludic.inference.generate_route import GenerateRoute
-from ludic.inference.generate_wire import PATH, RECORDED_PREFIX, Generated, GenerateRequest, RequestRefusedError
+from ludic.inference import wire
+from ludic.inference.server import generate_route
+from ludic.inference.server.generate_route import GenerateRoute
+from ludic.inference.wire import PATH, RECORDED_PREFIX, Generated, GenerateRequest, RequestRefusedError
 
 REQUEST = GenerateRequest(
     model="tiny",
@@ -39,12 +40,12 @@ BODY = dataclasses.asdict(REQUEST)
 
 
 def test_a_request_and_a_reply_come_out_as_they_went_in() -> None:
-    assert generate_wire.decode_request(generate_wire.encode_request(REQUEST)) == REQUEST
+    assert wire.decode_request(wire.encode_request(REQUEST)) == REQUEST
     group = [
         Generated(token_ids=[40, 2**31 - 1, 1], logprobs=[-0.25, 0.0, -1e30], finish_reason="stop"),
         Generated(token_ids=[9] * 8, logprobs=None, finish_reason="length"),
     ]
-    reply = generate_wire.decode_reply(generate_wire.encode_reply(group, REQUEST), REQUEST)
+    reply = wire.decode_reply(wire.encode_reply(group, REQUEST), REQUEST)
     assert reply[1] == group[1] and reply[0].token_ids == group[0].token_ids
     assert reply[0].logprobs == [-0.25, 0.0, pytest.approx(-1e30, rel=1e-6)]
 
@@ -52,12 +53,12 @@ def test_a_request_and_a_reply_come_out_as_they_went_in() -> None:
 def test_arrays_travel_in_little_endian_order(monkeypatch: pytest.MonkeyPatch) -> None:
     request = dataclasses.replace(REQUEST, n=1)
     one = Generated(token_ids=[40, 1], logprobs=[-0.25, -0.5], finish_reason="stop")
-    (fields,) = json.loads(generate_wire.encode_reply([one], request))["completions"]
+    (fields,) = json.loads(wire.encode_reply([one], request))["completions"]
     assert fields == {"token_ids": "KAAAAAEAAAA=", "logprobs": "AACAvgAAAL8=", "finish_reason": "stop"}
     monkeypatch.setattr(sys, "byteorder", "big" if sys.byteorder == "little" else "little")
-    swapped = generate_wire.encode_reply([one], request)
+    swapped = wire.encode_reply([one], request)
     assert json.loads(swapped)["completions"][0]["token_ids"] == "AAAAKAAAAAE="
-    assert generate_wire.decode_reply(swapped, request) == [one]
+    assert wire.decode_reply(swapped, request) == [one]
 
 
 @pytest.mark.parametrize(
@@ -85,20 +86,20 @@ def test_arrays_travel_in_little_endian_order(monkeypatch: pytest.MonkeyPatch) -
 )
 def test_a_bad_field_is_named_with_its_value_and_its_limit(change: dict[str, Any], said: str) -> None:
     with pytest.raises(RequestRefusedError, match=said) as refusal:
-        generate_wire.decode_request(json.dumps(BODY | change).encode())
+        wire.decode_request(json.dumps(BODY | change).encode())
     assert refusal.value.status == 400 and len(str(refusal.value)) < 600
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"\xff", b"[" * 100_000, b"9" * 5000])
 def test_what_is_not_json_is_refused_as_such(body: bytes) -> None:
     with pytest.raises(RequestRefusedError, match="not JSON"):
-        generate_wire.decode_request(body)
+        wire.decode_request(body)
 
 
 def test_no_field_has_a_default() -> None:
     for name in BODY:
         with pytest.raises(RequestRefusedError, match="must have exactly the fields"):
-            generate_wire.decode_request(json.dumps({key: BODY[key] for key in BODY if key != name}).encode())
+            wire.decode_request(json.dumps({key: BODY[key] for key in BODY if key != name}).encode())
 
 
 # --- the middleware ---------------------------------------------------------------------------------------------------
@@ -238,7 +239,7 @@ async def test_the_engine_is_asked_for_exactly_the_request_and_its_tokens_come_b
     call = await Call(engine, encoded()).run()
     assert call.status == 200
     expected = Generated(token_ids=[40, 1], logprobs=[-0.25, -0.5], finish_reason="stop")
-    assert generate_wire.decode_reply(json.dumps(call.answer).encode(), REQUEST) == [expected, expected]
+    assert wire.decode_reply(json.dumps(call.answer).encode(), REQUEST) == [expected, expected]
     ((prompt, params),) = engine.asked
     assert prompt == {"ids": [3, 40, 41], "salt": "run-0"}
     assert vars(params) == {
@@ -333,7 +334,7 @@ async def test_the_route_says_which_protocol_it_speaks_also_below_a_prefix() -> 
     call = Call(Engine(), method="GET", path="/prefix" + PATH)
     call.scope["root_path"] = "/prefix"
     await call.run()
-    assert (call.status, call.answer) == (200, {"protocol": generate_wire.PROTOCOL})
+    assert (call.status, call.answer) == (200, {"protocol": wire.PROTOCOL})
     assert (await Call(Engine(), method="PUT").run()).status == 405
 
 
@@ -395,7 +396,7 @@ async def test_log_probs_come_from_the_workers_recorder_where_it_has_one(recordi
     route = GenerateRoute(behind)
     for _ in range(2):
         call = await Call(recording, encoded()).run(route)
-        reply = generate_wire.decode_reply(json.dumps(call.answer).encode(), REQUEST)
+        reply = wire.decode_reply(json.dumps(call.answer).encode(), REQUEST)
         assert [one.logprobs for one in reply] == [[-0.75, -1.5]] * 2
         assert [one.token_ids for one in reply] == [[40, 1]] * 2
     assert [params.logprobs for _, params in recording.asked] == [None, None], "vLLM need not send any"
@@ -432,7 +433,7 @@ async def test_log_probs_of_other_tokens_than_the_completions_are_not_believed(
 ) -> None:
     recording.taken[1] = entry
     call = await Call(recording, encoded()).run()
-    reply = generate_wire.decode_reply(json.dumps(call.answer).encode(), REQUEST)
+    reply = wire.decode_reply(json.dumps(call.answer).encode(), REQUEST)
     assert [one.logprobs for one in reply] == [[-0.75, -1.5], None]
     assert "log-probs of 1 completions of 2 are not known" in caplog.text
 

@@ -23,10 +23,10 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from ludic.training.attention import prepare_packed_attention
-from ludic.training.logprobs import token_logprobs
-from ludic.training.losses import LOSSES, LossSettings, loss_inputs, reduce_metrics
-from ludic.training.packing import pack
+from ludic.train.attention import prepare_packed_attention
+from ludic.train.logprobs import token_logprobs
+from ludic.train.losses import LOSSES, LossSettings, loss_inputs, reduce_metrics
+from ludic.train.packing import pack
 from ludic.types import MicroBatch, TrainingSample
 
 TIS_CAP, KL_COEF = 1.1, 0.1

@@ -14,9 +14,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from benchmarks.faults.grader_corpus import competition
-from ludic.answer_cost import cost
-from ludic.grading import MATCH_LIMIT_S, Grader, Verdict, _default_grader, answers_match
-from ludic.numbers import MAX_ANSWER_CHARS, clean_answer, read_number
+from ludic.task.answer_cost import cost
+from ludic.task.grading import MATCH_LIMIT_S, Grader, Verdict, _default_grader, answers_match
+from ludic.task.numbers import MAX_ANSWER_CHARS, clean_answer, read_number
 from tests.fuzz.fuzz_grader import check_pair
 from tests.fuzz.fuzz_parsers import decode
 
@@ -46,7 +46,7 @@ def no_math_verify(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise AssertionError("a worker was started")
 
-    monkeypatch.setattr("ludic.grading_pool._Process.__init__", refuse)
+    monkeypatch.setattr("ludic.task.grading_pool._Process.__init__", refuse)
 
 
 def is_alive(pid: int) -> bool:
@@ -404,7 +404,7 @@ async def test_a_worker_that_dies_is_a_crash_for_its_answer_and_no_other(grader:
 
 
 async def test_what_was_open_too_often_when_all_workers_died_is_a_crash(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ludic.grading_pool.MAX_STARTS_PER_QUESTION", 1)
+    monkeypatch.setattr("ludic.task.grading_pool.MAX_STARTS_PER_QUESTION", 1)
     grader = Grader(num_workers=1, timeout_s=60.0)
     pending = asyncio.create_task(grader.match(HANGS, "18"))
     assert await grader.match("9*2", "18") == RIGHT
@@ -498,7 +498,7 @@ def test_limits_that_make_no_sense_are_refused() -> None:
 
 SCRIPT = """
 import sys
-from ludic.grading import answers_match
+from ludic.task.grading import answers_match
 assert answers_match("9*2", "18") and not answers_match("9*3", "18")
 print("math_verify" in sys.modules)
 """
@@ -513,7 +513,7 @@ def test_a_script_without_a_main_guard_grades_imports_no_math_verify_and_exits_q
 
 
 ORPHANS = f"""
-from ludic.grading import Grader
+from ludic.task.grading import Grader
 grader = Grader(num_workers=1, timeout_s=60.0)
 grader.match_sync("9*2", "18")
 print(grader._pool._process.popen.pid, flush=True)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from environments.gsm8k import DEFAULT_SYSTEM_PROMPT, GSM8K, GSM8KSample, load
-from ludic.environment import Environment
-from ludic.grading import Grader, Verdict
+from ludic.task.environment import Environment
+from ludic.task.grading import Grader, Verdict
 
 ROWS = [
     {"question": "How many eggs?", "answer": "16 - 3 - 4 = <<16-3-4=9>>9\n#### 9"},

@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 
-from ludic.inference.errors import EngineError, ServerUnauthorizedError
-from ludic.inference.server_control import ServerControl
-from ludic.inference.server_process import ServerStartError, start_server
-from ludic.inference.vllm_client import VLLMEngine
+from ludic.inference.client.server_control import ServerControl
+from ludic.inference.client.server_process import ServerStartError, start_server
+from ludic.inference.client.vllm_client import VLLMEngine
 from ludic.inference.vllm_server import take_api_keys
-from ludic.keys import MAX_KEY_CHARS, read_api_key, read_key_file, without_secrets
-from ludic.prompts import load_tokenizer
+from ludic.rollout.errors import EngineError, ServerUnauthorizedError
+from ludic.storage.keys import MAX_KEY_CHARS, read_api_key, read_key_file, without_secrets
+from ludic.task.prompts import load_tokenizer
 from ludic.types import SamplingParams
 from tests.conftest import write_digit_problems
 from tests.fake_vllm import FakeServer, serving

@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import PhiConfig, PhiForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from ludic.training.advantages import training_samples
-from ludic.training.config import GRPOConfig
-from ludic.training.learner import Learner
-from ludic.training.losses import LOSSES
+from ludic.config import GRPOConfig
+from ludic.train.advantages import training_samples
+from ludic.train.learner import Learner
+from ludic.train.losses import LOSSES
 from ludic.types import Completion, ParseResult, Rollout, RolloutGroup, Score, TrainingSample
 
 KL_COEF = 0.25

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import linear, one_hot
 
-from ludic.training.lm_head import Head, head_stats
+from ludic.train.lm_head import Head, head_stats
 
 TEMPERATURE = 0.7
 HEADS = {

@@ -11,7 +11,7 @@ from benchmarks import load, wire_server
 from benchmarks.load import LoadReport, TallyWriter, busy_interpreter, load_fake, load_real, row, slope
 
 if TYPE_CHECKING:
-    from ludic.inference.server_process import RunningServer
+    from ludic.inference.client.server_process import RunningServer
 
 
 @pytest.fixture(scope="module")

@@ -25,8 +25,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from ludic.inference.local import LocalEngine
-from ludic.inference.local_decoding import ATTENTION_NAME, decoding_attention, inverse_cdf, keep_nucleus
+from ludic.rollout.local import LocalEngine
+from ludic.rollout.local_decoding import ATTENTION_NAME, decoding_attention, inverse_cdf, keep_nucleus
 from ludic.types import Completion, SamplingParams
 
 VOCAB_SIZE = 48

@@ -23,9 +23,9 @@ from transformers import (
     Qwen2Model,
 )
 
-from ludic.training.attention import prepare_packed_attention
-from ludic.training.logprobs import TokenStats, token_logprobs
-from ludic.training.losses import (
+from ludic.train.attention import prepare_packed_attention
+from ludic.train.logprobs import TokenStats, token_logprobs
+from ludic.train.losses import (
     LOSSES,
     LossInputs,
     LossOutput,
@@ -36,8 +36,8 @@ from ludic.training.losses import (
     reduce_columns,
     reduce_metrics,
 )
-from ludic.training.model_checks import check_head
-from ludic.training.packing import pack
+from ludic.train.model_checks import check_head
+from ludic.train.packing import pack
 from ludic.types import MicroBatch, TrainingSample
 
 # Two sequences of 3 and 4 tokens. Loss on the last 2 of the first and the last 1 of the second.

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from ludic.training.master_weights import MasterWeights, cast_parameters
+from ludic.train.master_weights import MasterWeights, cast_parameters
 
 
 def small_model(*, tied: bool = True) -> Qwen2ForCausalLM:

@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import pytest
 
-from ludic.training.config import GRPOConfig
-from ludic.training.learner import ROW_MULTIPLE
-from ludic.training.memory import BudgetError, choose_budget, smallest_budget, worst_samples
-from ludic.training.packing import pack
+from ludic.config import GRPOConfig
+from ludic.train.learner import ROW_MULTIPLE
+from ludic.train.memory import BudgetError, choose_budget, smallest_budget, worst_samples
+from ludic.train.packing import pack
 
 GIB = 2**30
 

@@ -34,15 +34,15 @@ from transformers import (
     Starcoder2ForCausalLM,
 )
 
-from ludic.inference.local import LocalEngine
-from ludic.training import attention
-from ludic.training.attention import prepare_packed_attention
-from ludic.training.config import GRPOConfig
-from ludic.training.learner import Learner
-from ludic.training.logprobs import token_logprobs
-from ludic.training.model_checks import check_isolation, check_mode
-from ludic.training.packing import pack
-from ludic.training.rope import longrope_switch, pin_rope
+from ludic.config import GRPOConfig
+from ludic.rollout.local import LocalEngine
+from ludic.task.rope import longrope_switch, pin_rope
+from ludic.train import attention
+from ludic.train.attention import prepare_packed_attention
+from ludic.train.learner import Learner
+from ludic.train.logprobs import token_logprobs
+from ludic.train.model_checks import check_isolation, check_mode
+from ludic.train.packing import pack
 from ludic.types import MicroBatch, SamplingParams, TrainingSample
 
 MAX_SEQ_LEN = 64

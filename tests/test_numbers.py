@@ -1,4 +1,4 @@
-"""What is the same number, and what is not: the rules of `ludic.grading` that take no algebra, and both who read numbers."""
+"""What is the same number, and what is not: the rules of `ludic.task.grading` that take no algebra, and both who read numbers."""
 
 from collections.abc import Iterator
 
@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ludic.grading import Grader, Verdict
-from ludic.numbers import clean_answer, read_number
-from ludic.parsers import last_number_parser
+from ludic.task.grading import Grader, Verdict
+from ludic.task.numbers import clean_answer, read_number
+from ludic.task.parsers import last_number_parser
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def grader() -> Iterator[Grader]:
 
     made = Grader()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ludic.grading_pool._Process.__init__", refuse)
+        patch.setattr("ludic.task.grading_pool._Process.__init__", refuse)
         yield made
     made.close()
 

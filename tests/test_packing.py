@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ludic.training.packing import Normalisation, num_loss_tokens, pack, packing_efficiency, update_scale
+from ludic.train.packing import Normalisation, num_loss_tokens, pack, packing_efficiency, update_scale
 from ludic.types import MicroBatch, TrainingSample
 
 

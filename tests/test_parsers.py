@@ -6,7 +6,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from environments.gsm8k import DEFAULT_SYSTEM_PROMPT
-from ludic.parsers import boxed_parser, closing_brace, last_number_parser
+from ludic.task.parsers import boxed_parser, closing_brace, last_number_parser
 from tests.fuzz.fuzz_parsers import SEEDS, check_text, decode
 
 

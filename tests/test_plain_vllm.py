@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import requests
 
-from ludic.inference.local import LocalEngine
-from ludic.inference.server_control import ServerControl
-from ludic.inference.server_process import free_port
-from ludic.inference.vllm_client import VLLMEngine, stop_token_ids
-from ludic.prompts import load_tokenizer
+from ludic.inference.client.server_control import ServerControl
+from ludic.inference.client.server_process import free_port
+from ludic.inference.client.vllm_client import VLLMEngine, stop_token_ids
+from ludic.rollout.local import LocalEngine
+from ludic.task.prompts import load_tokenizer
 from ludic.types import SamplingParams
 from tests.vllm_helpers import CPU_SERVER_ARGS, CPU_SERVER_ENV, make_tiny_model, prompt_logprobs
 

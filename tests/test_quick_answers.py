@@ -19,9 +19,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from ludic import hub
-from ludic.engines import require_server
-from ludic.inference.errors import ServerUnreachableError
+from ludic.rollout.errors import ServerUnreachableError
+from ludic.run import require_server
+from ludic.task import hub
 
 REPOSITORY = Path(__file__).parents[1]
 HEAVY = {

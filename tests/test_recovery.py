@@ -12,12 +12,13 @@ import torch
 from aiohttp import web
 from transformers import PreTrainedTokenizerFast
 
-from ludic.inference import handshake, recovery, vllm_client
-from ludic.inference.engine import WeightSyncReport
-from ludic.inference.errors import EngineError, ServerInUseError, ServerLostError, WeightSyncError
-from ludic.inference.recovery import RecoveringEngine
-from ludic.inference.server_control import ServerControl
-from ludic.inference.vllm_client import VLLMEngine
+from ludic.inference.client import handshake, vllm_client
+from ludic.inference.client.server_control import ServerControl
+from ludic.inference.client.vllm_client import VLLMEngine
+from ludic.rollout.engine import WeightSyncReport
+from ludic.rollout.errors import EngineError, ServerInUseError, ServerLostError, WeightSyncError
+from ludic.survival import recovery
+from ludic.survival.recovery import RecoveringEngine
 from ludic.types import Completion, SamplingParams
 from tests.fake_vllm import MODEL, FakeServer, serving
 from tests.vllm_helpers import make_tiny_tokenizer

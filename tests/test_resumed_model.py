@@ -11,9 +11,9 @@ from types import ModuleType
 
 import pytest
 
-from ludic.training.checkpoint import read_state
-from ludic.training.config import RunPaths, from_arguments
-from ludic.training.resumed_model import find_resumed_model, keep_model
+from ludic.config import RunPaths, from_arguments
+from ludic.survival.resumed_model import find_resumed_model, keep_model
+from ludic.train.checkpoint import read_state
 from tests.vllm_helpers import make_tiny_model
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "gsm8k" / "train_gsm8k.py"

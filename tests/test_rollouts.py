@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from ludic.inference.engine import WeightSyncReport
-from ludic.prompts import encode_prompt
-from ludic.rollouts import GroupStream, Prompt, derive_seed, rollout_metrics, rollout_record
+from ludic.rollout.engine import WeightSyncReport
+from ludic.rollout.groups import GroupStream, Prompt, derive_seed, rollout_metrics, rollout_record
+from ludic.task.prompts import encode_prompt
 from ludic.types import ChatMessage, Completion, FinishReason, ParseResult, Rollout, RolloutGroup, SamplingParams, Score
 from tests.vllm_helpers import make_tiny_tokenizer
 

@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 
-from ludic.training.run_lock import FolderInUseError, RunLock, identity, is_alive
+from ludic.storage.run_lock import FolderInUseError, RunLock, identity, is_alive
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from ludic.training.run_lock import RunLock, identity
+from ludic.storage.run_lock import RunLock, identity
 folder = Path(sys.argv[1])
 with RunLock(folder, identity(folder)):
     sys.stdout.write("held\\n"); sys.stdout.flush()
@@ -174,7 +174,7 @@ def test_an_identity_that_makes_no_sense_is_not_known_to_live(tmp_path: Path, pi
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="zombies are told by /proc")
 def test_a_process_that_nobody_waited_for_is_not_alive(tmp_path: Path) -> None:
-    from ludic.training.run_lock import _started
+    from ludic.storage.run_lock import _started
 
     child = subprocess.Popen(["sleep", "600"])
     theirs = {**identity(tmp_path), "pid": child.pid, "pid_started": _started(child.pid)}

@@ -17,9 +17,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from ludic.evaluation import CompletionRecord, EvaluationProgress, EvaluationResult, ProblemRecord, summarise
-from ludic.pretrained import load_config, load_model
-from ludic.prompts import encode_prompt, load_tokenizer
+from ludic.rollout.evaluation import CompletionRecord, EvaluationProgress, EvaluationResult, ProblemRecord, summarise
+from ludic.task.pretrained import load_config, load_model
+from ludic.task.prompts import encode_prompt, load_tokenizer
 from ludic.telemetry import ComparisonRow, EvaluationDisplay, comparison_table, evaluation_table, save_reward_curve
 from ludic.telemetry.formatting import InertFormatter, inert, inert_lines
 from tests.fake_vllm import FakeServer, serving

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ludic.inference import vllm_server
-from ludic.inference.server_defaults import (
+from ludic.inference.server.server_defaults import (
     DEFAULTS,
     MAX_KV_CACHE_BYTES,
     MIN_KV_CACHE_BYTES,

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from ludic import engines
+from ludic import run
 from ludic.cli import add_engine_arguments
-from ludic.inference import recovery, vllm_client
-from ludic.inference.errors import EngineError, ServerLostError, ServerUnreachableError
-from ludic.inference.server_process import ServerProcess, free_port, start_server
-from ludic.inference.vllm_client import VLLMEngine
+from ludic.inference.client import vllm_client
+from ludic.inference.client.server_process import ServerProcess, free_port, start_server
+from ludic.inference.client.vllm_client import VLLMEngine
+from ludic.rollout.errors import EngineError, ServerLostError, ServerUnreachableError
+from ludic.survival import recovery
 from ludic.types import SamplingParams
 from tests.vllm_helpers import make_tiny_tokenizer
 
@@ -25,7 +26,7 @@ STAND_IN = """\
     import asyncio, os, signal, sys
     sys.path[:0] = {path!r}
     from aiohttp import web
-    from ludic.inference.server_process import end_with_parent
+    from ludic.inference.client.server_process import end_with_parent
     from tests.fake_vllm import FakeServer
     from tests.vllm_helpers import make_tiny_tokenizer
     end_with_parent()
@@ -75,7 +76,7 @@ async def generate_once(
     args: argparse.Namespace, out_dir: Path, *, probe: list[int] | None = None, said: list[str]
 ) -> None:
     tokenizer = make_tiny_tokenizer()
-    async with engines.open_engine(
+    async with run.open_engine(
         args, tokenizer, out_dir=out_dir, max_seq_len=64, say=said.append, probe=probe
     ) as engine:
         await engine.generate(PROMPT, num_completions=1, sampling=FOUR_TOKENS)
@@ -84,7 +85,7 @@ async def generate_once(
 async def test_an_evaluation_whose_own_server_ends_says_how_with_its_last_words_and_its_log(
     tiny_model_dir: Path, tmp_path: Path, stand_in: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engines, "ServerProcess", functools.partial(ServerProcess, python=stand_in(FAILS)))
+    monkeypatch.setattr(run, "ServerProcess", functools.partial(ServerProcess, python=stand_in(FAILS)))
     args = engine_arguments(tiny_model_dir, "--port", str(free_port("127.0.0.1")))
     with pytest.raises(ServerLostError) as lost:
         await generate_once(args, tmp_path, said=[])
@@ -94,7 +95,7 @@ async def test_an_evaluation_whose_own_server_ends_says_how_with_its_last_words_
 async def test_a_run_that_starts_its_own_server_again_says_how_the_one_before_ended_and_so_does_its_last_error(
     tiny_model_dir: Path, tmp_path: Path, stand_in: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engines, "ServerProcess", functools.partial(ServerProcess, python=stand_in(FAILS)))
+    monkeypatch.setattr(run, "ServerProcess", functools.partial(ServerProcess, python=stand_in(FAILS)))
     args = engine_arguments(tiny_model_dir, "--port", str(free_port("127.0.0.1")))
     said: list[str] = []
     with pytest.raises(EngineError) as given_up:

@@ -25,10 +25,10 @@ import requests
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ludic.inference import server_guard, vllm_server
-from ludic.inference.generate_route import MAX_BODY_BYTES, request_path
-from ludic.inference.generate_wire import PATH
-from ludic.inference.server_guard import (
+from ludic.inference import vllm_server
+from ludic.inference.server import server_guard
+from ludic.inference.server.generate_route import MAX_BODY_BYTES, request_path
+from ludic.inference.server.server_guard import (
     BOOT_HEADER,
     BOOT_VARIABLE,
     GENERATION_PATHS,
@@ -40,10 +40,11 @@ from ludic.inference.server_guard import (
     TRAINER_PATH,
     ServerGuard,
 )
-from ludic.inference.trainer_lease import LEASE_S, MAX_LOST, Holder, Identity, NotHolderError, TrainerLease
+from ludic.inference.server.trainer_lease import LEASE_S, MAX_LOST, Holder, Identity, NotHolderError, TrainerLease
+from ludic.inference.wire import PATH
 
 if TYPE_CHECKING:
-    from ludic.inference.server_process import RunningServer
+    from ludic.inference.client.server_process import RunningServer
 
 FIRST, SECOND, THIRD = "f1" * 8, "5e" * 8, "3d" * 8
 ANN: Identity = {

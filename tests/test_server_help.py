@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from ludic.inference import server_help
-from ludic.inference.server_defaults import DEFAULTS
+from ludic.inference.server import server_help
+from ludic.inference.server.server_defaults import DEFAULTS
 
 HEAVY = ("torch", "vllm", "transformers", "numpy", "pydantic", "fastapi")
 

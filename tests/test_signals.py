@@ -13,15 +13,15 @@ from typing import IO, Any
 
 import pytest
 
-from ludic.inference.leftovers import exists, group_members
-from ludic.signals import SIGNALS, keep_standard_streams
+from ludic.inference.cleanup import exists, group_members
+from ludic.survival.signals import SIGNALS, keep_standard_streams
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 
 PREFACE = """\
 import asyncio, os, signal, subprocess, sys, threading, time
 from pathlib import Path
-from ludic import signals
+from ludic.survival import signals
 from ludic.cli import run_script
 
 def child(**options):

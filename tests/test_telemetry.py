@@ -111,7 +111,7 @@ def test_a_full_disk_is_an_error_of_flush_in_one_line_with_the_path() -> None:
 
 LIMITED_WRITER = """
 import resource, signal, sys
-from ludic.telemetry.jsonl import JsonlFile
+from ludic.storage.jsonl import JsonlFile
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))  # no file of this process may grow beyond 100 bytes
 file = JsonlFile(sys.argv[1])
@@ -212,7 +212,7 @@ def test_a_bad_line_in_the_middle_is_named_with_file_line_and_reason(
 def test_a_killed_writer_leaves_whole_lines_up_to_its_last_flush(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     program = (
-        "import sys; from ludic.telemetry.jsonl import JsonlWriter\n"
+        "import sys; from ludic.storage.jsonl import JsonlWriter\n"
         "writer = JsonlWriter(sys.argv[1])\n"
         "for number in range(50): writer.write({'n': number})\n"
         "writer.flush(); sys.stdout.write('flushed'); sys.stdout.flush()\n"
@@ -517,7 +517,7 @@ def test_a_pipe_whose_reader_is_gone_and_a_closed_stream_stop_no_run(tmp_path: P
 
 KEEPS_ITS_STREAMS = """
 import sys
-from ludic.signals import keep_standard_streams
+from ludic.survival.signals import keep_standard_streams
 from ludic.telemetry.loggers import make_logger
 keep_standard_streams()
 logger = make_logger(sys.argv[1], metrics_path=sys.argv[2], run_name="r", config={}, total_steps=9)
@@ -780,7 +780,7 @@ def test_an_unwritable_png_is_an_os_error(tmp_path: Path) -> None:
 def test_the_display_writes_about_ten_plain_lines_to_a_pipe_and_a_bar_to_a_terminal(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from ludic.evaluation import EvaluationProgress
+    from ludic.rollout.evaluation import EvaluationProgress
 
     monkeypatch.setenv("TERM", "xterm-256color")
     for stream in (io.StringIO(), Terminal()):

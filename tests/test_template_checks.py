@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from ludic.prompts import encode_prompt, render
-from ludic.template_checks import describe_prompt, own_system_turn, template_warnings
+from ludic.task.prompts import encode_prompt, render
+from ludic.task.template_checks import describe_prompt, own_system_turn, template_warnings
 from ludic.types import ChatMessage
 from tests.vllm_helpers import CHAT_TEMPLATE, make_tiny_tokenizer
 

@@ -15,13 +15,13 @@ from types import ModuleType
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from ludic.evaluation import read_records
-from ludic.inference.errors import ServerMismatchError
-from ludic.inference.handshake import check_chat_template
-from ludic.prompts import encode_prompt, load_tokenizer, recorded_moment, rendering
-from ludic.training.checkpoint import read_state
-from ludic.training.config import RunPaths, from_arguments
-from ludic.training.resume import changed_settings
+from ludic.config import RunPaths, from_arguments
+from ludic.inference.client.handshake import check_chat_template
+from ludic.rollout.errors import ServerMismatchError
+from ludic.rollout.evaluation import read_records
+from ludic.survival.changed_settings import changed_settings
+from ludic.task.prompts import encode_prompt, load_tokenizer, recorded_moment, rendering
+from ludic.train.checkpoint import read_state
 from ludic.types import ChatMessage
 from tests.vllm_helpers import CHAT_TEMPLATE, make_tiny_model, make_tiny_tokenizer
 
@@ -52,8 +52,8 @@ def at(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     def set_clocks(ours: str, servers: str | None = None) -> None:
         for module, text in (
-            ("ludic.prompts", ours),
-            ("ludic.inference.handshake", ours),
+            ("ludic.task.prompts", ours),
+            ("ludic.inference.client.handshake", ours),
             ("transformers.utils.chat_template_utils", servers or ours),
         ):
 

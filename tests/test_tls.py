@@ -12,11 +12,11 @@ import pytest
 from aiohttp import web
 
 from ludic.cli import add_engine_arguments, check_engine_arguments, server_url
-from ludic.inference.errors import ServerMismatchError, ServerUnreachableError
-from ludic.inference.handshake import start_command
-from ludic.inference.server_control import ServerControl
-from ludic.inference.tls import tls_context
-from ludic.inference.vllm_client import VLLMEngine
+from ludic.inference.client.handshake import start_command
+from ludic.inference.client.server_control import ServerControl
+from ludic.inference.client.tls import tls_context
+from ludic.inference.client.vllm_client import VLLMEngine
+from ludic.rollout.errors import ServerMismatchError, ServerUnreachableError
 from ludic.types import SamplingParams
 from tests.fake_vllm import FakeServer, serving
 from tests.vllm_helpers import make_tiny_tokenizer

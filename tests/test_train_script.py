@@ -24,10 +24,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config
 
 from environments.gsm8k import DEFAULT_SYSTEM_PROMPT
 from ludic.cli import run_script
-from ludic.training.checkpoint import TrainerState, latest_checkpoint, list_checkpoints, read_state, save_checkpoint
-from ludic.training.config import from_arguments
-from ludic.training.manifest import write_manifest
-from ludic.training.trainer import TrainingSummary
+from ludic.config import from_arguments
+from ludic.storage.manifest import write_manifest
+from ludic.train.checkpoint import TrainerState, latest_checkpoint, list_checkpoints, read_state, save_checkpoint
+from ludic.train.trainer import TrainingSummary
 from tests.conftest import write_digit_problems
 from tests.printed import printed_command
 from tests.vllm_helpers import make_tiny_model, make_tiny_tokenizer, tiny_config
@@ -555,7 +555,7 @@ def test_what_would_end_a_run_later_is_refused_before_a_server_is_started(
     def start(*_args: Any, **_kwargs: Any) -> None:
         raise AssertionError("a server was started")
 
-    monkeypatch.setattr("ludic.inference.server_process.ServerProcess.start", start)
+    monkeypatch.setattr("ludic.inference.client.server_process.ServerProcess.start", start)
     model = tmp_path / "model"
     shutil.copytree(digit_policy_dir, model)
     change(model)

@@ -13,11 +13,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ludic.inference.engine import WeightSyncReport
-from ludic.inference.errors import WeightSyncError
-from ludic.inference.local import LocalEngine
-from ludic.prompts import load_tokenizer
-from ludic.training.checkpoint import (
+from ludic.config import GRPOConfig, RunPaths
+from ludic.rollout.engine import WeightSyncReport
+from ludic.rollout.errors import WeightSyncError
+from ludic.rollout.local import LocalEngine
+from ludic.task.prompts import load_tokenizer
+from ludic.train.checkpoint import (
     CheckpointError,
     TrainerState,
     latest_checkpoint,
@@ -25,10 +26,9 @@ from ludic.training.checkpoint import (
     masters_folder,
     read_state,
 )
-from ludic.training.config import GRPOConfig, RunPaths
-from ludic.training.losses import LOSSES
-from ludic.training.schedule import schedule_factor
-from ludic.training.trainer import GRPOTrainer, TrainingSummary
+from ludic.train.losses import LOSSES
+from ludic.train.schedule import schedule_factor
+from ludic.train.trainer import GRPOTrainer, TrainingSummary
 from ludic.types import ChatMessage, Completion, ParseResult, SamplingParams, Score
 
 SMALL = GRPOConfig(
@@ -682,7 +682,7 @@ def test_a_disk_that_is_full_is_not_tried_twice(
         tries.append(state.step)
         raise CheckpointError("No space left on device")
 
-    monkeypatch.setattr("ludic.training.trainer.save_checkpoint", full)
+    monkeypatch.setattr("ludic.train.trainer.save_checkpoint", full)
     with pytest.raises(CheckpointError, match="No space left"):
         Run(digit_policy_dir, tmp_path, train_steps=5, save_every=2, eval_limit=0).go()
     assert tries == [2]
@@ -847,7 +847,7 @@ def test_groups_older_than_the_limit_are_dropped_and_counted(digit_policy_dir: P
 def test_training_on_groups_as_they_arrive_takes_the_same_step_as_training_on_all(
     digit_policy_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: str, epochs: int
 ) -> None:
-    monkeypatch.setattr("ludic.training.trainer.ENOUGH_TOKENS", 60)
+    monkeypatch.setattr("ludic.train.trainer.ENOUGH_TOKENS", 60)
     figures, models, pieces = [], [], []
     for name in ("waits", "streams"):
         run = Run(

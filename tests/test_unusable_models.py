@@ -15,8 +15,8 @@ import pytest
 from transformers import AutoConfig
 
 from ludic.doctor.__main__ import main as doctor
-from ludic.hub import cache_without_hub
-from ludic.pretrained import UnusableModelError, load_config, load_full_config, load_model
+from ludic.task.hub import cache_without_hub
+from ludic.task.pretrained import UnusableModelError, load_config, load_full_config, load_model
 from tests.conftest import write_digit_problems
 from tests.vllm_helpers import make_tiny_model, make_tiny_tokenizer
 

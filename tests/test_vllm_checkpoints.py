@@ -11,12 +11,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks.make_policy import SHAPES
-from ludic.inference import vllm_client
-from ludic.inference.cpu_attention import head_size_problem
-from ludic.inference.errors import ServerUnreachableError
-from ludic.inference.server_process import RunningServer
-from ludic.inference.vllm_client import VLLMEngine, stop_token_ids
-from ludic.prompts import encode_prompt, load_tokenizer
+from ludic.inference.client import vllm_client
+from ludic.inference.client.server_process import RunningServer
+from ludic.inference.client.vllm_client import VLLMEngine, stop_token_ids
+from ludic.inference.server.cpu_attention import head_size_problem
+from ludic.rollout.errors import ServerUnreachableError
+from ludic.task.prompts import encode_prompt, load_tokenizer
 from ludic.types import ChatMessage, SamplingParams
 from tests.conftest import make_digit_policy
 from tests.test_demo import demo

@@ -19,20 +19,20 @@ import torch
 from aiohttp import web
 from transformers import PreTrainedTokenizerFast
 
-from ludic.inference import vllm_client
-from ludic.inference.engine import WeightSyncReport
-from ludic.inference.errors import (
+from ludic.inference.client import vllm_client
+from ludic.inference.client.handshake import start_command
+from ludic.inference.client.vllm_client import VLLMEngine, stop_token_ids
+from ludic.inference.client.weighted_semaphore import WeightedSemaphore
+from ludic.inference.wire import PATH, Generated
+from ludic.rollout.engine import WeightSyncReport
+from ludic.rollout.errors import (
     EngineError,
     ServerMismatchError,
     ServerUnauthorizedError,
     ServerUnreachableError,
     WeightSyncError,
 )
-from ludic.inference.generate_wire import PATH, Generated
-from ludic.inference.handshake import start_command
-from ludic.inference.vllm_client import VLLMEngine, stop_token_ids
-from ludic.inference.weighted_semaphore import WeightedSemaphore
-from ludic.pretrained import load_config
+from ludic.task.pretrained import load_config
 from ludic.types import Completion, SamplingParams
 from tests.fake_vllm import MODEL, FakeServer, error_body, serving
 from tests.vllm_helpers import make_tiny_tokenizer
@@ -520,7 +520,7 @@ async def test_a_server_that_was_left_paused_is_an_error_unless_a_sync_will_set_
     tokenizer: PreTrainedTokenizerFast,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("ludic.inference.handshake.PAUSED_LOOKS", 1)
+    monkeypatch.setattr("ludic.inference.client.handshake.PAUSED_LOOKS", 1)
     server.paused = True
     with pytest.raises(ServerMismatchError, match="is paused"):
         await open_client().connect(tokenizer)

@@ -17,10 +17,11 @@ from typing import Any
 import pytest
 import torch
 
-from ludic.inference import nccl_transport, vllm_logprobs
-from ludic.inference.server_defaults import DEFAULTS
-from ludic.inference.server_help import VLLM_RANGE
-from ludic.inference.weight_transport import WireWeights
+from ludic.inference.server.server_defaults import DEFAULTS
+from ludic.inference.server.server_help import VLLM_RANGE
+from ludic.inference.weights import nccl_transport
+from ludic.inference.weights.weight_transport import WireWeights
+from ludic.inference.worker import vllm_logprobs
 from tests.vllm_contract import ALWAYS, EITHER
 from tests.vllm_sources import ROOT, Sources, imported, listed, problems
 

@@ -21,15 +21,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from ludic.inference import handshake
-from ludic.inference.errors import EngineError, ServerMismatchError, WeightSyncError
-from ludic.inference.server_control import ServerControl
-from ludic.inference.server_process import RunningServer, free_port
-from ludic.inference.vllm_client import VLLMEngine, stop_token_ids
-from ludic.inference.weight_sync import _Proof
-from ludic.inference.weight_transport import SharedMemoryTransport, WireWeights
-from ludic.prompts import decode_completion, encode_prompt, load_tokenizer
-from ludic.training.attention import prepare_packed_attention
+from ludic.inference.client import handshake
+from ludic.inference.client.server_control import ServerControl
+from ludic.inference.client.server_process import RunningServer, free_port
+from ludic.inference.client.vllm_client import VLLMEngine, stop_token_ids
+from ludic.inference.weights.weight_sync import _Proof
+from ludic.inference.weights.weight_transport import SharedMemoryTransport, WireWeights
+from ludic.rollout.errors import EngineError, ServerMismatchError, WeightSyncError
+from ludic.task.prompts import decode_completion, encode_prompt, load_tokenizer
+from ludic.train.attention import prepare_packed_attention
 from ludic.types import Completion, SamplingParams
 from tests.conftest import digit_chat, make_digit_policy
 from tests.printed import printed_command

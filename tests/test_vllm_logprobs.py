@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from ludic.inference import vllm_logprobs
-from ludic.inference.generate_wire import RECORDED_PREFIX
-from ludic.inference.vllm_logprobs import LogprobRecorder, picked, recording_problem, scored, start_recording
+from ludic.inference.wire import RECORDED_PREFIX
+from ludic.inference.worker import vllm_logprobs
+from ludic.inference.worker.vllm_logprobs import LogprobRecorder, picked, recording_problem, scored, start_recording
 
 VOCAB = 50
 KEY, OTHER = (RECORDED_PREFIX + digit * 32 for digit in "ab")
@@ -168,7 +168,7 @@ def test_a_request_waits_for_its_own_steps_and_not_for_what_the_device_does_now(
 
 def test_what_nobody_takes_is_dropped_after_a_while_but_not_what_still_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
-    monkeypatch.setattr("ludic.inference.vllm_logprobs.time.monotonic", lambda: now)
+    monkeypatch.setattr("ludic.inference.worker.vllm_logprobs.time.monotonic", lambda: now)
     recorder = LogprobRecorder()
     step(recorder, (internal(KEY), 3, 11, -1.0), (internal(OTHER), 3, 21, -1.0))
     now += vllm_logprobs.MAX_AGE_S + 1  # a long pause in which nothing was sampled
@@ -336,7 +336,7 @@ def test_log_probs_of_logits_in_any_dtype_are_taken_in_float32() -> None:
 
 TRITON = """
 import torch
-from ludic.inference.logprob_kernel import scored_by_triton
+from ludic.inference.worker.logprob_kernel import scored_by_triton
 
 generator = torch.Generator().manual_seed(0)
 for dtype in (torch.float32, torch.bfloat16):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ludic.inference.server_process import free_port
+from ludic.inference.client.server_process import free_port
 from tests.printed import printed_command
 from tests.vllm_helpers import CPU_SERVER_ENV
 

@@ -27,16 +27,17 @@ import requests
 import torch
 from safetensors.torch import save_file
 
-from ludic.inference import server_process, vllm_server
-from ludic.inference.digest import digest_hex, tensor_digest
-from ludic.inference.errors import ServerLostError, ServerMismatchError, ServerUnreachableError
-from ludic.inference.generate_wire import PATH, PROTOCOL
-from ludic.inference.handshake import server_state
-from ludic.inference.server_control import ServerControl
-from ludic.inference.server_defaults import GENERATE_ROUTE, REQUIRE_API_KEY, SERVER_GUARD
-from ludic.inference.vllm_client import VLLMEngine
+from ludic.inference import vllm_server
+from ludic.inference.client import server_process
+from ludic.inference.client.handshake import server_state
+from ludic.inference.client.server_control import ServerControl
+from ludic.inference.client.vllm_client import VLLMEngine
+from ludic.inference.server.server_defaults import GENERATE_ROUTE, REQUIRE_API_KEY, SERVER_GUARD
 from ludic.inference.vllm_server import RequireApiKey, RunningServer, ServerStartError, start_server
-from ludic.keys import KEY_VARIABLES
+from ludic.inference.weights.digest import digest_hex, tensor_digest
+from ludic.inference.wire import PATH, PROTOCOL
+from ludic.rollout.errors import ServerLostError, ServerMismatchError, ServerUnreachableError
+from ludic.storage.keys import KEY_VARIABLES
 from ludic.types import SamplingParams
 from tests.printed import printed_command
 from tests.vllm_helpers import (
@@ -404,7 +405,7 @@ STAND_IN = """\
 #!{python}
 import http.server, os, subprocess, sys, threading, time
 sys.path.insert(0, {source!r})
-from ludic.inference import server_process
+from ludic.inference.client import server_process
 server_process.ORPHAN_GRACE_S = 0.5
 server_process.end_with_parent()
 print("loading", os.environ.get("VLLM_API_KEY"), os.environ.get("CUDA_VISIBLE_DEVICES"), flush=True)
@@ -488,7 +489,7 @@ def start_in_another_process(python: str, log_path: Path, *options: str) -> "sub
     """A parent that starts a server and prints its process id as soon as it runs."""
     script = f"""\
         import subprocess, time
-        from ludic.inference import server_process
+        from ludic.inference.client import server_process
         real = subprocess.Popen
         def tell(*args, **kwargs):
             process = real(*args, **kwargs)
@@ -730,7 +731,7 @@ def test_a_bad_setting_ends_with_one_line_and_code_2_before_vllm_is_imported(
 @pytest.mark.vllm
 @pytest.mark.filterwarnings("ignore")
 def test_checkpoint_tensors_are_found_in_fused_and_padded_parameters() -> None:
-    from ludic.inference.vllm_model import checkpoint_views
+    from ludic.inference.worker.vllm_model import checkpoint_views
 
     model = torch.nn.Module()
     model.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}  # type: ignore[assignment]
@@ -756,7 +757,7 @@ def test_checkpoint_tensors_are_found_in_fused_and_padded_parameters() -> None:
 @pytest.mark.vllm
 @pytest.mark.filterwarnings("ignore")
 def test_modules_that_gpt2_turns_over_are_seen_as_the_checkpoint_holds_them_square_or_not() -> None:
-    from ludic.inference.vllm_model import checkpoint_views
+    from ludic.inference.worker.vllm_model import checkpoint_views
 
     class GPT2Model(torch.nn.Module):
         """As vLLM's: linear layers, where the checkpoint has weights of [inputs, outputs]."""
@@ -789,7 +790,7 @@ def test_modules_that_gpt2_turns_over_are_seen_as_the_checkpoint_holds_them_squa
     ids=str,
 )
 def test_a_module_may_come_fused_or_in_parts_but_not_in_some_of_them(sent: list[str], missing: str) -> None:
-    from ludic.inference.vllm_model import check_complete
+    from ludic.inference.worker.vllm_model import check_complete
 
     model = torch.nn.Module()
     model.packed_modules_mapping = {  # type: ignore[assignment]

@@ -16,10 +16,15 @@ from aiohttp import web
 from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, MistralConfig, PreTrainedModel
 
-from ludic.inference import weight_sync
-from ludic.inference.bucket_broadcast import BucketReceiver, WireLayout
-from ludic.inference.digest import canonical, digest_hex, tensor_digest
-from ludic.inference.errors import (
+from ludic.inference.client.server_control import HeldDigests, ServerControl, error_text
+from ludic.inference.client.vllm_client import VLLMEngine
+from ludic.inference.weights import weight_sync
+from ludic.inference.weights.bucket_broadcast import BucketReceiver, WireLayout
+from ludic.inference.weights.digest import canonical, digest_hex, tensor_digest
+from ludic.inference.weights.sync_probe import gap_error
+from ludic.inference.weights.weight_sync import TRANSPORTS, WeightSync
+from ludic.inference.weights.weight_transport import UNTOUCHED, WireWeights
+from ludic.rollout.errors import (
     EngineError,
     ServerInUseError,
     ServerLostError,
@@ -28,12 +33,7 @@ from ludic.inference.errors import (
     ServerUnreachableError,
     WeightSyncError,
 )
-from ludic.inference.server_control import HeldDigests, ServerControl, error_text
-from ludic.inference.sync_probe import gap_error
-from ludic.inference.vllm_client import VLLMEngine
-from ludic.inference.weight_sync import TRANSPORTS, WeightSync
-from ludic.inference.weight_transport import UNTOUCHED, WireWeights
-from ludic.training.attention import checkpoint_layers, prepare_packed_attention
+from ludic.train.attention import checkpoint_layers, prepare_packed_attention
 from tests.test_bucket_broadcast import Wire
 from tests.vllm_helpers import make_tiny_model, prompt_logprobs, randomize_weights
 
@@ -369,10 +369,10 @@ def in_place(
     def make(problem: str = "") -> InPlaceControl:
         randomize_weights(models[1], seed=2)
         control = InPlaceControl(models[1], problem)
-        monkeypatch.setattr("ludic.inference.nccl_transport.NcclLink", lambda: control.wire.end(0))
+        monkeypatch.setattr("ludic.inference.weights.nccl_transport.NcclLink", lambda: control.wire.end(0))
         return control
 
-    monkeypatch.setattr("ludic.inference.nccl_transport.BUCKET_BYTES", 16 * 4096)
+    monkeypatch.setattr("ludic.inference.weights.nccl_transport.BUCKET_BYTES", 16 * 4096)
     return make
 
 

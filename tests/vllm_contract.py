@@ -204,8 +204,8 @@ EITHER: tuple[tuple[Uses, ...], ...] = (
 
 SUBCLASSES: Mapping[str, tuple[str, ...]] = {
     "vllm.distributed.weight_transfer.base:WeightTransferEngine": (
-        "src/ludic/inference/vllm_worker.py:SharedMemoryWeightTransferEngine",
-        "src/ludic/inference/vllm_nccl.py:BucketWeightTransferEngine",
+        "src/ludic/inference/worker/vllm_worker.py:SharedMemoryWeightTransferEngine",
+        "src/ludic/inference/worker/vllm_nccl.py:BucketWeightTransferEngine",
     ),
-    "vllm.distributed.weight_transfer.base:WeightSource": ("src/ludic/inference/nccl_transport.py:Source",),
+    "vllm.distributed.weight_transfer.base:WeightSource": ("src/ludic/inference/weights/nccl_transport.py:Source",),
 }

@@ -14,7 +14,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 
-from ludic.inference.server_process import RunningServer, start_server
+from ludic.inference.client.server_process import RunningServer, start_server
 
 if TYPE_CHECKING:
     import pytest

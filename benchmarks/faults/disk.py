@@ -204,7 +204,7 @@ class Saver:
     def save(self, checkpoints: Path, step: int, keep: int = 2) -> Path:
         import torch
 
-        from ludic.training.checkpoint import TrainerState, save_checkpoint
+        from ludic.train.checkpoint import TrainerState, save_checkpoint
 
         return save_checkpoint(
             checkpoints,
@@ -263,7 +263,7 @@ class Bench:
 
 
 def _inject_saving(bench: Bench, name: str, number: int) -> Injection:
-    from ludic.training.checkpoint import CheckpointError, checkpoint_step
+    from ludic.train.checkpoint import CheckpointError, checkpoint_step
 
     checkpoints = bench.place / f"save_{number}"
     before = bench.saver.save(checkpoints, 1)
@@ -298,7 +298,7 @@ def _inject_saving(bench: Bench, name: str, number: int) -> Injection:
 
 
 def _inject_kill(bench: Bench, name: str, number: int) -> Injection:
-    from ludic.training.checkpoint import checkpoint_step
+    from ludic.train.checkpoint import checkpoint_step
 
     checkpoints = bench.place / f"kill_{number}"
     started = time.perf_counter()
@@ -327,7 +327,7 @@ def _inject_kill(bench: Bench, name: str, number: int) -> Injection:
 
 def _after(bench: Bench, checkpoints: Path) -> tuple[Path | None, list[str]]:
     """What a next start finds, once the fault is gone, and what is wrong with it."""
-    from ludic.training.checkpoint import find_checkpoint, recover_folder, verify_checkpoint
+    from ludic.train.checkpoint import find_checkpoint, recover_folder, verify_checkpoint
 
     recover_folder(checkpoints)
     found = find_checkpoint(checkpoints)

@@ -103,8 +103,8 @@ def serve(folder: Path) -> None:
 
 
 def _import_everything() -> ModuleType:
-    for name in ("matplotlib.pyplot", "transformers.models.qwen2.modeling_qwen2", "ludic.engines", "ludic.inference.local",
-                 "ludic.training.trainer"):  # fmt: skip
+    for name in ("matplotlib.pyplot", "transformers.models.qwen2.modeling_qwen2", "ludic.run", "ludic.rollout.local",
+                 "ludic.train.trainer"):  # fmt: skip
         importlib.import_module(name)
     spec = importlib.util.spec_from_file_location("train_gsm8k", SCRIPT)
     assert spec is not None and spec.loader is not None

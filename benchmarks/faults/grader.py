@@ -17,7 +17,7 @@ from pathlib import Path
 
 from benchmarks.faults.grader_corpus import Pair, ordinary, poison
 from benchmarks.faults.outcome import Injection
-from ludic.grading import Grader, Verdict
+from ludic.task.grading import Grader, Verdict
 
 ROW = "grader poison"
 TARGET_PER_S = 2_000.0

@@ -15,10 +15,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from ludic.inference.bucket_broadcast import BucketReceiver, WireLayout
-from ludic.inference.digest import digest_hex, tensor_digests
-from ludic.inference.errors import EngineError
-from ludic.inference.server_control import HeldDigests, ServerControl
+from ludic.inference.client.server_control import HeldDigests, ServerControl
+from ludic.inference.weights.bucket_broadcast import BucketReceiver, WireLayout
+from ludic.inference.weights.digest import digest_hex, tensor_digests
+from ludic.rollout.errors import EngineError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -67,7 +67,7 @@ class ModelServer(ServerControl):
     @contextlib.contextmanager
     def linked(self) -> Iterator[None]:
         """For the length of the block, what ludic sends over NCCL comes here."""
-        place = "ludic.inference.nccl_transport"
+        place = "ludic.inference.weights.nccl_transport"
         with (
             mock.patch(f"{place}.NcclLink", lambda: Link(self._wire, 0)),
             mock.patch(f"{place}.BUCKET_BYTES", SMALL_BUCKETS),

@@ -23,13 +23,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from benchmarks.faults.outcome import Injection
-from ludic.inference.beside import Beside
-from ludic.inference.engine import WeightSyncReport
-from ludic.inference.errors import EngineError
-from ludic.inference.server_control import ServerControl
-from ludic.inference.server_process import ServerProcess
-from ludic.inference.weight_sync import SETTLE_S, WeightSync
-from ludic.training.attention import prepare_packed_attention
+from ludic.inference.client.server_control import ServerControl
+from ludic.inference.client.server_process import ServerProcess
+from ludic.inference.weights.background import Beside
+from ludic.inference.weights.weight_sync import SETTLE_S, WeightSync
+from ludic.rollout.engine import WeightSyncReport
+from ludic.rollout.errors import EngineError
+from ludic.train.attention import prepare_packed_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -22,18 +22,18 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-import ludic.training.learner as learner_module
-import ludic.training.logprobs as logprobs_module
+import ludic.train.learner as learner_module
+import ludic.train.logprobs as logprobs_module
 from benchmarks.faults.outcome import Injection
-from ludic.inference.local import LocalEngine
-from ludic.prompts import load_tokenizer
-from ludic.training.checkpoint import list_checkpoints
-from ludic.training.config import GRPOConfig, RunPaths
-from ludic.training.learner import Learner
-from ludic.training.logprobs import TokenStats
-from ludic.training.losses import LOSSES, LossInputs, LossOutput, LossSettings
-from ludic.training.master_weights import MasterWeights
-from ludic.training.trainer import GRPOTrainer
+from ludic.config import GRPOConfig, RunPaths
+from ludic.rollout.local import LocalEngine
+from ludic.task.prompts import load_tokenizer
+from ludic.train.checkpoint import list_checkpoints
+from ludic.train.learner import Learner
+from ludic.train.logprobs import TokenStats
+from ludic.train.losses import LOSSES, LossInputs, LossOutput, LossSettings
+from ludic.train.master_weights import MasterWeights
+from ludic.train.trainer import GRPOTrainer
 from ludic.types import ChatMessage, Completion, ParseResult, SamplingParams, Score, TrainingSample
 
 ROW = "NaN or Inf"

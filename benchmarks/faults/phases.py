@@ -185,13 +185,13 @@ def _bend_clock(how: str) -> None:
 
 
 def _was_interrupted() -> bool:
-    from ludic import signals
+    from ludic.survival import signals
 
     return any(interrupts.caught is not None for interrupts in signals._catching)
 
 
 def _start_a_grading_worker() -> None:
-    from ludic.grading import answers_match
+    from ludic.task.grading import answers_match
 
     assert answers_match("x + 1", "1 + x")  # takes algebra
 
@@ -262,10 +262,10 @@ class _Phases:
 
 
 def _put_hooks_in(script: ModuleType, phases: _Phases) -> None:
-    from ludic.inference import local
-    from ludic.telemetry import jsonl
-    from ludic.training import trainer
-    from ludic.training.learner import Learner
+    from ludic.rollout import local
+    from ludic.storage import jsonl
+    from ludic.train import trainer
+    from ludic.train.learner import Learner
 
     def wrap(owner: Any, name: str, phase: str) -> None:
         inner: Callable[..., Any] = getattr(owner, name)

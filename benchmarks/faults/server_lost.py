@@ -38,15 +38,16 @@ from benchmarks.faults.outcome import Injection
 from benchmarks.harness import HashRewardGSM8K
 from environments.gsm8k import load
 from ludic.cli import hide_loading_bars
-from ludic.inference import handshake, recovery
-from ludic.inference.engine import WeightSyncReport
-from ludic.inference.recovery import RecoveringEngine
-from ludic.inference.server_process import ServerProcess, start_server
-from ludic.inference.vllm_client import VLLMEngine
-from ludic.pretrained import load_config, load_model
-from ludic.prompts import encode_prompt, load_tokenizer
-from ludic.training.config import GRPOConfig, RunPaths
-from ludic.training.trainer import GRPOTrainer
+from ludic.config import GRPOConfig, RunPaths
+from ludic.inference.client import handshake
+from ludic.inference.client.server_process import ServerProcess, start_server
+from ludic.inference.client.vllm_client import VLLMEngine
+from ludic.rollout.engine import WeightSyncReport
+from ludic.survival import recovery
+from ludic.survival.recovery import RecoveringEngine
+from ludic.task.pretrained import load_config, load_model
+from ludic.task.prompts import encode_prompt, load_tokenizer
+from ludic.train.trainer import GRPOTrainer
 from ludic.types import Completion, SamplingParams
 
 if TYPE_CHECKING:

@@ -33,7 +33,7 @@ from benchmarks.faults.trainer_killed import (
     plain_run,
     resumed,
 )
-from ludic.training.checkpoint import checkpoint_step, latest_checkpoint
+from ludic.train.checkpoint import checkpoint_step, latest_checkpoint
 
 ROW = "signals and terminal"
 LIMIT_S = 10.0

@@ -27,7 +27,7 @@ from typing import Any
 from benchmarks.faults.forks import ForkServer
 from benchmarks.faults.outcome import Injection
 from benchmarks.faults.phases import PHASES, Kill, Run, random_kill
-from ludic.training.checkpoint import CheckpointError, list_checkpoints, read_state, verify_checkpoint
+from ludic.train.checkpoint import CheckpointError, list_checkpoints, read_state, verify_checkpoint
 
 ROW = "trainer killed"
 MAX_KILLS = 3

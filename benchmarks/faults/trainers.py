@@ -24,9 +24,9 @@ from typing import Any
 from unittest import mock
 
 from benchmarks.faults.outcome import Injection
-from ludic.inference.generate_wire import PATH
-from ludic.inference.server_guard import TRAINER_HEADER, TRAINER_PATH, ServerGuard
-from ludic.inference.trainer_lease import LEASE_S
+from ludic.inference.server.server_guard import TRAINER_HEADER, TRAINER_PATH, ServerGuard
+from ludic.inference.server.trainer_lease import LEASE_S
+from ludic.inference.wire import PATH
 
 ROW = "two trainers on one server"
 CONTROL = ("/pause", "/resume", "/init_weight_transfer_engine", "/start_weight_update", "/update_weights",

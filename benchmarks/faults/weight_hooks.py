@@ -11,8 +11,8 @@ from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from benchmarks.faults.damage import flip_bit, other_values, same_shape_pairs
-from ludic.inference.vllm_packed import packed_layers, read_weight
-from ludic.inference.vllm_worker import LudicWorkerExtension
+from ludic.inference.worker.vllm_packed import packed_layers, read_weight
+from ludic.inference.worker.vllm_worker import LudicWorkerExtension
 
 Place = tuple[str, torch.nn.Module | None]
 """A parameter in memory by name, or a layer that holds its weight packed."""

@@ -26,11 +26,11 @@ from safetensors.torch import load_file, save_file
 from benchmarks.faults.damage import flip_bit, other_values, same_shape_pairs
 from benchmarks.faults.model_server import ModelServer
 from benchmarks.faults.outcome import Injection
-from ludic.inference.engine import WeightSyncReport
-from ludic.inference.errors import WeightSyncError
-from ludic.inference.server_control import ServerControl
-from ludic.inference.weight_sync import WeightSync
-from ludic.training.attention import prepare_packed_attention
+from ludic.inference.client.server_control import ServerControl
+from ludic.inference.weights.weight_sync import WeightSync
+from ludic.rollout.engine import WeightSyncReport
+from ludic.rollout.errors import WeightSyncError
+from ludic.train.attention import prepare_packed_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -298,7 +298,7 @@ def inject_into_server(
 @contextlib.contextmanager
 def damaging_server(model: Path, log_path: Path, *, dtype: str = "float32") -> Iterator[str]:
     """A real server on the CPU whose weights can be damaged; its address."""
-    from ludic.inference.server_process import start_server
+    from ludic.inference.client.server_process import start_server
 
     env = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     args = [*CPU_SERVER_ARGS, "--dtype", dtype, "--worker-extension-cls", SERVER_EXTENSION]

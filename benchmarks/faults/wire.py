@@ -27,10 +27,11 @@ from benchmarks.faults import wire_kinds
 from benchmarks.faults.outcome import Injection
 from benchmarks.faults.proxy import Fault, FaultProxy, fault_proxy
 from benchmarks.load import ByteTokenizer, ListWriter, Lookup, Sampler
-from ludic.inference import generate_wire, vllm_client
-from ludic.inference.errors import ServerRestartedError
-from ludic.inference.vllm_client import VLLMEngine
-from ludic.rollouts import GroupStream, Prompt
+from ludic.inference import wire
+from ludic.inference.client import vllm_client
+from ludic.inference.client.vllm_client import VLLMEngine
+from ludic.rollout.errors import ServerRestartedError
+from ludic.rollout.groups import GroupStream, Prompt
 from ludic.types import RolloutGroup, SamplingParams
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ async def break_real(
     """Faults between a client and a real server of ludic that serves the folder `model`."""
     from transformers import AutoConfig
 
-    from ludic.prompts import encode_prompt, load_tokenizer
+    from ludic.task.prompts import encode_prompt, load_tokenizer
 
     tokenizer = load_tokenizer(model)
     vocab_size = int(AutoConfig.from_pretrained(model).vocab_size)
@@ -338,7 +339,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     restarts = [asyncio.run(restart_once(seed)) for seed in range(max(1, arguments.count // 10))]
     refused = sum(one.ok for one in restarts)
     sys.stdout.write(f"{table(run)}\nanother start of the server: {refused} of {len(restarts)} refused\n")
-    sys.stdout.write(f"{time.perf_counter() - started:.0f} s, PROTOCOL {generate_wire.PROTOCOL}\n")
+    sys.stdout.write(f"{time.perf_counter() - started:.0f} s, PROTOCOL {wire.PROTOCOL}\n")
     return 0 if run.ok and refused == len(restarts) else 1
 
 

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from benchmarks.peers.common import JSONLines, JSONValue, gsm8k_prompts
-from ludic.prompts import encode_prompt
+from ludic.task.prompts import encode_prompt
 from ludic.types import ChatMessage
 
 GROUP_SIZE = 8

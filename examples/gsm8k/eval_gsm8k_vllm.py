@@ -29,10 +29,10 @@ from ludic.cli import (
     server_url,
 )
 from ludic.commands import given_command
-from ludic.engines import open_engine, require_server
-from ludic.hub import cache_without_hub
-from ludic.keys import read_api_key
-from ludic.signals import at_once
+from ludic.run import open_engine, require_server
+from ludic.storage.keys import read_api_key
+from ludic.survival.signals import at_once
+from ludic.task.hub import cache_without_hub
 from ludic.types import SamplingParams
 
 if TYPE_CHECKING:
@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from environments.gsm8k import GSM8KSample
-    from ludic.evaluation import EvaluationResult, Problem, ProblemRecord
-    from ludic.inference.weights_in_use import WeightsInUse
+    from ludic.inference.client.weights_in_use import WeightsInUse
+    from ludic.rollout.evaluation import EvaluationResult, Problem, ProblemRecord
 
 NAME = "eval_gsm8k_vllm.py"
 DEFAULT_MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
@@ -122,10 +122,10 @@ def check_arguments(args: argparse.Namespace) -> None:
 def settings_of(args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase") -> dict[str, object]:
     """What the records depend on, as far as it is known without the engine: this must be the same when an evaluation is
     taken up again."""
-    from ludic.inference.generate_wire import NEUTRAL_SAMPLING
-    from ludic.inference.vllm_client import stop_token_ids
-    from ludic.pretrained import load_config
-    from ludic.prompts import chat_template_fingerprint, rendering
+    from ludic.inference.client.vllm_client import stop_token_ids
+    from ludic.inference.wire import NEUTRAL_SAMPLING
+    from ludic.task.pretrained import load_config
+    from ludic.task.prompts import chat_template_fingerprint, rendering
 
     files = args.tokenizer or args.model
     config = load_config(files, trust_remote_code=args.trust_remote_code)
@@ -167,7 +167,7 @@ def seeded(args: argparse.Namespace, weights: "WeightsInUse") -> bool:
 
 def check_out(args: argparse.Namespace, out: Path, settings: dict[str, object]) -> "list[ProblemRecord]":
     """The records that are there, and are to be finished. Refuses to lose or to mix them; deletes nothing."""
-    from ludic.evaluation import read_records
+    from ludic.rollout.evaluation import read_records
 
     if out.is_dir():
         raise ValueError(f"--out {out} is a folder: name a file")
@@ -183,7 +183,7 @@ def check_out(args: argparse.Namespace, out: Path, settings: dict[str, object]) 
 
 def check_records(done: "list[ProblemRecord]", problems: "list[Problem]", samples_per_problem: int) -> None:
     """Refuse to take up records of other problems, or of more than are asked for."""
-    from ludic.evaluation import TooFewProblemsError, match_records
+    from ludic.rollout.evaluation import TooFewProblemsError, match_records
 
     try:
         match_records(done, problems, samples_per_problem)
@@ -195,7 +195,7 @@ def check_records(done: "list[ProblemRecord]", problems: "list[Problem]", sample
 
 def check_same_settings(sidecar: Path, settings: dict[str, object]) -> None:
     """Records of another model or other sampling must not be mixed with new ones."""
-    from ludic.training.resume import shown_apart
+    from ludic.survival.changed_settings import shown_apart
 
     try:
         before = json.loads(sidecar.read_text(encoding="utf-8"))
@@ -219,7 +219,7 @@ def check_same_settings(sidecar: Path, settings: dict[str, object]) -> None:
 
 def recorded_date(sidecar: Path) -> "datetime | None":
     """The date that the records' prompts have, where their chat template renders one; what else is wrong is said later."""
-    from ludic.prompts import recorded_moment
+    from ludic.task.prompts import recorded_moment
 
     try:
         before = json.loads(sidecar.read_text(encoding="utf-8"))
@@ -246,8 +246,8 @@ def prepare(
     """Problems, tokenizer, what the records depend on, and those that are there: all that needs no engine."""
     # The libraries are loaded here, so that --help and wrong flags answer at once.
     from environments.gsm8k import HUB_ID, load
-    from ludic.pretrained import load_config, load_full_config
-    from ludic.prompts import load_tokenizer
+    from ludic.task.pretrained import load_config, load_full_config
+    from ludic.task.prompts import load_tokenizer
 
     files = args.tokenizer or args.model
     cache_without_hub([files], dataset=None if args.dataset else HUB_ID, say=say)
@@ -281,10 +281,10 @@ async def run(args: argparse.Namespace) -> int:
         from next_commands import training_advice
 
         from environments.gsm8k import GSM8K
-        from ludic.evaluation import evaluate, prepare_problems
-        from ludic.prompts import render
+        from ludic.rollout.evaluation import evaluate, prepare_problems
+        from ludic.task.prompts import render
+        from ludic.task.template_checks import describe_prompt
         from ludic.telemetry import EvaluationDisplay, JsonlWriter
-        from ludic.template_checks import describe_prompt
 
     async with contextlib.aclosing(GSM8K(system_prompt=args.system_prompt)) as environment:
         with at_once():
@@ -338,8 +338,8 @@ async def run(args: argparse.Namespace) -> int:
 
 def weights_in_use(args: argparse.Namespace) -> "WeightsInUse":
     """Which weights are scored, as far as the engine says."""
-    from ludic.inference.server_control import ServerControl
-    from ludic.inference.weights_in_use import weights_of_files, weights_of_server
+    from ludic.inference.client.server_control import ServerControl
+    from ludic.inference.client.weights_in_use import weights_of_files, weights_of_server
 
     if args.engine == "local":
         return weights_of_files(args.model)
@@ -352,7 +352,7 @@ def weights_in_use(args: argparse.Namespace) -> "WeightsInUse":
 
 def weights_at_the_end(args: argparse.Namespace, before: "WeightsInUse") -> "WeightsInUse":
     """The same once more. A server that is gone by now takes nothing from the records."""
-    from ludic.inference.errors import EngineError
+    from ludic.rollout.errors import EngineError
 
     try:
         return weights_in_use(args)

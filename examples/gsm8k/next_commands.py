@@ -11,10 +11,10 @@ from pathlib import Path
 from environments.gsm8k import load
 from ludic.cli import DEFAULT_HOST, DEFAULT_PORT
 from ludic.commands import flag, python_command
-from ludic.datafiles import split_files
-from ludic.inference.weights_in_use import WeightsInUse
-from ludic.pretrained import load_config
-from ludic.training.config import GRPOConfig, RunPaths
+from ludic.config import GRPOConfig, RunPaths
+from ludic.inference.client.weights_in_use import WeightsInUse
+from ludic.task.datafiles import split_files
+from ludic.task.pretrained import load_config
 
 
 def evaluation_advice(args: argparse.Namespace, config: GRPOConfig, checkpoint: str | None, out_dir: Path) -> list[str]:

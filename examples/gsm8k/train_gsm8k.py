@@ -36,28 +36,35 @@ from ludic.cli import (
     run_script,
 )
 from ludic.commands import given_command
+from ludic.config import GRPOConfig, RunPaths, add_arguments, from_arguments
 from ludic.doctor import check_token_ids, quick_checks
-from ludic.engines import open_engine, require_server
-from ludic.hub import cache_without_hub
-from ludic.pretrained import load_full_config, load_model, stored_dtype
-from ludic.prompts import chat_template_fingerprint, encode_prompt, load_tokenizer, recorded_moment, render, rendering
-from ludic.signals import at_once
+from ludic.run import open_engine, require_server
+from ludic.storage.jsonl import drop_steps_after, read_jsonl
+from ludic.storage.run_lock import RunLock, identity
+from ludic.survival.changed_settings import changed_settings
+from ludic.survival.resumed_model import find_resumed_model, keep_model
+from ludic.survival.signals import at_once
+from ludic.task.hub import cache_without_hub
+from ludic.task.pretrained import load_full_config, load_model, stored_dtype
+from ludic.task.prompts import (
+    chat_template_fingerprint,
+    encode_prompt,
+    load_tokenizer,
+    recorded_moment,
+    render,
+    rendering,
+)
+from ludic.task.template_checks import describe_prompt
 from ludic.telemetry.formatting import InertFormatter
-from ludic.telemetry.jsonl import drop_steps_after, read_jsonl
 from ludic.telemetry.loggers import make_logger, parse_logger_names
 from ludic.telemetry.progress import StatusLine
 from ludic.telemetry.report import comparison_table, evaluation_rows, reward_curve_text, save_reward_curve
-from ludic.template_checks import describe_prompt
-from ludic.training.config import GRPOConfig, RunPaths, add_arguments, from_arguments
-from ludic.training.resume import changed_settings
-from ludic.training.resumed_model import find_resumed_model, keep_model
-from ludic.training.run_lock import RunLock, identity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ludic.training.checkpoint import TrainerState
-    from ludic.training.trainer import GRPOTrainer, TrainingSummary
+    from ludic.train.checkpoint import TrainerState
+    from ludic.train.trainer import GRPOTrainer, TrainingSummary
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -162,7 +169,7 @@ def _prepare(args: argparse.Namespace, config: GRPOConfig, paths: RunPaths) -> _
                 raise
             unreachable = True
     # torch comes with this import, and takes seconds: not before the flags are checked.
-    from ludic.training.checkpoint import recover_folder
+    from ludic.train.checkpoint import recover_folder
 
     hide_loading_bars()
     for line in recover_folder(paths.checkpoints):
@@ -218,8 +225,8 @@ def _prepare(args: argparse.Namespace, config: GRPOConfig, paths: RunPaths) -> _
 
 async def _run(args: argparse.Namespace, config: GRPOConfig, paths: RunPaths, parts: _Parts, started: float) -> None:
     with at_once():
-        from ludic.training.checkpoint import checkpoint_step, list_checkpoints
-        from ludic.training.trainer import GRPOTrainer
+        from ludic.train.checkpoint import checkpoint_step, list_checkpoints
+        from ludic.train.trainer import GRPOTrainer
 
         _seed_generators(config.seed)
     tokenizer, environment, resume_from = parts.tokenizer, parts.environment, parts.resume_from
@@ -321,7 +328,7 @@ def load_policy(
     """
     import torch
 
-    from ludic.training.checkpoint import masters_folder
+    from ludic.train.checkpoint import masters_folder
 
     config = load_full_config(path, trust_remote_code=args.trust_remote_code)
     weights = masters_folder(Path(path)) if resumes else path  # a new run starts from what is served
@@ -384,7 +391,7 @@ def _find_checkpoint(args: argparse.Namespace, paths: RunPaths) -> "tuple[Path, 
     """
     if args.resume is None:
         return None
-    from ludic.training.checkpoint import find_checkpoint, read_state, verify_checkpoint
+    from ludic.train.checkpoint import find_checkpoint, read_state, verify_checkpoint
 
     if args.resume == "latest":
         newest = find_checkpoint(paths.checkpoints)

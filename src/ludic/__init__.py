@@ -12,20 +12,20 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ludic.environment import Environment
-    from ludic.evaluation import EvaluationResult, evaluate
-    from ludic.grading import Grader, Verdict, answers_match
-    from ludic.inference.engine import InferenceEngine, WeightSyncReport
-    from ludic.inference.errors import EngineError
-    from ludic.inference.local import LocalEngine
-    from ludic.inference.recovery import RecoveringEngine
-    from ludic.inference.server_process import ServerProcess, start_server
-    from ludic.inference.vllm_client import VLLMEngine
-    from ludic.parsers import boxed_parser, last_number_parser
-    from ludic.prompts import load_tokenizer
+    from ludic.config import GRPOConfig, RunPaths
+    from ludic.inference.client.server_process import ServerProcess, start_server
+    from ludic.inference.client.vllm_client import VLLMEngine
+    from ludic.rollout.engine import InferenceEngine, WeightSyncReport
+    from ludic.rollout.errors import EngineError
+    from ludic.rollout.evaluation import EvaluationResult, evaluate
+    from ludic.rollout.local import LocalEngine
+    from ludic.survival.recovery import RecoveringEngine
+    from ludic.task.environment import Environment
+    from ludic.task.grading import Grader, Verdict, answers_match
+    from ludic.task.parsers import boxed_parser, last_number_parser
+    from ludic.task.prompts import load_tokenizer
     from ludic.telemetry.loggers import MetricLogger, make_logger
-    from ludic.training.config import GRPOConfig, RunPaths
-    from ludic.training.trainer import GRPOTrainer, TrainingSummary
+    from ludic.train.trainer import GRPOTrainer, TrainingSummary
     from ludic.types import (
         ChatMessage,
         Completion,
@@ -74,35 +74,35 @@ __all__ = [
 _HOMES = {
     "ChatMessage": "types",
     "Completion": "types",
-    "EngineError": "inference.errors",
-    "Environment": "environment",
-    "EvaluationResult": "evaluation",
-    "GRPOConfig": "training.config",
-    "GRPOTrainer": "training.trainer",
-    "Grader": "grading",
-    "InferenceEngine": "inference.engine",
-    "LocalEngine": "inference.local",
+    "EngineError": "rollout.errors",
+    "Environment": "task.environment",
+    "EvaluationResult": "rollout.evaluation",
+    "GRPOConfig": "config",
+    "GRPOTrainer": "train.trainer",
+    "Grader": "task.grading",
+    "InferenceEngine": "rollout.engine",
+    "LocalEngine": "rollout.local",
     "MetricLogger": "telemetry.loggers",
     "ParseResult": "types",
-    "RecoveringEngine": "inference.recovery",
+    "RecoveringEngine": "survival.recovery",
     "Rollout": "types",
     "RolloutGroup": "types",
-    "RunPaths": "training.config",
+    "RunPaths": "config",
     "SamplingParams": "types",
     "Score": "types",
-    "ServerProcess": "inference.server_process",
+    "ServerProcess": "inference.client.server_process",
     "TrainingSample": "types",
-    "TrainingSummary": "training.trainer",
-    "VLLMEngine": "inference.vllm_client",
-    "Verdict": "grading",
-    "WeightSyncReport": "inference.engine",
-    "answers_match": "grading",
-    "boxed_parser": "parsers",
-    "evaluate": "evaluation",
-    "last_number_parser": "parsers",
-    "load_tokenizer": "prompts",
+    "TrainingSummary": "train.trainer",
+    "VLLMEngine": "inference.client.vllm_client",
+    "Verdict": "task.grading",
+    "WeightSyncReport": "rollout.engine",
+    "answers_match": "task.grading",
+    "boxed_parser": "task.parsers",
+    "evaluate": "rollout.evaluation",
+    "last_number_parser": "task.parsers",
+    "load_tokenizer": "task.prompts",
     "make_logger": "telemetry.loggers",
-    "start_server": "inference.server_process",
+    "start_server": "inference.client.server_process",
 }
 """The module below `ludic` that defines each public name."""
 

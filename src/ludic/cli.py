@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
-from ludic.inference.errors import EngineError
-from ludic.inference.server_process import ServerStartError
-from ludic.signals import Interrupts, keep_standard_streams
+from ludic.inference.client.server_process import ServerStartError
+from ludic.rollout.errors import EngineError
+from ludic.survival.signals import Interrupts, keep_standard_streams
 from ludic.telemetry.formatting import inert_lines
 
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8000
@@ -149,7 +149,7 @@ def hide_loading_bars() -> None:
 
 
 def run_script(name: str, main: Callable[[], Coroutine[Any, Any, int]]) -> NoReturn:
-    """Run a script's main coroutine and leave with its exit code, or with 2, 130, 143 or 129; see `ludic.signals`."""
+    """Run a script's main coroutine and leave with its exit code, or with 2, 130, 143 or 129; see `ludic.survival.signals`."""
     keep_standard_streams()
     with Interrupts(name) as interrupts:
         try:

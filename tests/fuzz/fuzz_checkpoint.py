@@ -1,4 +1,4 @@
-"""A checkpoint in which any of our files was changed at will (`ludic.training.checkpoint`, `manifest`, `optimizer_state`).
+"""A checkpoint in which any of our files was changed at will (`ludic.train.checkpoint`, `manifest`, `optimizer_state`).
 
     scripts/fuzz.sh 10 checkpoint
 
@@ -77,9 +77,9 @@ class Sandbox:
     def __init__(self, folder: Path) -> None:
         import torch
 
-        from ludic.training.checkpoint import TrainerState
-        from ludic.training.manifest import write_manifest
-        from ludic.training.optimizer_state import save_optimizer
+        from ludic.storage.manifest import write_manifest
+        from ludic.train.checkpoint import TrainerState
+        from ludic.train.optimizer_state import save_optimizer
 
         self.checkpoint = folder / "step_3"
         training = self.checkpoint / "training"
@@ -145,7 +145,7 @@ def check(data: bytes, sandbox: Sandbox) -> None:
     """Raises AssertionError, or whatever the loader should not have raised, where a promise is broken."""
     import torch
 
-    from ludic.training.checkpoint import load_optimizer, read_state, training_folder, verify_checkpoint
+    from ludic.train.checkpoint import load_optimizer, read_state, training_folder, verify_checkpoint
 
     name, content = changed(data, sandbox.whole)
     path = sandbox.checkpoint / name
@@ -171,7 +171,7 @@ def check(data: bytes, sandbox: Sandbox) -> None:
 
 def _accepted(read: Any) -> tuple[Any] | None:
     """What was read, in a tuple; None where it was refused, in one line that does nothing to a terminal."""
-    from ludic.training.manifest import CheckpointError
+    from ludic.storage.manifest import CheckpointError
 
     try:
         return (read(),)
@@ -212,7 +212,7 @@ def main() -> None:
     from tests.fuzz import start
 
     with atheris.instrument_imports(include=["json", "ludic"]):
-        import ludic.training.checkpoint  # noqa: F401
+        import ludic.train.checkpoint  # noqa: F401
 
     logging.disable(logging.CRITICAL)
     sandbox = Sandbox(Path(tempfile.gettempdir()) / "ludic-fuzz-checkpoint")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ludic.grading import Grader
+    from ludic.task.grading import Grader
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
@@ -38,10 +38,10 @@ SEEDS = (
 
 def check_pair(prediction: str, target: str, grader: "Grader | None" = None) -> None:
     """Raises where a promise about grading `prediction` is broken. With a `grader`, what algebra there is is done."""
-    from ludic.answer_cost import cost
-    from ludic.grading import _decide
-    from ludic.grading_pool import Question
-    from ludic.numbers import MAX_ANSWER_CHARS
+    from ludic.task.answer_cost import cost
+    from ludic.task.grading import _decide
+    from ludic.task.grading_pool import Question
+    from ludic.task.numbers import MAX_ANSWER_CHARS
 
     start = time.thread_time()
     length = max(len(prediction.strip()), len(target.strip()))
@@ -74,13 +74,13 @@ def main() -> None:
     import atheris
 
     with atheris.instrument_imports(include=["ludic"]):
-        import ludic.grading
+        import ludic.task.grading
 
     from tests.fuzz import start
     from tests.fuzz.fuzz_parsers import decode
 
     logging.disable(logging.CRITICAL)
-    grader = ludic.grading.Grader(num_workers=1, timeout_s=WORKER_TIMEOUT_S)
+    grader = ludic.task.grading.Grader(num_workers=1, timeout_s=WORKER_TIMEOUT_S)
     grader.match_sync("(9*2)", "18")  # From here on its workers are up.
 
     def check(data: bytes) -> None:

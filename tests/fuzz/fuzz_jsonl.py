@@ -1,4 +1,4 @@
-"""Any bytes as a JSON lines file: read, cut back to a step, mended and appended to (`ludic.telemetry.jsonl`).
+"""Any bytes as a JSON lines file: read, cut back to a step, mended and appended to (`ludic.storage.jsonl`).
 
     scripts/fuzz.sh 10 jsonl
 
@@ -59,7 +59,7 @@ def expand(data: bytes) -> bytes:
 
 def check(data: bytes, folder: Path) -> None:
     """Raises AssertionError, or whatever the reader should not have raised, where a promise is broken."""
-    from ludic.telemetry.jsonl import JsonlFile, encode_line
+    from ludic.storage.jsonl import JsonlFile, encode_line
 
     path = folder / "lines.jsonl"
     whole = data[: data.rfind(b"\n") + 1]
@@ -88,7 +88,7 @@ def check(data: bytes, folder: Path) -> None:
 
 def _check_cut(path: Path, records: list[dict[str, object]]) -> None:
     """The lines of later steps are gone, and the others say the same."""
-    from ludic.telemetry.jsonl import drop_steps_after
+    from ludic.storage.jsonl import drop_steps_after
 
     kept = [record for record in records if not isinstance(at := record.get("step"), int) or at <= 1]
     assert drop_steps_after(path, 1) == len(records) - len(kept)
@@ -103,7 +103,7 @@ def _said(records: object) -> str:
 
 def _read(path: Path) -> list[dict[str, object]] | None:
     """The records; None where the file is refused, which must say where."""
-    from ludic.telemetry.jsonl import read_jsonl
+    from ludic.storage.jsonl import read_jsonl
 
     try:
         return read_jsonl(path)
@@ -118,7 +118,7 @@ def main() -> None:
     from tests.fuzz import start
 
     with atheris.instrument_imports(include=["json", "ludic"]):
-        import ludic.telemetry.jsonl  # noqa: F401
+        import ludic.storage.jsonl  # noqa: F401
 
     logging.disable(logging.CRITICAL)
     folder = Path(tempfile.gettempdir()) / "ludic-fuzz-jsonl"  # one for all runs: a fuzzer ends without cleaning up

@@ -44,9 +44,9 @@ def decode(data: bytes) -> str:
 def check_text(text: str) -> None:
     """Raises where a promise about reading `text` is broken."""
     from environments.gsm8k import _last_digits
-    from ludic.grading import _decide
-    from ludic.numbers import clean_answer, read_number, same_number
-    from ludic.parsers import boxed_parser, last_number_parser
+    from ludic.task.grading import _decide
+    from ludic.task.numbers import clean_answer, read_number, same_number
+    from ludic.task.parsers import boxed_parser, last_number_parser
 
     start = time.thread_time()
     boxed, last = boxed_parser(text), last_number_parser(text)
@@ -80,7 +80,7 @@ def main() -> None:
 
     with atheris.instrument_imports(include=["ludic", "environments"]):
         import environments.gsm8k  # noqa: F401
-        import ludic.grading  # noqa: F401
+        import ludic.task.grading  # noqa: F401
 
     from tests.fuzz import start
 

@@ -47,7 +47,7 @@ def check(data: bytes) -> None:
 
 
 def _read_request(body: bytes) -> None:
-    from ludic.inference.generate_wire import RequestRefusedError, decode_request, encode_request
+    from ludic.inference.wire import RequestRefusedError, decode_request, encode_request
 
     try:
         request = decode_request(body)
@@ -60,7 +60,7 @@ def _read_request(body: bytes) -> None:
 
 
 def _read_reply(body: bytes) -> None:
-    from ludic.inference.generate_wire import BadReplyError, decode_reply, decode_request, encode_reply, max_reply_bytes
+    from ludic.inference.wire import BadReplyError, decode_reply, decode_request, encode_reply, max_reply_bytes
 
     request = decode_request(REQUEST_BODY)
     try:
@@ -80,7 +80,7 @@ def _read_reply(body: bytes) -> None:
 
 
 def _read_completions(body: bytes) -> None:
-    from ludic.inference.generate_wire import BadReplyError, decode_completions_reply, decode_request
+    from ludic.inference.wire import BadReplyError, decode_completions_reply, decode_request
 
     request = decode_request(REQUEST_BODY)
     try:
@@ -98,7 +98,7 @@ def _read_completions(body: bytes) -> None:
 
 
 def _read_error(body: bytes) -> None:
-    from ludic.inference.server_control import error_text
+    from ludic.inference.client.server_control import error_text
 
     text = error_text(body.decode("utf-8", "replace"))
     assert len(text) < 700 and "\n" not in text
@@ -121,8 +121,7 @@ def main() -> None:
     import atheris
 
     with atheris.instrument_imports(include=["ludic", "json", "base64"]):
-        import ludic.inference.generate_wire
-        import ludic.inference.server_control  # noqa: F401
+        pass
 
     from tests.fuzz import start
 

@@ -9,10 +9,10 @@ import argparse
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from ludic.config import GRPOConfig
 from ludic.doctor.dry_run import check_token_ids
 from ludic.doctor.findings import Finding, run_checks
-from ludic.doctor.here import quick_local_checks
-from ludic.training.config import GRPOConfig
+from ludic.doctor.machine import quick_local_checks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

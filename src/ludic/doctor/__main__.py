@@ -5,11 +5,11 @@ import sys
 from collections.abc import Sequence
 
 from ludic.cli import add_engine_arguments, check_engine_arguments, expand_home, hide_loading_bars
+from ludic.config import add_arguments, from_arguments
 from ludic.doctor.findings import run_checks
-from ludic.doctor.here import ask_hub_once, local_checks
-from ludic.pretrained import UnusableModelError
+from ludic.doctor.machine import ask_hub_once, local_checks
+from ludic.task.pretrained import UnusableModelError
 from ludic.telemetry.formatting import inert
-from ludic.training.config import add_arguments, from_arguments
 
 DEFAULT_MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
 

@@ -14,13 +14,13 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ludic.config import GRPOConfig
 from ludic.doctor.findings import Finding, failed, ok, warning
-from ludic.training.config import GRPOConfig
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from ludic.training.learner import Learner
+    from ludic.train.learner import Learner
 
 ROW = 64
 """Tokens of the sequences that the small model is trained on."""
@@ -36,7 +36,7 @@ def model_shape(model: str, trust_remote_code: bool) -> "tuple[PretrainedConfig,
     import torch
     from transformers import AutoModelForCausalLM
 
-    from ludic.pretrained import load_full_config, loading
+    from ludic.task.pretrained import load_full_config, loading
 
     config = load_full_config(model, trust_remote_code=trust_remote_code)
     with loading(model, "model"), torch.device("meta"):
@@ -52,9 +52,9 @@ def _small_learner(model: str, trust_remote_code: bool, config: GRPOConfig) -> "
         ValueError: this architecture cannot be trained; one line.
     """
     from ludic.doctor.tiny_model import DOES_NOT_RUN, tiny_model
-    from ludic.training.attention import compile_layers, prepare_packed_attention
-    from ludic.training.learner import Learner
-    from ludic.training.memory import worst_samples
+    from ludic.train.attention import compile_layers, prepare_packed_attention
+    from ludic.train.learner import Learner
+    from ludic.train.memory import worst_samples
 
     shape, full = model_shape(model, trust_remote_code)
     small = tiny_model(shape, full)
@@ -86,7 +86,7 @@ def _has_gpu() -> bool:
 
 def check_architecture(args: argparse.Namespace, config: GRPOConfig) -> Finding:
     """Can a model of this architecture be trained on packed rows?"""
-    from ludic.training.attention import OTHER_FAMILY
+    from ludic.train.attention import OTHER_FAMILY
 
     try:
         learner = _small_learner(args.model, args.trust_remote_code, config)
@@ -149,7 +149,7 @@ def _check_round_trip(learner: "Learner") -> Finding:
     import torch
 
     from ludic.doctor.tiny_model import DOES_NOT_RUN
-    from ludic.pretrained import load_model
+    from ludic.task.pretrained import load_model
 
     name = type(learner.model).__name__
     weights = learner.masters.state_dict(learner.model)
@@ -173,7 +173,7 @@ def check_token_ids(
     """Has the embedding a row for each id of the prompts, and for the tokens that end, begin and fill up a sequence?"""
     import torch
 
-    from ludic.inference.vllm_client import stop_token_ids
+    from ludic.inference.client.vllm_client import stop_token_ids
 
     shape, full = model_shape(args.model, args.trust_remote_code)
     weight = full.get_input_embeddings().weight

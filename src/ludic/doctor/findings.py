@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ludic.inference.errors import EngineError
-from ludic.pretrained import UnusableModelError
+from ludic.rollout.errors import EngineError
+from ludic.task.pretrained import UnusableModelError
 from ludic.telemetry.formatting import inert
 
 Status = Literal["ok", "warning", "failed"]

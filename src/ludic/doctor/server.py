@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ludic.cli import server_url
+from ludic.config import GRPOConfig
 from ludic.doctor.findings import Check, Finding, failed, ok, warning
-from ludic.doctor.here import installed, trainer_device
+from ludic.doctor.machine import installed, trainer_device
 from ludic.doctor.vllm_probe import check_vllm
-from ludic.inference import handshake
-from ludic.inference.errors import EngineError, ServerLostError, ServerUnreachableError
-from ludic.inference.server_control import ServerControl
-from ludic.inference.server_process import ServerStartError, require_free_port
-from ludic.keys import read_api_key
-from ludic.training.config import GRPOConfig
-from ludic.training.run_lock import describe, identity
+from ludic.inference.client import handshake
+from ludic.inference.client.server_control import ServerControl
+from ludic.inference.client.server_process import ServerStartError, require_free_port
+from ludic.rollout.errors import EngineError, ServerLostError, ServerUnreachableError
+from ludic.storage.keys import read_api_key
+from ludic.storage.run_lock import describe, identity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -75,8 +75,8 @@ class ServerChecks:
             here = self._args.host in LOOPBACK and installed("vllm") is not None
             return [unreachable, check_vllm()] if here else unreachable
         self._up = True
-        from ludic.pretrained import load_config
-        from ludic.training.rope import longrope_switch
+        from ludic.task.pretrained import load_config
+        from ludic.task.rope import longrope_switch
 
         config = load_config(self._args.model, trust_remote_code=self._args.trust_remote_code)
         handshake.check_context(served, self._config.max_seq_len, longrope_switch(config))
@@ -86,7 +86,7 @@ class ServerChecks:
         """Do both sides make the same ids of a text and of a chat?"""
         if not self._up:
             return _skipped("tokenizer")
-        from ludic.prompts import load_tokenizer
+        from ludic.task.prompts import load_tokenizer
 
         self._tokenizer = load_tokenizer(
             self._args.model, self._args.chat_template, trust_remote_code=self._args.trust_remote_code
@@ -169,7 +169,7 @@ class ServerChecks:
         return asyncio.run(self._generate())
 
     async def _generate(self) -> Finding:
-        from ludic.inference.vllm_client import VLLMEngine
+        from ludic.inference.client.vllm_client import VLLMEngine
         from ludic.types import SamplingParams
 
         assert self._tokenizer is not None
@@ -199,8 +199,8 @@ class ServerChecks:
             return _skipped("weight sync")
         import torch
 
-        from ludic.inference.weight_sync import WeightSync
-        from ludic.pretrained import load_model
+        from ludic.inference.weights.weight_sync import WeightSync
+        from ludic.task.pretrained import load_model
 
         device = torch.device("cuda", trainer_device(self._args)) if torch.cuda.is_available() else torch.device("cpu")
         model = load_model(self._args.model, dtype=torch.float32, trust_remote_code=self._args.trust_remote_code)

@@ -1,0 +1,1 @@
+"""Generation by a vLLM server. A folder tells in which process its code runs."""

@@ -26,11 +26,18 @@ import socket
 import sys
 from collections.abc import Sequence
 
-from ludic.inference.cpu_attention import head_size_problem
-from ludic.inference.generate_route import ASGIApp, Receive, Scope, Send, request_path, respond
-from ludic.inference.server_defaults import DEFAULT_MODEL, DEV_MODE_VARIABLE, Machine, apply_defaults, middleware
-from ludic.inference.server_guard import BOOT_VARIABLE, new_boot
-from ludic.inference.server_help import (
+from ludic.inference.client.server_process import (
+    RunningServer,
+    ServerStartError,
+    end_with_parent,
+    require_free_port,
+    start_server,
+)
+from ludic.inference.server.cpu_attention import head_size_problem
+from ludic.inference.server.generate_route import ASGIApp, Receive, Scope, Send, request_path, respond
+from ludic.inference.server.server_defaults import DEFAULT_MODEL, DEV_MODE_VARIABLE, Machine, apply_defaults, middleware
+from ludic.inference.server.server_guard import BOOT_VARIABLE, new_boot
+from ludic.inference.server.server_help import (
     CPU_ENVIRONMENT,
     PROG,
     USAGE,
@@ -40,14 +47,7 @@ from ludic.inference.server_help import (
     missing_gpu,
     quick_arguments,
 )
-from ludic.inference.server_process import (
-    RunningServer,
-    ServerStartError,
-    end_with_parent,
-    require_free_port,
-    start_server,
-)
-from ludic.keys import KEY_VARIABLES, check_key, read_key_file
+from ludic.storage.keys import KEY_VARIABLES, check_key, read_key_file
 
 __all__ = ["DEFAULT_MODEL", "RequireApiKey", "RunningServer", "ServerStartError", "main", "start_server"]
 
@@ -185,7 +185,7 @@ def take_api_keys(key_file: str | None) -> list[str]:
     The variables are removed, so that no process that this one starts inherits them.
 
     Raises:
-        ValueError: as `ludic.keys.read_key_file`, or a variable holds what no HTTP header can.
+        ValueError: as `ludic.storage.keys.read_key_file`, or a variable holds what no HTTP header can.
     """
     given = [(os.environ.pop(name, "").strip(), name) for name in KEY_VARIABLES]
     if key_file is not None:

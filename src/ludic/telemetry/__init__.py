@@ -1,7 +1,7 @@
 """What a run says about itself: metrics to the terminal, to JSON lines and to W&B, and the report at its end."""
 
+from ludic.storage.jsonl import JsonlFile, JsonlWriter, drop_steps_after, encode_line, read_jsonl
 from ludic.telemetry.formatting import format_evaluation, format_metric, format_step_line
-from ludic.telemetry.jsonl import JsonlFile, JsonlWriter, drop_steps_after, encode_line, read_jsonl
 from ludic.telemetry.loggers import LOGGER_NAMES, MetricLogger, MultiLogger, make_logger, parse_logger_names
 from ludic.telemetry.progress import EvaluationDisplay
 from ludic.telemetry.report import (

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Protocol, TextIO
 
 from rich.console import Console
 
-from ludic.signals import write_failure
+from ludic.storage.jsonl import JsonlFile
+from ludic.survival.signals import write_failure
 from ludic.telemetry.formatting import format_step, format_step_line, inert
-from ludic.telemetry.jsonl import JsonlFile
 from ludic.telemetry.live import LiveLogger
 
 if TYPE_CHECKING:

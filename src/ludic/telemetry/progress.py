@@ -14,7 +14,7 @@ from rich.text import Text
 from ludic.telemetry.formatting import count, inert, percent, seconds
 
 if TYPE_CHECKING:
-    from ludic.evaluation import EvaluationProgress
+    from ludic.rollout.evaluation import EvaluationProgress
 
 _LINES = 10
 """About so many plain lines in all, where problems come in steadily."""

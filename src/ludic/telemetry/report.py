@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.lines import Line2D
 
-    from ludic.evaluation import EvaluationResult
+    from ludic.rollout.evaluation import EvaluationResult
 
 _SMOOTHING = 0.85
 """Weight of the past in the smoothed reward: about the last seven updates count."""

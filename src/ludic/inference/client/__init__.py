@@ -1,0 +1,1 @@
+"""Runs in the trainer's process: starting a server, talking to it, generating."""

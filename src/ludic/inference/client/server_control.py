@@ -1,0 +1,359 @@
+"""Blocking calls to a vLLM server's control routes: health of the conversation, weights, digests, the probe's log-probs.
+
+Generation goes through `vllm_client`; this is what must be said one thing at a time, mostly from the sync's own thread.
+"""
+
+import copy
+import hashlib
+import json
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import requests
+from requests.adapters import HTTPAdapter
+
+from ludic.inference.client.tls import TLSAdapter, tls_context, tls_failure
+from ludic.inference.server.server_guard import TRAINER_HEADER, TRAINER_PATH
+from ludic.inference.weights.background import Beside
+from ludic.inference.wire import NEUTRAL_SAMPLING
+from ludic.rollout.errors import (
+    EngineError,
+    RouteMissingError,
+    ServerInUseError,
+    ServerLostError,
+    ServerMismatchError,
+    ServerUnauthorizedError,
+    ServerUnreachableError,
+)
+from ludic.telemetry.formatting import inert
+
+KEEP = {"mode": "keep", "clear_cache": "false"}
+TRANSFER_TIMEOUT_S = 300.0
+"""For the calls that move or prove a whole set of weights; the sync around them has a deadline of its own."""
+GRACE_S = 1.0
+"""What a whole reply may take longer than the longest silence within it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldDigests:
+    """What one worker holds of the tensors that were agreed on, in their order; "" where it cannot say.
+
+    Example:
+        >>> HeldDigests(in_memory=("0123456789abcdef", ""), packed=("", "fedcba9876543210"))
+        HeldDigests(in_memory=('0123456789abcdef', ''), packed=('', 'fedcba9876543210'), flushes=False, inexact='')
+    """
+
+    in_memory: Sequence[str]
+    packed: Sequence[str]
+    """Of what packed layers multiply with, in the form that `digest.canonical` gives a tensor; a tied weight has both."""
+    flushes: bool = False
+    """`flush` of that form"""
+    inexact: str = ""
+    """A packed layer that cannot be read back exactly, "" for none."""
+
+
+class ServerControl:
+    """Blocking calls to a vLLM server's control routes, each with a deadline and the server's own text in its error.
+
+    It has the four methods of vLLM's `VLLMWeightSyncClient` protocol, so vLLM's trainer-side engine drives it directly.
+
+    Args:
+        trainer: the id under which this process holds the server (see `server_guard`); None for who only asks.
+
+    Raises:
+        ServerUnreachableError: nothing answers.
+        ServerMismatchError: its certificate is not trusted, or it does not speak TLS.
+        ServerLostError: no answer in time.
+        ServerInUseError: another trainer holds the server.
+        RouteMissingError: 404 or 405.
+        ServerUnauthorizedError: 401 or 403.
+        EngineError: any other refusal, with the server's text.
+    """
+
+    def __init__(
+        self, base_url: str, *, api_key: str | None = None, timeout_s: float = 120.0, trainer: str | None = None
+    ) -> None:
+        self.base_url = base_url.rstrip("/")
+        self.timeout_s = timeout_s
+        self.refusal: EngineError | None = None
+        """Why the server last refused to take part in a transfer, for the thread that watches one which waits in NCCL for
+        a server that has already said no."""
+        self._given_up = threading.Event()
+        # One session, whose connections stay open between calls; each thread that calls at the same time gets its own.
+        self._session = requests.Session()
+        self._session.trust_env = False  # a proxy variable must not stand between the trainer and its own server
+        self._session.mount("http://", HTTPAdapter(pool_maxsize=4))
+        if self.base_url.startswith("https://"):
+            self._session.mount("https://", TLSAdapter(tls_context(), pool_maxsize=4))
+        if api_key:
+            self._session.headers["Authorization"] = f"Bearer {api_key}"
+        self.trainer = trainer
+        if trainer:
+            self._session.headers[TRAINER_HEADER] = trainer
+
+    def branch(self) -> "ServerControl":
+        """Another one with the same connections, whose caller can be cut off by itself: one conversation."""
+        other = copy.copy(self)
+        other.refusal, other._given_up = None, threading.Event()
+        return other
+
+    def give_up(self) -> None:
+        """Refuse all further calls: a thread that was left behind must never speak to the server again."""
+        self._given_up.set()
+
+    def check_wanted(self) -> None:
+        """Raise ServerLostError after `give_up`."""
+        if self._given_up.is_set():
+            raise ServerLostError("the weight sync that this belongs to was given up")
+
+    def close(self) -> None:
+        """Close idle connections; a later call opens new ones."""
+        self._session.close()
+
+    def request(
+        self,
+        method: str,
+        path: str,
+        *,
+        json_body: dict[str, Any] | None = None,
+        params: dict[str, str] | None = None,
+        timeout_s: float | None = None,
+    ) -> Any:
+        """Call one route and return its decoded JSON (None for an empty answer)."""
+        self.check_wanted()
+        deadline_s = self.timeout_s if timeout_s is None else timeout_s
+        try:
+            # Beside: a reply that comes a byte at a time would never be late by the deadline between two bytes.
+            asked = Beside(lambda: self._answer(method, path, json_body, params, deadline_s))
+            response = asked.result(deadline_s + GRACE_S)
+        except (requests.Timeout, TimeoutError) as error:
+            raise ServerLostError(f"{path} on {self.base_url} did not answer within {deadline_s:g} s") from error
+        except requests.ConnectionError as error:
+            if problem := tls_failure(error):
+                raise ServerMismatchError(f"{self.base_url} cannot be used: {problem}") from error
+            raise ServerUnreachableError(
+                f"nothing answers at {self.base_url} ({path}): {error.__class__.__name__}"
+            ) from error
+        except requests.RequestException as error:
+            raise ServerLostError(
+                f"{path} on {self.base_url} gave a broken reply: {error.__class__.__name__}"
+            ) from error
+        if response.status_code in (401, 403):
+            raise ServerUnauthorizedError(
+                f"the server at {self.base_url} refused {path}: it wants an API key; set LUDIC_API_KEY, or pass --api-key-file"
+            )
+        if response.status_code == 409:
+            raise ServerInUseError(f"{path} on {self.base_url} was refused: {error_text(response.text)}")
+        if response.status_code in (404, 405):
+            raise RouteMissingError(
+                f"{path} on {self.base_url} answered {response.status_code}: {error_text(response.text)}"
+            )
+        if not response.ok:
+            raise EngineError(f"{path} on {self.base_url} answered {response.status_code}: {error_text(response.text)}")
+        try:
+            return response.json() if response.content else None
+        except requests.JSONDecodeError as error:
+            raise ServerLostError(
+                f"{path} on {self.base_url} answered what is not JSON, so it is no vLLM server, or the reply was cut off: "
+                f"{error_text(response.text, 80)}"
+            ) from error
+
+    def _answer(
+        self,
+        method: str,
+        path: str,
+        json_body: dict[str, Any] | None,
+        params: dict[str, str] | None,
+        deadline_s: float,
+    ) -> requests.Response:
+        """Send once, and once more where a kept connection turned out to be closed before any answer.
+
+        A server closes connections that were idle for some seconds, and all of them when it restarts; it has then not read
+        the request. Were it to die over a request instead, nobody would be there for the second attempt.
+        """
+
+        def send() -> requests.Response:
+            return self._session.request(
+                method,
+                f"{self.base_url}{path}",
+                json=json_body,
+                params=params,
+                timeout=(min(10.0, deadline_s), deadline_s),
+            )
+
+        try:
+            return send()
+        except requests.ConnectionError as error:
+            if not _was_closed(error):
+                raise
+            return send()
+
+    def ask(self, method: str, path: str, *names: str, **options: Any) -> dict[str, Any]:
+        """`request`, whose answer must be an object with these names.
+
+        Raises:
+            ServerLostError: it is something else, so that what answers there is no server of ours, or none that works.
+        """
+        answer = self.request(method, path, **options)
+        if not isinstance(answer, dict) or not answer.keys() >= set(names):
+            raise ServerLostError(
+                f"{path} on {self.base_url} answered without {', '.join(names)}: no vLLM server does that"
+            )
+        return answer
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self._take_part("/init_weight_transfer_engine", {"init_info": init_info})
+
+    def start_weight_update(self) -> None:
+        try:
+            self.request("POST", "/start_weight_update")
+        except EngineError as error:
+            if "already" not in str(error):
+                raise
+            # A trainer that was killed in the middle of a sync left its update open: end that one, then start ours.
+            self.finish_weight_update()
+            self.request("POST", "/start_weight_update")
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        self._take_part("/update_weights", {"update_info": update_info})
+
+    def _take_part(self, path: str, body: dict[str, Any]) -> None:
+        """A call during which the trainer is already in the collective operation that it asks the server to join."""
+        try:
+            self.request("POST", path, json_body=body, timeout_s=TRANSFER_TIMEOUT_S)
+        except EngineError as error:
+            self.refusal = error
+            raise
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        body = None if weight_version is None else {"weight_version": weight_version}
+        self.request("POST", "/finish_weight_update", json_body=body, timeout_s=TRANSFER_TIMEOUT_S)
+
+    def end_open_update(self) -> None:
+        """Finish an update that a trainer left open, if there is one, so that the model's parameters are all in place again."""
+        try:
+            self.finish_weight_update()
+        except EngineError as error:
+            if "without a matching" not in str(error):
+                raise
+
+    def pause(self, *, drain: bool = False, timeout_s: float | None = None) -> None:
+        """Hold all generation from the next step on; it goes on at `resume`, and requests that come meanwhile wait.
+
+        Nothing is dropped from the prefix cache: its blocks are keyed by each request's `cache_salt`. With `drain`, for a
+        server that knows no salts, running requests end first and the caches are cleared.
+        """
+        mode = {"mode": "wait", "clear_cache": "true"} if drain else KEEP
+        self.request("POST", "/pause", params=mode, timeout_s=timeout_s)
+
+    def resume(self, *, timeout_s: float | None = None) -> None:
+        self.request("POST", "/resume", timeout_s=timeout_s)
+
+    def is_paused(self) -> bool:
+        return bool(self.request("GET", "/is_paused")["is_paused"])
+
+    def server_info(self) -> dict[str, Any]:
+        """What the server's first worker says of itself: dtype, device, transfer_backend, logprobs_mode, vllm_version."""
+        answer = self.request("POST", "/collective_rpc", json_body={"method": "ludic_server_info", "args": []})
+        info: dict[str, Any] = answer["results"][0]
+        return info
+
+    def expect_weights(self, wanted: dict[str, dict[str, Any]]) -> list[str]:
+        """Agree on what `held_digests` compares; why each worker's model cannot be written in place, "" where it can.
+
+        `wanted` is {name: {"dtype": "bfloat16", "shape": [...]}}.
+        """
+        answer = self.request(
+            "POST",
+            "/collective_rpc",
+            json_body={"method": "ludic_expect_weights", "args": [json.dumps(wanted)]},
+            timeout_s=TRANSFER_TIMEOUT_S,
+        )
+        return [worker["in_place_problem"] for worker in answer["results"]]
+
+    def held_digests(self) -> list[HeldDigests]:
+        """What each worker's model holds of the agreed tensors."""
+        answer = self.request(
+            "POST",
+            "/collective_rpc",
+            json_body={"method": "ludic_held_digests", "args": []},
+            timeout_s=TRANSFER_TIMEOUT_S,
+        )
+        return [
+            HeldDigests(
+                in_memory=_sixteens(worker["digests"]),
+                packed=_sixteens(worker["packed"]),
+                flushes=worker["flushes"],
+                inexact=worker["inexact"],
+            )
+            for worker in answer["results"]
+        ]
+
+    def weights_digest(self) -> str:
+        """16 hex digits that differ where the weights differ that the server computes with, as it holds them."""
+        answer = self.request("POST", "/collective_rpc", json_body={"method": "ludic_weights_digest", "args": []})
+        workers: list[str] = answer["results"]
+        return workers[0] if len(workers) == 1 else hashlib.sha256("".join(workers).encode()).hexdigest()[:16]
+
+    def note_weights(self, trainer: str, policy_version: int) -> None:
+        """Tell the server that it provably holds these weights of this trainer, for those who ask it whose they are."""
+        body = {"trainer": trainer, "policy_version": policy_version}
+        try:
+            self.request("PUT", TRAINER_PATH, json_body=body)
+        except RouteMissingError:  # vLLM with ludic's worker extension alone: nobody can ask it either
+            return
+
+    def prompt_logprobs(self, model: str, token_ids: list[int], *, cache_salt: str) -> list[float]:
+        """The server's log-probability of each prompt token after the first, in nats: [len(token_ids) - 1].
+
+        A new `cache_salt` keeps it from what the prefix cache holds of older weights.
+        """
+        answer = self.request(
+            "POST",
+            "/v1/completions",
+            json_body={
+                "model": model,
+                "prompt": token_ids,
+                "max_tokens": 1,
+                "temperature": 1.0,
+                "top_p": 1.0,
+                **NEUTRAL_SAMPLING,
+                "prompt_logprobs": 0,
+                "cache_salt": cache_salt,
+                "add_special_tokens": False,
+            },
+            timeout_s=TRANSFER_TIMEOUT_S,  # with rollouts in flight it waits for its turn among them
+        )
+        entries = answer["choices"][0]["prompt_logprobs"]
+        return [entry[str(token_id)]["logprob"] for entry, token_id in zip(entries[1:], token_ids[1:], strict=True)]
+
+
+def _was_closed(error: BaseException) -> bool:
+    """Whether the other side closed the connection (requests wraps what http.client raises)."""
+    inner: BaseException | None = error
+    while inner is not None:
+        if isinstance(inner, ConnectionResetError | BrokenPipeError):  # http.client.RemoteDisconnected is the former
+            return True
+        inner = inner.__cause__ or inner.__context__
+    return False
+
+
+def _sixteens(digests: str) -> list[str]:
+    """The digests of a string of 16 characters each; sixteen dashes stand for none."""
+    parts = [digests[first : first + 16] for first in range(0, len(digests), 16)]
+    return ["" if part == "-" * 16 else part for part in parts]
+
+
+def error_text(body: str, limit: int = 600) -> str:
+    """The message in an error answer of vLLM or FastAPI, on one line; the body itself where it has another form."""
+    try:
+        decoded = json.loads(body)
+    except ValueError:
+        decoded = None
+    if isinstance(decoded, dict):
+        inner = decoded.get("error", decoded.get("detail", decoded.get("message", decoded)))
+        body = str(inner.get("message", inner) if isinstance(inner, dict) else inner)
+    flat = " ".join(body.split())
+    return inert(flat, limit)

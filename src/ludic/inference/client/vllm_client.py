@@ -1,0 +1,467 @@
+"""The client of a vLLM server: token ids in, token ids and log-probs out, over one connection pool.
+
+It speaks ludic's own route (`generate_route`), and `/v1/completions` with token-id prompts where a server is plain vLLM.
+All completions of a prompt are one request, so that the server computes the prompt once. `connect` compares the server
+with what the run needs before anything is generated (`handshake`). From then on every answer must come from that start of
+the server: one that was started again has other weights.
+
+Left out: streaming, several servers. Getting a lost server back is the business of `recovery`.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import random
+import time
+import uuid
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+import torch
+
+from ludic.inference.client import handshake
+from ludic.inference.client.server_control import ServerControl, error_text
+from ludic.inference.client.tls import tls_context
+from ludic.inference.client.weighted_semaphore import WeightedSemaphore
+from ludic.inference.server.server_guard import BOOT_HEADER, TRAINER_HEADER
+from ludic.inference.weights.weight_sync import WeightSync
+from ludic.inference.wire import COMPLETIONS_ROUTE, OWN_ROUTE, BadReplyError, Generated, GenerateRequest
+from ludic.rollout.engine import WeightSyncReport
+from ludic.rollout.errors import (
+    EngineError,
+    ServerInUseError,
+    ServerLostError,
+    ServerMismatchError,
+    ServerRestartedError,
+    ServerUnauthorizedError,
+    ServerUnreachableError,
+)
+from ludic.task.pretrained import load_config
+from ludic.types import Completion, SamplingParams
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+CONNECT_TIMEOUT_S = 30.0
+"""For the TCP connection alone: bursts of hundreds of requests need longer than the usual 5 s."""
+GENERATION_TIMEOUT_S = 120.0
+GENERATION_TIMEOUT_PER_TOKEN_S = 0.5
+"""A request may take 120 s, for waiting in the server's queue, and half a second for each token that it may generate."""
+MAX_ATTEMPTS = 6
+MAX_TIMEOUTS = 2
+"""Of those, how many may end without an answer: what has waited so long twice will not come."""
+BACKOFF_S = 0.5
+"""Half of what the second attempt waits for; each further one waits twice as long, less up to half of it by chance."""
+MAX_BACKOFF_S = 8.0
+MAX_RETRY_AFTER_S = 60.0
+"""What a server may ask for at most."""
+MAX_ERROR_BYTES = 2**20
+"""Of a reply that is an error."""
+WARN_EVERY_S = 5.0
+SYNC_GRACE_S = 2.5
+"""What a weight sync may still take once the run is interrupted, and again what tearing it down may take."""
+TRANSIENT_STATUS = frozenset({408, 425, 429})
+"""Of those from 400 to 499, which blame the request. Any other is a server's, or somebody's between, who may think again."""
+
+
+class VLLMEngine:
+    """`InferenceEngine` over a server started by `python -m ludic.inference.vllm_server`.
+
+    Without `connect` it treats the server as plain vLLM.
+
+    Args:
+        base_url: for example `http://127.0.0.1:8000`, or `https://gpu.example.org/vllm` of a proxy in front of the server.
+        model: the name under which the server serves the model.
+        concurrency: completions (not requests) in flight at once. What the server cannot run at once waits in its queue,
+            next to the engine; so rather too many than too few, e.g. twice the rollouts of an update where generation
+            runs ahead of training.
+        stop_token_ids: ids that end a completion beside the model's own end-of-sequence token.
+        seed_requests: send `sampling.seed`. vLLM then samples row by row, which costs time, and its results still depend
+            on what else is in the batch; without, the server draws from its own generator.
+        vocab_size: rows of the model's embedding; a reply with another token id is refused. None: not checked.
+        longrope_switch: of the model that trains, see `handshake.check_context`; None: not compared.
+        fp32_head: whether the model that trains keeps logits in fp32, compared with the server; None: not compared.
+        trainer: the id under which the caller holds the server (`handshake.claim`); None for an evaluation.
+    """
+
+    overlaps_training: bool = True
+
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        model: str,
+        api_key: str | None = None,
+        concurrency: int = 1024,
+        stop_token_ids: Sequence[int] = (),
+        seed_requests: bool = False,
+        vocab_size: int | None = None,
+        longrope_switch: int | None = None,
+        fp32_head: bool | None = None,
+        trainer: str | None = None,
+    ) -> None:
+        if concurrency < 1:
+            raise ValueError(f"concurrency must be at least 1, not {concurrency}")
+        self.base_url = base_url.rstrip("/")
+        self.model = model
+        self.trainer = trainer
+        self.num_retries = 0
+        """Requests that were sent again after a transient failure."""
+        self.num_bad_replies = 0
+        """Replies among those failures that were damaged, or answered another request."""
+        self._concurrency = concurrency
+        self._stop_token_ids = list(stop_token_ids)
+        self._seed_requests = seed_requests
+        self._vocab_size = vocab_size
+        self._longrope_switch = longrope_switch
+        self._fp32_head = fp32_head
+        self._headers = {TRAINER_HEADER: trainer} if trainer else {}
+        if api_key:
+            self._headers["Authorization"] = f"Bearer {api_key}"
+        self.control = ServerControl(base_url, api_key=api_key, trainer=trainer)
+        self._session: aiohttp.ClientSession | None = None
+        self._in_flight = WeightedSemaphore(concurrency)
+        self._policy_version = 0
+        self._has_generate_route = False
+        self._warn_at = 0.0
+        self._run = uuid.uuid4().hex
+        self._boot: str | None = None
+        self._num_syncs = 0
+        self._sync: WeightSync | None = None
+
+    @property
+    def policy_version(self) -> int:
+        return self._policy_version
+
+    # -- before anything is generated ------------------------------------------------------------------------------
+
+    async def connect(
+        self, tokenizer: "PreTrainedTokenizerBase", *, max_seq_len: int | None = None, may_be_paused: bool = False
+    ) -> None:
+        """Check that this server is the one that the run needs, and find out which route it generates by, and, without a
+        trainer's id, which update's weights it holds.
+
+        Raises:
+            ServerUnreachableError: nothing listens there; names the command that starts a server.
+            ServerUnauthorizedError: it wants an API key.
+            ServerMismatchError: it serves another model, cuts the context shorter than `max_seq_len`, or has another
+                tokenizer or chat template; or it is paused, and not `may_be_paused`.
+        """
+        await asyncio.to_thread(self._connect, tokenizer, max_seq_len, may_be_paused)
+
+    def _connect(self, tokenizer: "PreTrainedTokenizerBase", max_seq_len: int | None, may_be_paused: bool) -> None:
+        control = self.control
+        served = handshake.served_model(control, self.model)
+        if max_seq_len is not None:
+            handshake.check_context(served, max_seq_len, self._longrope_switch)
+        handshake.check_tokenizer(control, self.model, tokenizer)
+        handshake.check_chat_template(control, self.model, tokenizer)
+        self._has_generate_route = handshake.has_generate_route(control)
+        state = handshake.server_state(control)
+        self._boot = state.boot
+        if self.trainer is None:  # a trainer's version is its own
+            self._policy_version = state.policy_version
+        if not may_be_paused and handshake.stays_paused(control):
+            raise ServerMismatchError(
+                f"the server at {self.base_url} is paused, as a trainer that was killed in a sync leaves it, and its weights "
+                f"may be half replaced: restart it with `{handshake.start_command(self.base_url, self.model)}`"
+            )
+
+    async def enable_weight_sync(self, probe_token_ids: list[int], *, deadline_s: float = 300.0) -> None:
+        """Find out how this server takes weights, so that `update_weights` can be called.
+
+        Raises:
+            ServerMismatchError: the server has no RL routes, or its settings would make training wrong.
+        """
+        info = await asyncio.to_thread(handshake.weight_sync_info, self.control, self.model)
+        if self._fp32_head is not None:
+            handshake.check_head_dtype(info, self._fp32_head)
+        if self._sync is not None:
+            await asyncio.to_thread(self._sync.close)  # NCCL may take seconds to let go of a server that is gone
+        self._sync = WeightSync(
+            self.control,
+            transport=info["transfer_backend"],
+            served_model=self.model,
+            dtype=getattr(torch, info["dtype"]),
+            probe_token_ids=probe_token_ids,
+            deadline_s=deadline_s,
+            fp32_head=self._fp32_head is True,
+        )
+
+    # -- generation ------------------------------------------------------------------------------------------------
+
+    async def generate(
+        self, prompt_token_ids: Sequence[int], *, num_completions: int, sampling: SamplingParams
+    ) -> list[Completion]:
+        """Draw completions of one prompt, all in one request unless they are more than `concurrency`.
+
+        Raises:
+            EngineError: the server refused the request; its own text is in the message.
+            ServerLostError: it does not answer, goes on failing, or was started again since `connect`.
+        """
+        completions: list[Completion] = []
+        while len(completions) < num_completions:
+            offset = len(completions)
+            count = min(num_completions - offset, self._concurrency)
+            async with self._in_flight.hold(count):
+                completions += await self._request(list(prompt_token_ids), count, sampling, offset)
+        return completions
+
+    async def _request(self, prompt: list[int], count: int, sampling: SamplingParams, offset: int) -> list[Completion]:
+        seed = sampling.seed if self._seed_requests else None
+        request = GenerateRequest(
+            model=self.model,
+            prompt_token_ids=prompt,
+            n=count,
+            max_tokens=sampling.max_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            stop_token_ids=self._stop_token_ids,
+            logprobs=sampling.logprobs,
+            seed=None if seed is None else seed + offset,  # vLLM seeds member i of a request with seed + i
+            cache_salt=None,
+            request_id="",
+        )
+        generated, version = await self._post_with_retries(request)
+        return [
+            Completion(
+                token_ids=one.token_ids,
+                logprobs=one.logprobs,
+                finish_reason="stop" if one.finish_reason == "stop" else "length",
+                policy_version=version,
+            )
+            for one in generated
+        ]
+
+    @property
+    def _cache_salt(self) -> str:
+        """Names the weights that the server holds now: prefix-cache blocks are shared only under the same name.
+
+        The version alone would not do: the server may hold blocks of an earlier run, whose version had the same number.
+        """
+        return f"{self._run}-{self._num_syncs}"
+
+    async def _post_with_retries(self, request: GenerateRequest) -> tuple[list[Generated], int]:
+        """The server's answer, and the policy version at which the request that it answers was sent."""
+        failure, first_failure, num_timeouts, wait_s = "", "", 0, 0.0
+        for attempt in range(MAX_ATTEMPTS):
+            if attempt:
+                first_failure = first_failure or failure
+                self.num_retries += 1
+                self._warn(failure)
+                backoff_s = min(BACKOFF_S * 2**attempt, MAX_BACKOFF_S) * random.uniform(0.5, 1.0)
+                await asyncio.sleep(max(backoff_s, wait_s))
+            # The weights may be replaced while this attempt runs: it is stamped with those that it starts with.
+            version, wait_s = self._policy_version, 0.0
+            try:
+                return await self._post(
+                    dataclasses.replace(request, cache_salt=self._cache_salt, request_id=uuid.uuid4().hex)
+                ), version
+            except TimeoutError:
+                failure, num_timeouts = f"no answer within {_deadline_s(request):.0f} s", num_timeouts + 1
+                if num_timeouts == MAX_TIMEOUTS:
+                    break
+            except _TransientError as error:
+                failure, wait_s = str(error), error.wait_s
+            except BadReplyError as error:
+                self.num_bad_replies += 1
+                failure = f"a reply that is none: {error}"
+            except aiohttp.ClientError as error:
+                failure = f"{type(error).__name__}: {error}"
+        if failure.startswith("ClientConnectorError"):
+            command = handshake.start_command(self.base_url, self.model)
+            if first_failure.startswith("ClientConnectorError"):
+                happened = f"does not answer ({failure})"
+            else:
+                happened = (
+                    f"stopped answering in the middle of a request ({first_failure}), and now nothing listens there"
+                )
+            raise ServerUnreachableError(
+                f"the server at {self.base_url} {happened}: its log says why; `{command}` starts it again"
+            )
+        raise ServerLostError(f"{attempt + 1} attempts failed, the last with {failure}")
+
+    def _warn(self, failure: str) -> None:
+        """Say that requests are sent again: not for each of a thousand that fail alike at once."""
+        if (now := time.monotonic()) >= self._warn_at:
+            self._warn_at = now + WARN_EVERY_S
+            logger.warning(
+                "a request to %s failed (%s) and is sent again; %d were so far",
+                self.base_url,
+                failure,
+                self.num_retries,
+            )
+
+    async def _post(self, request: GenerateRequest) -> list[Generated]:
+        """One attempt.
+
+        Raises:
+            BadReplyError, _TransientError, aiohttp.ClientError, TimeoutError: another attempt may succeed.
+            EngineError: it would not.
+        """
+        route = OWN_ROUTE if self._has_generate_route else COMPLETIONS_ROUTE
+        timeout = aiohttp.ClientTimeout(total=_deadline_s(request), sock_connect=CONNECT_TIMEOUT_S)
+        # No redirects: they would carry prompts and the key to wherever a reply says.
+        async with self._http().post(
+            f"{self.base_url}{route.path}",  # whole, since the address may have a path of its own
+            data=route.encode(request),
+            headers=_JSON,
+            timeout=timeout,
+            allow_redirects=False,
+        ) as response:
+            if response.status == 200:
+                boot = response.headers.get(BOOT_HEADER)
+                if boot is None and self._boot is not None:  # not our server's words, whoever's they are
+                    raise BadReplyError("it does not say which start of the server it comes from")
+                self.check_boot(boot)
+                body = await _read(response, route.max_reply_bytes(request))
+                return route.decode(body, request, vocab_size=self._vocab_size)
+            text = (await _read(response, MAX_ERROR_BYTES)).decode(errors="replace")
+        failure = f"{response.status}: {error_text(text)}"
+        if response.status in (401, 403):
+            raise ServerUnauthorizedError(
+                f"the server at {self.base_url} wants an API key: set LUDIC_API_KEY, or pass --api-key-file"
+            )
+        if response.status == 409:
+            raise ServerInUseError(f"the server at {self.base_url} refused a request with {failure}")
+        if response.status in TRANSIENT_STATUS or not 400 <= response.status < 500:
+            raise _TransientError(failure, wait_s=_retry_after_s(response.headers.get("Retry-After", "")))
+        raise EngineError(f"the server refused a request with {failure}")
+
+    def check_boot(self, boot: str | None) -> None:
+        """Raise ServerRestartedError if `boot` names another start of the server than the one that was connected to."""
+        if self._boot is not None and boot != self._boot:
+            raise ServerRestartedError(
+                f"the server at {self.base_url} was started again since this run gave it its weights: what it generates now "
+                "is of the weights that it was started with"
+            )
+
+    def _http(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            # The semaphore is the limit. A connection carries one request: what else comes on it, say a second reply, is for
+            # nobody, where on a kept connection it would be taken for the reply to the next request.
+            tls = tls_context() if self.base_url.startswith("https://") else True
+            connector = aiohttp.TCPConnector(limit=0, force_close=True, ssl=tls)
+            self._session = aiohttp.ClientSession(
+                connector=connector,
+                headers={"Accept-Encoding": "identity", **self._headers},
+                auto_decompress=False,  # a small reply must not become a large one
+                cookie_jar=aiohttp.DummyCookieJar(),
+                trust_env=False,
+            )
+        return self._session
+
+    # -- weights ---------------------------------------------------------------------------------------------------
+
+    def reserve_model(self) -> AbstractAsyncContextManager[None]:
+        """Nothing to hold: the model is read in `update_weights` alone."""
+        return contextlib.nullcontext()
+
+    def counts(self) -> dict[str, float]:
+        """`request_retries`, and `bad_replies` among their reasons, so far."""
+        return {"request_retries": self.num_retries, "bad_replies": self.num_bad_replies}
+
+    def abort_sync(self, reason: str) -> None:
+        """End a weight sync that waits for a server of which somebody else knows that it is gone."""
+        if self._sync is not None:
+            self._sync.abort(reason)
+
+    async def update_weights(self, model: torch.nn.Module, *, policy_version: int) -> WeightSyncReport:
+        """Send the weights, prove them, and count from then on with `policy_version`.
+
+        Completions that are being generated go on with the new weights, and keep the version that they started with.
+
+        Raises:
+            WeightSyncError: the sync did not take, for whatever reason; the old version must be assumed gone.
+        """
+        if self._sync is None:
+            raise EngineError("weight sync was not set up: call enable_weight_sync first")
+        policy: PreTrainedModel = model  # type: ignore[assignment]
+        try:
+            report = await self._to_its_end(self._sync, policy, policy_version)
+        finally:
+            self._num_syncs += 1  # a sync that failed may have replaced weights too
+        self._policy_version = policy_version
+        return report
+
+    async def _to_its_end(self, sync: WeightSync, policy: "PreTrainedModel", policy_version: int) -> WeightSyncReport:
+        """Run the sync on a thread. A cancellation leaves it some seconds: one that is broken off leaves a paused server."""
+        syncing = asyncio.ensure_future(asyncio.to_thread(sync.sync, policy, policy_version))
+        try:
+            return await asyncio.shield(syncing)
+        except asyncio.CancelledError:
+            if not syncing.cancelled():
+                await asyncio.wait([syncing], timeout=SYNC_GRACE_S)
+                if not syncing.done():
+                    sync.abort("the run was interrupted")
+                    await asyncio.wait([syncing], timeout=SYNC_GRACE_S)
+                if syncing.done():
+                    syncing.exception()  # seen, and of no interest any more
+            raise
+
+    async def aclose(self) -> None:
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+        if self._sync is not None:
+            sync, self._sync = self._sync, None
+            await asyncio.to_thread(sync.close)
+
+
+class _TransientError(Exception):
+    """The server answered with a status that may be another one at the next attempt."""
+
+    def __init__(self, message: str, *, wait_s: float) -> None:
+        super().__init__(message)
+        self.wait_s = wait_s
+
+
+def _retry_after_s(value: str) -> float:
+    """The seconds for which the server asks to be left alone; 0 for a date, or what cannot be read."""
+    return min(float(value), MAX_RETRY_AFTER_S) if value.isascii() and value.isdecimal() else 0.0
+
+
+async def _read(response: aiohttp.ClientResponse, limit: int) -> bytes:
+    """The body, which may have at most `limit` bytes."""
+    if (response.content_length or 0) > limit:
+        raise BadReplyError(
+            f"a reply of {response.content_length} bytes, which is more than the {limit} that it can have"
+        )
+    body = bytearray()
+    async for chunk in response.content.iter_any():
+        body += chunk
+        if len(body) > limit:
+            raise BadReplyError(f"a reply of more than {limit} bytes, which is more than it can have")
+    return bytes(body)
+
+
+def _deadline_s(request: GenerateRequest) -> float:
+    return GENERATION_TIMEOUT_S + GENERATION_TIMEOUT_PER_TOKEN_S * request.max_tokens
+
+
+_JSON = {"Content-Type": "application/json"}
+
+
+def stop_token_ids(
+    model: str, tokenizer: "PreTrainedTokenizerBase", config: "PretrainedConfig | None" = None
+) -> list[int]:
+    """Every id that ends a turn: the tokenizer's, the model's, and its generation config's (which vLLM adds by itself, too)."""
+    from transformers import GenerationConfig
+
+    config = load_config(model) if config is None else config
+
+    ids: set[int] = set()
+    if isinstance(tokenizer.eos_token_id, int):
+        ids.add(tokenizer.eos_token_id)
+    sources: list[Any] = [config]
+    with contextlib.suppress(OSError):  # a model without generation_config.json
+        sources.append(GenerationConfig.from_pretrained(model))
+    for source in sources:
+        eos = getattr(source, "eos_token_id", None)
+        ids.update([eos] if isinstance(eos, int) else eos or [])
+    return sorted(ids)

@@ -1,0 +1,1 @@
+"""Runs in the process of vLLM's HTTP front end."""

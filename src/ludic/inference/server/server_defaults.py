@@ -1,0 +1,214 @@
+"""What ludic's server changes from vLLM's defaults: one table, from which its parser, `--help` and the README are made.
+
+Whatever the user gives, on the command line or by `--config`, overrides a row. Nothing here imports vLLM.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ludic.inference.server.generate_route import WORKER_EXTENSION
+
+DEFAULT_MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
+DEV_MODE_VARIABLE = "VLLM_SERVER_DEV_MODE"
+GENERATE_ROUTE = "ludic.inference.server.generate_route.GenerateRoute"
+SERVER_GUARD = "ludic.inference.server.server_guard.ServerGuard"
+REQUIRE_API_KEY = "ludic.inference.vllm_server.RequireApiKey"
+
+MIN_KV_CACHE_BYTES, MAX_KV_CACHE_BYTES = 256 * 2**20, 2 * 2**30
+KV_CACHE_SHARE = 8
+"""One part in this many of the free memory: the weights, three processes with vLLM in them (2 GiB) and, with
+--start-server, the trainer need the rest. 2 GiB are 128 sequences (what vLLM runs at once on a CPU) of 1,300 tokens of a
+0.5B model in bfloat16."""
+
+When = Literal["always", "training", "cpu"]
+HEADINGS: dict[When, str] = {
+    "always": "always",
+    "training": "for training, so not with --no-training",
+    "cpu": "with vLLM's CPU build",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """What the defaults depend on beside the flags."""
+
+    is_cpu: bool
+    """vLLM computes on the CPU."""
+    free_bytes: int = 0
+    """Memory that is free there; only asked for on the CPU."""
+    transfer_backend: str = "ludic_shm"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Default:
+    """One setting of vLLM whose default ludic changes, in words and as a value.
+
+    Example:
+        >>> Default(
+        ...     setting="--host", dest="host", vllm="all addresses", ludic="127.0.0.1", why="safe", value=lambda *_: "127.0.0.1"
+        ... ).setting
+        '--host'
+    """
+
+    setting: str
+    """As the user writes it: a flag, or an environment variable."""
+    dest: str
+    """Its name in the namespace of vLLM's parser; "" for a variable."""
+    vllm: str
+    ludic: str
+    why: str
+    value: Callable[[argparse.Namespace, Machine], object]
+    """From what the command line asks for under vLLM's own defaults, and the machine."""
+    when: When = "always"
+    unless: str = ""
+    """Another setting, by its name in the namespace, which decides the same: if the user changes it, vLLM's default stays."""
+
+
+DEFAULTS: tuple[Default, ...] = (
+    Default(
+        setting="--model", dest="model", vllm="Qwen/Qwen3-0.6B", ludic=DEFAULT_MODEL,
+        why="the model of the examples", value=lambda *_: DEFAULT_MODEL,
+    ),
+    Default(
+        setting="--host", dest="host", vllm="all addresses", ludic="127.0.0.1",
+        why="who reaches the server can use it, and replace its weights", value=lambda *_: "127.0.0.1",
+    ),
+    Default(
+        setting="--allowed-origins", dest="allowed_origins", vllm='["*"] in 0.26, [] in 0.32', ludic="[]",
+        why="a web page that is open in a browser of this machine must not ask the model", value=lambda *_: [],
+    ),
+    Default(
+        setting="--logprobs-mode", dest="logprobs_mode", vllm="raw_logprobs", ludic="processed_logprobs",
+        why="log-probs of the distribution that was sampled from", value=lambda *_: "processed_logprobs",
+    ),
+    Default(
+        setting="--generation-config", dest="generation_config", vllm="auto", ludic="vllm",
+        why="the model's generation_config.json must not change temperature, top_p or top_k", value=lambda *_: "vllm",
+    ),
+    Default(
+        setting="--middleware", dest="middleware", vllm="none", ludic="API key, token-id route, lease",
+        why="the key for every route but /health; /ludic/v1/generate; and, for training, one trainer at a time",
+        value=lambda asked, _: middleware([], training=not asked.no_training),
+    ),
+    Default(
+        setting=DEV_MODE_VARIABLE, dest="", vllm="0", ludic="1", when="training",
+        why="the routes that pause the server and take weights", value=lambda *_: "1",
+    ),
+    Default(
+        setting="--weight-transfer-config", dest="weight_transfer_config", vllm="none",
+        ludic="ludic_nccl or ludic_shm", when="training",
+        why="how weights arrive: NCCL where the machine has a second GPU, else shared memory",
+        # A new object each time: vLLM's parser turns the text into one.
+        value=lambda _, machine: json.dumps({"backend": machine.transfer_backend}),
+    ),
+    Default(
+        setting="--worker-extension-cls", dest="worker_extension_cls", vllm="none", ludic="LudicWorkerExtension",
+        when="training", why="proves weight syncs, and records log-probs", value=lambda *_: WORKER_EXTENSION,
+    ),
+    Default(
+        setting="--disable-log-stats", dest="disable_log_stats", vllm="off", ludic="on", when="training",
+        # LLM.generate leaves statistics out by default as well. They are more than a third of the Python that runs in the
+        # front end for each token (9 of 22 microseconds on a slow CPU), and at many hundred sequences that sets the pace.
+        why="statistics cost time at every token (--enable-log-stats keeps them; without, /metrics has no engine figures)",
+        value=lambda *_: True,
+    ),
+    Default(
+        setting="--disable-uvicorn-access-log", dest="disable_uvicorn_access_log", vllm="off", ludic="on", when="training",
+        why="a line for each rollout's request (--no-disable-uvicorn-access-log writes them)", value=lambda *_: True,
+    ),
+    Default(
+        setting="--log-error-stack", dest="log_error_stack", vllm="off", ludic="on", when="training",
+        why="a weight update that is refused leaves its trace in the log", value=lambda *_: True,
+    ),
+    Default(
+        setting="--kv-cache-memory-bytes", dest="kv_cache_memory_bytes", vllm="92% of the memory",
+        ludic="1/8 of the free memory, 256M to 2G", when="cpu", unless="gpu_memory_utilization",
+        why="the trainer and other programs live there too (--gpu-memory-utilization or VLLM_CPU_KVCACHE_SPACE override it)",
+        value=lambda _, machine: kv_cache_bytes(machine.free_bytes),
+    ),
+    Default(
+        setting="--max-model-len", dest="max_model_len", vllm="the model's context", ludic="auto", when="cpu",
+        why="the model's context, or as much of it as the KV cache holds", value=lambda *_: -1,
+    ),
+    Default(
+        setting="--dtype", dest="dtype", vllm="auto", ludic="float32 if config.json says so", when="cpu",
+        why="vLLM serves it in bfloat16, while the trainer computes in float32 on a CPU",
+        value=lambda asked, _: "float32" if is_float32(asked.model_tag or asked.model) else "auto",
+    ),
+    Default(
+        setting="--enforce-eager", dest="enforce_eager", vllm="off", ludic="on", when="cpu",
+        why="compiling the model takes minutes on a few cores (--no-enforce-eager does it)", value=lambda *_: True,
+    ),
+)  # fmt: skip
+
+
+def apply_defaults(parser: argparse.ArgumentParser, asked: argparse.Namespace, machine: Machine) -> None:
+    """Give vLLM's parser the defaults of the table; `asked` is what it parsed before, with its own."""
+    rows = [row for row in DEFAULTS if row.dest and _applies(row, asked, machine)]
+    parser.set_defaults(
+        **{
+            row.dest: row.value(asked, machine)
+            for row in rows
+            if not row.unless or getattr(asked, row.unless) == parser.get_default(row.unless)
+        }
+    )
+
+
+def _applies(row: Default, asked: argparse.Namespace, machine: Machine) -> bool:
+    return {"always": True, "training": not asked.no_training, "cpu": machine.is_cpu}[row.when]
+
+
+def middleware(users: list[str], *, training: bool) -> list[str]:
+    """ludic's middlewares around the user's own.
+
+    What vLLM adds last is outermost: nothing, and no middleware of the user's, sees a request before its key was checked.
+    """
+    users = [name for name in users if name not in (GENERATE_ROUTE, SERVER_GUARD, REQUIRE_API_KEY)]
+    return [GENERATE_ROUTE, *users, *([SERVER_GUARD] if training else []), REQUIRE_API_KEY]
+
+
+def kv_cache_bytes(free_bytes: int) -> int:
+    """The KV cache of a CPU server.
+
+    Example:
+        >>> kv_cache_bytes(23 * 2**30) / 2**30, kv_cache_bytes(4 * 2**30) / 2**30, kv_cache_bytes(2**40) / 2**30
+        (2.0, 0.5, 2.0)
+    """
+    return max(MIN_KV_CACHE_BYTES, min(MAX_KV_CACHE_BYTES, free_bytes // KV_CACHE_SHARE))
+
+
+def is_float32(model: str) -> bool:
+    """Whether `model` is a folder whose config.json names float32; a name on the hub is left to vLLM."""
+    path = Path(model) / "config.json"
+    if not path.is_file():
+        return False
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:  # vLLM will say what is wrong with it
+        return False
+    names = [part.get("dtype") or part.get("torch_dtype") for part in (config, config.get("text_config") or {})]
+    return next((name for name in names if name), None) == "float32"
+
+
+def markdown_table() -> str:
+    """The table as the README has it."""
+    lines = ["| setting | vLLM's default | ludic's | why |", "|---|---|---|---|"]
+    for when, heading in HEADINGS.items():
+        lines.append(f"| **{heading}** | | | |")
+        lines += [f"| `{row.setting}` | {row.vllm} | {row.ludic} | {row.why} |" for row in DEFAULTS if row.when == when]
+    return "\n".join(lines)
+
+
+def plain_table() -> str:
+    """The table as `--help` has it."""
+    width = max(len(row.setting) for row in DEFAULTS) + 2
+    second = max(len(row.vllm) for row in DEFAULTS) + 2
+    lines = []
+    for when, heading in HEADINGS.items():
+        lines.append(f"  {heading}:")
+        lines += [f"    {r.setting:<{width}}{r.vllm:<{second}}{r.ludic}" for r in DEFAULTS if r.when == when]
+    return "\n".join(lines)

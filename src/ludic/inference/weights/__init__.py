@@ -1,0 +1,1 @@
+"""Both ends of a weight sync: transports, buckets, digests and proof."""

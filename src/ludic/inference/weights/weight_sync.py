@@ -1,0 +1,388 @@
+"""Hands the trainer's weights to a vLLM server, and proves that they arrived.
+
+The protocol is vLLM's own weight-transfer API: pause, start, update, finish, resume; `weight_transport` carries the bytes.
+Generation is held and not drained (`mode=keep`): running requests go on with the new weights, requests that come meanwhile
+wait. The prefix cache stays; its blocks are keyed by the `cache_salt` of each request, which the client renews with each sync.
+
+A sync that did not take is an error. After every sync, digests of the tensors that the server holds are compared with those
+of what was sent: of its memory, and of what packed layers multiply with (`vllm_packed`), as far as there is an exact way to
+see it. The log-probs of a fixed prompt are compared with the trainer's own at the first sync and at the first of another
+kind, then at every tenth (`probe_every`), and at each sync where the server's memory does not show all tensors: they also
+see what digests cannot, once the two policies differ by more than `sync_probe.PROBE_GAP_LIMIT`.
+
+Everything has a deadline, and the server's own words are in the error. A sync that fails before anything was sent lets the
+server go on; after that it stays paused, since half replaced weights serve nobody, and the next sync of whichever trainer
+sets it right. Whatever a failed sync leaves behind, a thread in a call that does not end included, is cut off: it can reach
+neither the server nor the GPU any more.
+
+Left out: sharded trainers and servers whose weights are quantised or split (their digests come back empty, and the
+log-prob proof stands alone).
+"""
+
+import contextlib
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from ludic.inference.client.server_control import HeldDigests, ServerControl
+from ludic.inference.weights.background import Beside
+from ludic.inference.weights.digest import digest_hex
+from ludic.inference.weights.nccl_transport import BucketTransport, NCCLTransport
+from ludic.inference.weights.sync_probe import gap_error, trainer_logprobs
+from ludic.inference.weights.weight_transport import SharedMemoryTransport, WeightTransport, WireWeights
+from ludic.rollout.engine import WeightSyncReport
+from ludic.rollout.errors import (
+    EngineError,
+    ServerInUseError,
+    ServerMismatchError,
+    ServerUnauthorizedError,
+    WeightSyncError,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+POLL_S = 0.25
+REFUSAL_GRACE_S = 5.0
+"""How long a transfer may take to notice by itself that the server has refused it."""
+SETTLE_S = 3.0
+"""For the one call by which a server is left paused, or running, after a sync that failed."""
+STAYS_PAUSED = (
+    "the server stays paused, because its weights may be half replaced: the next sync sets it right, or a restart"
+)
+IN_DOUBT = "if the server still runs, its weights may be half replaced: sync again, or restart it, before it is used"
+
+_PASS_ON = (ServerInUseError, ServerMismatchError, ServerUnauthorizedError)
+"""Errors that another attempt would not mend."""
+
+TRANSPORTS: dict[str, type[BucketTransport | SharedMemoryTransport | NCCLTransport]] = {
+    "ludic_nccl": BucketTransport,
+    "ludic_shm": SharedMemoryTransport,
+    "nccl": NCCLTransport,
+}
+
+
+@dataclass(slots=True)
+class _Talk:
+    """One conversation with the server, from a first sync to the first one that fails; then nothing of it is used again."""
+
+    control: ServerControl
+    transport: WeightTransport
+    opened: bool = False
+    salted: bool = False
+    found_paused: bool = False
+    """Whether the server was paused when we came, as a trainer that failed leaves it: not ours to resume without a sync."""
+    pausing: bool = False
+    """Whether a sync of ours has asked for the pause, and not ended well."""
+    probed_path: str = ""
+    syncs_since_probe: int = 0
+
+
+class WeightSync:
+    """One trainer's syncs with one server: opened at the first, proven each time.
+
+    Args:
+        transport: `ludic_nccl`, `ludic_shm` or `nccl`; it must be the backend that the server was started with.
+        served_model: the name under which the probe asks for the model.
+        probe_token_ids: the fixed prompt whose log-probs are compared, 2 tokens at least.
+        deadline_s: after which one sync has failed, whatever it waits for.
+        probe_every: at every how many syncs the log-probs are compared when digests alone have nothing against it.
+        fp32_head: whether the probe's logits are kept in fp32, as the model that trains has them.
+    """
+
+    def __init__(
+        self,
+        control: ServerControl,
+        *,
+        transport: str,
+        served_model: str,
+        dtype: torch.dtype,
+        probe_token_ids: list[int],
+        deadline_s: float = 300.0,
+        probe_every: int = 10,
+        fp32_head: bool = False,
+    ) -> None:
+        if transport not in TRANSPORTS:
+            raise ValueError(
+                f"the server's weight transfer backend is {transport!r}; ludic knows {', '.join(TRANSPORTS)}: "
+                "start the server with `python -m ludic.inference.vllm_server`"
+            )
+        self._control = control
+        self._transport = transport
+        self._served_model = served_model
+        self._dtype = dtype
+        self._probe = probe_token_ids
+        self._deadline_s = deadline_s
+        self._probe_every = probe_every
+        self._fp32_head = fp32_head
+        self._abort_reason = ""
+        self._has_agreed = False
+        """Whether the log-probs of any probe have: then both sides compute the same with the same weights."""
+        self._talk = self._new_talk()
+
+    def _new_talk(self) -> _Talk:
+        control = self._control.branch()
+        return _Talk(control, TRANSPORTS[self._transport](control, deadline_s=self._deadline_s))
+
+    def sync(self, model: "PreTrainedModel", policy_version: int) -> WeightSyncReport:
+        """Send `model`'s weights and prove them; blocking, at most `deadline_s` seconds and those that cleaning up takes.
+
+        Raises:
+            WeightSyncError: the server refused, did not answer in time, or does not hold what was sent; or `abort` was
+                called. It says in which state the server was left. Another attempt begins from nothing.
+            ServerMismatchError: it holds what was sent, and vLLM computes something else with it than transformers.
+            ServerInUseError, ServerUnauthorizedError: the server is not ours.
+        """
+        talk, outcome = self._talk, list[WeightSyncReport | BaseException]()
+        # On a daemon thread: a broken NCCL call cannot be interrupted, and must not hold the trainer for ever.
+        thread = threading.Thread(
+            target=lambda: outcome.append(self._attempt(talk, model, policy_version)), daemon=True
+        )
+        talk.control.refusal = None
+        self._abort_reason = ""
+        thread.start()
+        self._wait(thread, talk)
+        result = outcome[0] if outcome else None
+        if isinstance(result, WeightSyncReport):
+            return result
+        self._talk = self._new_talk()
+        left = _cut_off(talk, self._control)
+        error = self._failure(talk, result, policy_version)
+        if isinstance(error, _PASS_ON):
+            raise error
+        raise WeightSyncError(f"{error}{left}") from result
+
+    def abort(self, reason: str) -> None:
+        """From any thread: end the sync that is under way, if one is, at once; it raises WeightSyncError with the reason."""
+        self._abort_reason = reason
+
+    def _wait(self, thread: threading.Thread, talk: _Talk) -> None:
+        """Until the thread ends, the deadline has passed, `abort` was called, or the server refused what it waits for."""
+        deadline = time.monotonic() + self._deadline_s
+        while thread.is_alive() and time.monotonic() < deadline and not self._abort_reason:
+            thread.join(min(POLL_S, max(0.0, deadline - time.monotonic())))
+            if talk.control.refusal is not None:
+                deadline = min(deadline, time.monotonic() + REFUSAL_GRACE_S)
+                thread.join(max(0.0, deadline - time.monotonic()))
+
+    def _failure(self, talk: _Talk, result: BaseException | None, policy_version: int) -> Exception:
+        what = f"weight sync {policy_version} over {talk.transport.name}"
+        if isinstance(result, (WeightSyncError, *_PASS_ON)):
+            return result
+        if result is not None:
+            return WeightSyncError(f"{what} failed: {result}")
+        if isinstance(talk.control.refusal, _PASS_ON):
+            return talk.control.refusal
+        if talk.control.refusal is not None:
+            return WeightSyncError(f"{what} was refused by the server: {talk.control.refusal}")
+        if self._abort_reason:
+            return WeightSyncError(f"{what} was given up: {self._abort_reason}")
+        return WeightSyncError(
+            f"{what} did not end within {self._deadline_s:g} s; the server's log says where it waits"
+        )
+
+    def close(self) -> None:
+        self._talk.transport.close()
+        self._talk = self._new_talk()
+        self._control.close()
+
+    def _attempt(self, talk: _Talk, model: "PreTrainedModel", policy_version: int) -> WeightSyncReport | BaseException:
+        try:
+            if model.device.type == "cuda":
+                torch.cuda.set_device(model.device)  # each thread has a current device of its own, and NCCL goes by it
+                # This thread may have another stream than the optimizer's, whose last step must be over.
+                torch.cuda.synchronize(model.device)
+            return self._sync(talk, model, policy_version)
+        except BaseException as error:  # handed to the caller's thread, which raises it
+            return error
+
+    def _open(self, talk: _Talk, weights: WireWeights) -> None:
+        dtype_name = str(weights.dtype).removeprefix("torch.")
+        talk.found_paused = talk.control.is_paused()
+        if talk.found_paused:
+            talk.control.end_open_update()
+        talk.salted = bool(talk.control.server_info().get("cache_salt", False))
+        problems = talk.control.expect_weights(
+            {name: {"dtype": dtype_name, "shape": shape} for name, shape in weights.shapes().items()}
+        )
+        talk.transport.open(weights, in_place_problem=next((problem for problem in problems if problem), ""))
+        talk.opened = True
+
+    def _sync(self, talk: _Talk, model: "PreTrainedModel", policy_version: int) -> WeightSyncReport:
+        weights = WireWeights(model=model, dtype=self._dtype)
+        laps = _Laps()
+        talk.transport.touched = False
+        if not talk.opened:
+            self._open(talk, weights)
+            laps.end("open")
+        talk.pausing = True
+        pause = Beside(lambda: talk.control.pause(drain=not talk.salted))
+        try:
+            if not talk.transport.one_step:
+                pause.result()
+                laps.end("pause")
+            # Otherwise the pause, which takes vLLM 0.02 s and the step that runs, overlaps the rest: the server takes all
+            # weights in one call, and serves no call in the middle of a step.
+            sent = talk.transport.send(weights, weight_version=str(policy_version))
+            laps.end("send")
+            proof = _Proof.of(weights, talk.control, sent)
+            laps.end("digests")
+            pause.result()
+            laps.end("pause")
+        except BaseException:
+            with contextlib.suppress(EngineError):  # what went wrong first is what must be seen
+                pause.result()
+            raise
+        talk.control.resume()
+        laps.end("resume")
+        path, gap = talk.transport.path(), None
+        talk.syncs_since_probe += 1
+        if proof.in_memory < proof.total or path != talk.probed_path or talk.syncs_since_probe >= self._probe_every:
+            gap = self._prove_logprobs(talk, model, policy_version, same_weights=proof.compared == proof.total)
+            talk.probed_path, talk.syncs_since_probe = path, 0
+            laps.end("probe")
+        if proof.in_memory == proof.total:
+            talk.transport.confirm()
+        if talk.control.trainer is not None:
+            talk.control.note_weights(talk.control.trainer, policy_version)
+            laps.end("note")
+        talk.found_paused = talk.pausing = talk.transport.touched = False
+        return WeightSyncReport(
+            policy_version=policy_version,
+            num_tensors=proof.total,
+            num_bytes=weights.num_bytes(),
+            seconds=laps.total(),
+            proof=_proof_words(path, proof, gap),
+            logprob_gap=gap,
+            phases_s=laps.seconds,
+        )
+
+    def _prove_logprobs(
+        self, talk: _Talk, model: "PreTrainedModel", policy_version: int, *, same_weights: bool
+    ) -> float:
+        """The mean |difference| in nats between the server's and the trainer's log-probs of the probe prompt."""
+        talk.control.check_wanted()  # a thread that was left behind must not touch the model: the trainer has gone on
+        salt = f"ludic-probe-{policy_version}-{time.monotonic_ns()}"
+        asked = Beside(lambda: talk.control.prompt_logprobs(self._served_model, self._probe, cache_salt=salt))
+        trained = trainer_logprobs(model, self._probe, fp32_head=self._fp32_head)
+        gaps = (torch.tensor(asked.result()) - trained).abs()
+        error = gap_error(gaps, model, same_weights=same_weights and not self._has_agreed)
+        if isinstance(error, ServerMismatchError):
+            talk.pausing = talk.transport.touched = False  # its weights are whole, and it was resumed
+        if error is not None:
+            raise error
+        self._has_agreed = True
+        return gaps.mean().item()
+
+
+def _cut_off(talk: _Talk, control: ServerControl) -> str:
+    """End what is left of a conversation, and leave the server as it should be; says how, for the end of an error."""
+    talk.control.give_up()
+    talk.transport.abort()
+    if not talk.transport.touched:
+        if talk.pausing and not talk.found_paused:
+            with contextlib.suppress(EngineError):
+                control.resume(timeout_s=SETTLE_S)
+        return ""
+    try:
+        control.pause(timeout_s=SETTLE_S)
+    except EngineError:
+        return f"; {IN_DOUBT}"
+    return f"; {STAYS_PAUSED}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Proof:
+    """What the digests of one sync have shown: none differed, and how many were compared."""
+
+    total: int
+    compared: int
+    in_memory: int
+    """Of those compared, how many in the server's memory; the others only through the layers that multiply with them."""
+    inexact: str
+    """A layer that cannot be read, "" for none."""
+
+    @classmethod
+    def of(cls, weights: WireWeights, control: ServerControl, sent: list[int] | None) -> "_Proof":
+        """Compare what the server holds with what was sent. Raises WeightSyncError where a tensor differs."""
+        asked = Beside(control.held_digests)  # the server computes its own while the trainer does
+        wanted = weights.digests() if sent is None else sent
+        workers = asked.result()
+        names = list(weights.shapes())
+        sizes = [len(row) for worker in workers for row in (worker.in_memory, worker.packed)]
+        if any(size != len(names) for size in sizes):
+            raise WeightSyncError(f"the server answered with digests of {sizes} tensors, not {len(names)}")
+        in_memory = _Comparison([worker.in_memory for worker in workers], dict(enumerate(wanted)))
+        through = [
+            _Comparison([worker.packed], weights.canonical_digests(_numbers(worker), flush=worker.flushes))
+            for worker in workers
+        ]
+        wrong = sorted(
+            (names[number], held, digest)
+            for comparison in (in_memory, *through)
+            for number, held, digest in comparison.wrong
+        )
+        if wrong:
+            (first, held, digest), count = wrong[0], len({name for name, _, _ in wrong})
+            finite = bool(dict(weights)[first].isfinite().all())
+            raise WeightSyncError(
+                f"after the sync {count} of {len(names)} tensors on the server differ from those sent, "
+                f"the first is {first} (digest {held}, sent {digest})"
+                + ("" if finite else "; the trainer's own holds numbers that are not finite")
+            )
+        compared = in_memory.right.union(*(comparison.right for comparison in through))
+        inexact = next((worker.inexact for worker in workers if worker.inexact), "")
+        return cls(total=len(names), compared=len(compared), in_memory=len(in_memory.right), inexact=inexact)
+
+
+def _numbers(worker: HeldDigests) -> list[int]:
+    return [number for number, digest in enumerate(worker.packed) if digest]
+
+
+class _Comparison:
+    """Digests of several workers beside those wanted, by the tensor's number."""
+
+    def __init__(self, rows: Sequence[Sequence[str]], wanted: dict[int, int]) -> None:
+        self.right: set[int] = set()
+        self.wrong: list[tuple[int, str, str]] = []
+        for number, held in enumerate(zip(*rows, strict=True)):
+            digests = set(held) - {""}
+            if not digests:
+                continue
+            digest = digest_hex(wanted[number])
+            if digests == {digest}:
+                self.right.add(number)
+            else:
+                self.wrong.append((number, "/".join(sorted(digests)), digest))
+
+
+class _Laps:
+    """Seconds between named marks; a name that comes twice adds up."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def end(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
+        self._last = now
+
+    def total(self) -> float:
+        return sum(self.seconds.values())
+
+
+def _proof_words(path: str, proof: _Proof, gap: float | None) -> str:
+    if proof.compared == proof.total:
+        digests = f"all {proof.total} tensors held by the server have the digests of those sent"
+    else:
+        why = f"{proof.inexact} rounds what it holds" if proof.inexact else "the others are split or quantised"
+        digests = f"{proof.compared} of {proof.total} held tensors compared by digests ({why})"
+    if proof.in_memory < proof.compared:
+        digests += f", {proof.compared - proof.in_memory} of them as the layers multiply with them"
+    probe = "log-probs of the probe not due" if gap is None else f"log-probs of the probe within {gap:.2g} nats"
+    return f"{path}; {digests}; {probe}"

@@ -1,0 +1,1 @@
+"""Runs in vLLM's engine process, beside the model."""

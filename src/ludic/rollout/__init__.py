@@ -1,0 +1,1 @@
+"""From prompts to scored groups: the engine protocol, rollout groups, evaluation, and the engine in this process."""

@@ -1,0 +1,205 @@
+"""Opens the engine that the flags of `cli.add_engine_arguments` ask for, and starts a server where they ask for one.
+
+What trains gets an engine that survives its server (`inference.recovery`); an evaluation ends with the server, and is
+continued with `--resume-eval`.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import shlex
+import socket
+import uuid
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from ludic.cli import server_url
+from ludic.inference.client.server_process import ServerProcess
+from ludic.storage.keys import read_api_key
+from ludic.survival.signals import at_once
+from ludic.telemetry.formatting import inert
+from ludic.telemetry.progress import StatusLine
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ludic.inference.client.vllm_client import VLLMEngine
+    from ludic.rollout.engine import InferenceEngine
+
+
+CONNECT_S = 5.0
+
+
+def require_server(args: argparse.Namespace) -> None:
+    """Refuse a run whose server is missing before libraries, data and tokenizer are loaded for it.
+
+    Raises:
+        ServerUnreachableError: the flags name a server that runs, and nothing listens there.
+    """
+    if args.engine == "local" or args.start_server:
+        return
+    base_url = server_url(args)
+    address = urlsplit(base_url)
+    port = address.port or (443 if address.scheme == "https" else 80)
+    try:
+        socket.create_connection((address.hostname or "", port), timeout=CONNECT_S).close()
+    except OSError as error:
+        from ludic.inference.client.handshake import nothing_listens  # brings an HTTP client
+
+        raise nothing_listens(base_url, args.model) from error
+
+
+@contextlib.asynccontextmanager
+async def open_engine(
+    args: argparse.Namespace,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    out_dir: Path,
+    max_seq_len: int,
+    say: Callable[[str], None],
+    probe: Sequence[int] | None = None,
+    files: str | None = None,
+    fp32_head: bool | None = None,
+) -> "AsyncIterator[InferenceEngine]":
+    """The engine that the flags ask for, checked against this run; closed, and its server ended, on the way out.
+
+    A run that trains gives a `probe`, the token ids of a prompt by whose log-probs weight syncs are proven: it has the
+    server to itself, recovers it when it is lost, and can send it weights. A server that a killed trainer left paused is
+    an error for all others; the first sync sets it right. `files` is a folder or hub name that has the model's config where
+    `--model` is only the name that a server gives it. `fp32_head` is whether a run keeps logits in fp32: a server that is
+    started does the same, another's is compared.
+
+    Raises:
+        EngineError: the server is not there, not the right one, or held by another trainer.
+    """
+    if args.engine == "local":
+        with at_once():
+            engine = _local_engine(args, max_seq_len)
+        try:
+            yield engine
+        finally:
+            await engine.aclose()
+        return
+    from ludic.inference.client.vllm_client import VLLMEngine, stop_token_ids
+    from ludic.task.pretrained import load_config
+    from ludic.task.rope import longrope_switch
+
+    files = files or args.model
+    model_config = load_config(files, trust_remote_code=args.trust_remote_code)
+    async with contextlib.AsyncExitStack() as stack:
+        server = await _start_server(stack, args, out_dir, max_seq_len, fp32_head, say) if args.start_server else None
+        client = VLLMEngine(
+            server_url(args) if server is None else server.base_url,
+            model=args.model,
+            api_key=read_api_key(args.api_key_file),
+            concurrency=args.concurrency,
+            stop_token_ids=stop_token_ids(files, tokenizer, model_config),
+            seed_requests=args.seed_requests,
+            vocab_size=model_config.get_text_config().vocab_size,
+            longrope_switch=longrope_switch(model_config) if probe is not None else None,
+            fp32_head=fp32_head,
+            trainer=None if probe is None else uuid.uuid4().hex,
+        )
+        if server is not None:
+            stack.enter_context(server.losses_explained())
+        yield await stack.enter_async_context(
+            connected(
+                client,
+                tokenizer,
+                probe=probe,
+                max_seq_len=max_seq_len,
+                server=server,
+                out_dir=out_dir,
+                wait_s=args.server_wait,
+                say=say,
+            )
+        )
+
+
+@contextlib.asynccontextmanager
+async def connected(
+    client: "VLLMEngine",
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    probe: Sequence[int] | None,
+    max_seq_len: int | None = None,
+    **recovery: Any,
+) -> "AsyncIterator[InferenceEngine]":
+    """`client`, connected; with a `probe`, for which it needs a trainer's id, as the engine that a run trains with.
+
+    `recovery` are the settings of `RecoveringEngine`.
+    """
+    if probe is None:
+        async with contextlib.aclosing(client):
+            await client.connect(tokenizer, max_seq_len=max_seq_len)
+            yield client
+        return
+    from ludic.survival.recovery import RecoveringEngine
+
+    async with contextlib.aclosing(RecoveringEngine(client, **recovery)) as engine:
+        await engine.connect(tokenizer, max_seq_len=max_seq_len)
+        await engine.enable_weight_sync(list(probe))
+        yield engine
+
+
+def _local_engine(args: argparse.Namespace, max_seq_len: int) -> Any:
+    import torch
+
+    from ludic.rollout.local import LocalEngine
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return LocalEngine.from_pretrained(
+        args.model, device=device, trust_remote_code=args.trust_remote_code, context_len=max_seq_len
+    )
+
+
+async def _start_server(
+    stack: contextlib.AsyncExitStack,
+    args: argparse.Namespace,
+    out_dir: Path,
+    max_seq_len: int,
+    fp32_head: bool | None,
+    say: Callable[[str], None],
+) -> ServerProcess:
+    status = StatusLine(say)
+    log_path = Path(args.server_log) if args.server_log else out_dir / "vllm_server.log"
+    server = ServerProcess(
+        args.model,
+        host=args.host,
+        port=args.port,
+        gpu=args.server_gpu,
+        api_key=read_api_key(args.api_key_file),
+        extra_args=_server_flags(args, max_seq_len, fp32_head),
+        log_path=log_path,
+        on_progress=lambda seconds, line: status.show(f"server loading, {seconds:.0f} s: {inert(line)}"),
+    )
+    stack.push_async_callback(asyncio.to_thread, server.close)
+    say(f"starting the server; its log is {log_path}")
+    with status:
+        await asyncio.to_thread(server.start)
+    say(f"the server is up at {server.base_url}")
+    return server
+
+
+def _server_flags(args: argparse.Namespace, max_seq_len: int, fp32_head: bool | None) -> list[str]:
+    flags = shlex.split(args.server_args)
+    given = [flag.replace("_", "-").partition("=")[0] for flag in flags]
+    if "--max-model-len" not in given:
+        flags += ["--max-model-len", str(max_seq_len)]
+    if fp32_head and "--hf-overrides" not in given:
+        flags += ["--hf-overrides", '{"head_dtype": "float32"}']
+    if "--weight-transfer-config" not in given and _only_one_gpu():
+        flags += ["--weight-transfer-config", '{"backend": "ludic_shm"}']  # NCCL does not join a GPU with itself
+    if args.chat_template:
+        flags += ["--chat-template", args.chat_template]
+    if args.trust_remote_code:
+        flags += ["--trust-remote-code"]
+    return flags
+
+
+def _only_one_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available() and torch.cuda.device_count() == 1

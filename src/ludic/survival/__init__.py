@@ -1,0 +1,1 @@
+"""How a run outlives what ends others: a lost server, a signal, a resume."""

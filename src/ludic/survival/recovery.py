@@ -1,0 +1,397 @@
+"""An engine that survives its server: the one place where a lost server is got back.
+
+A server is lost when it dies, falls silent, answers nothing but errors, was started again by somebody, or does not provably
+hold the weights that it was sent. What then happens is the same each time:
+
+    1. whatever is in flight is given up: a completion of a lost server is not trained on, whichever weights it came from
+    2. a server of our own is started again; for another one we wait, with a countdown and the command that starts it
+    3. it is checked as at the start of the run, and claimed for this trainer
+    4. the current weights are sent with their version, and proven
+    5. the groups that were given up are generated again, under the same seeds and the version that is then current
+
+`generate` and `update_weights` do not return before that, or raise when it cannot be done. Each wait has an end: `wait_s` for
+a server to come back, `SILENT_S` for one that has gone silent, `MAX_LOSSES` losses without anything achieved in between.
+
+Left out: several servers, and a server that is slow rather than gone: its requests have deadlines of their own.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ludic.inference.client import handshake
+from ludic.inference.client.server_process import ServerProcess
+from ludic.rollout.engine import WeightSyncReport
+from ludic.rollout.errors import (
+    EngineError,
+    RouteMissingError,
+    ServerInUseError,
+    ServerLostError,
+    ServerRestartedError,
+    ServerUnauthorizedError,
+    WeightSyncError,
+)
+from ludic.storage.run_lock import identity, is_alive
+from ludic.types import Completion, SamplingParams
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from ludic.inference.client.vllm_client import VLLMEngine
+
+logger = logging.getLogger(__name__)
+
+WATCH_S = 5.0
+"""How often the server is asked whether it is still there, and still ours. Its hold on us is 60 s long."""
+SILENT_S = 60.0
+"""A server that has answered nothing for so long, generation or not, is lost."""
+MAX_LOSSES = 5
+"""So many losses of the server over one request end the run, and more without a successful weight sync in between."""
+MAX_LOSSES_AT_START = 1
+"""The same before the first weight sync of a run has succeeded: a person still looks, and the settings may be wrong."""
+COUNTDOWN_S = 30.0
+"""Between two lines that say for how long it is still waited."""
+ENDING_LOOK_S = 0.5
+"""A process that ends cuts its connections a moment before it is gone."""
+LOOK_S = 1.0
+
+
+class GivenUpError(EngineError):
+    """The server cannot be got back, after all that could be tried."""
+
+
+class RecoveringEngine:
+    """`InferenceEngine` over a `VLLMEngine`, whose server it gets back when it is lost.
+
+    Args:
+        engine: not connected yet, with a `trainer` id, under which the server is held.
+        server: the server's process, where it is ours to start again; None for one that somebody else launched.
+        out_dir: of the run, for the identity that a second trainer is shown.
+        wait_s: how long, in seconds, a server that is not ours may take to come back.
+        say: takes lines for a person to read.
+    """
+
+    overlaps_training: bool = True
+
+    def __init__(
+        self,
+        engine: "VLLMEngine",
+        *,
+        server: ServerProcess | None = None,
+        out_dir: Path = Path(),
+        wait_s: float = 1800.0,
+        say: Callable[[str], None] = logger.warning,
+    ) -> None:
+        self._engine = engine
+        if engine.trainer is None:
+            raise ValueError("an engine that recovers its server must hold it: give the VLLMEngine a trainer id")
+        self._trainer = engine.trainer
+        self._server = server
+        self._identity = identity(out_dir)
+        self._wait_s = wait_s
+        self._say = say
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._max_seq_len: int | None = None
+        self._probe: list[int] | None = None
+        self._weights: tuple[torch.nn.Module, int] | None = None
+        """What the server is to hold: the model, and its version."""
+        self._model_lock = asyncio.Lock()
+        self._proven = asyncio.Event()
+        """Not set while a sync is under way: the server may compute with new weights that are not proven yet."""
+        self._proven.set()
+
+        # A life of the server is numbered. What was begun in one life counts only if it ends in the same.
+        self._life = 0
+        self._losses = 0
+        """Since the last weight sync that succeeded."""
+        self._max_losses = MAX_LOSSES_AT_START
+        self._reason: EngineError | None = None
+        self._revived_life = 0
+        self._synced_life = 0
+        self._reviving: asyncio.Task[None] | None = None
+        self._watching: asyncio.Task[None] | None = None
+        self._claiming: asyncio.Future[handshake.Hold] | None = None
+        self._in_flight: set[asyncio.Task[list[Completion]]] = set()
+        self._fatal: EngineError | None = None
+        self._num_recoveries = 0
+        self._num_discarded = 0
+
+    @property
+    def policy_version(self) -> int:
+        return self._engine.policy_version
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the server is there and holds the weights, as far as is known."""
+        return self._synced_life == self._life
+
+    def reserve_model(self) -> AbstractAsyncContextManager[None]:
+        """The weights are sent again only while nobody else holds this."""
+        return self._model_lock
+
+    def counts(self) -> dict[str, float]:
+        """`server_recoveries`, `discarded_completions` (asked for again after a loss) and `request_retries`, so far."""
+        return self._engine.counts() | {
+            "server_recoveries": self._num_recoveries,
+            "discarded_completions": self._num_discarded,
+        }
+
+    # -- before anything is generated ------------------------------------------------------------------------------
+
+    async def connect(self, tokenizer: "PreTrainedTokenizerBase", *, max_seq_len: int | None = None) -> None:
+        """Check the server as `VLLMEngine.connect` does, and hold it for this trainer from then on.
+
+        Raises:
+            EngineError: it is not there, not the right one, or another trainer has it.
+        """
+        self._tokenizer, self._max_seq_len = tokenizer, max_seq_len
+        await self._connect()
+        self._watching = asyncio.create_task(self._watch())
+
+    async def enable_weight_sync(self, probe_token_ids: list[int]) -> None:
+        """As `VLLMEngine.enable_weight_sync`; done again by itself with each server that comes back."""
+        self._probe = probe_token_ids
+        await self._engine.enable_weight_sync(probe_token_ids)
+
+    async def _connect(self) -> None:
+        assert self._tokenizer is not None
+        await self._engine.connect(self._tokenizer, max_seq_len=self._max_seq_len, may_be_paused=True)
+        hold = await asyncio.to_thread(
+            handshake.claim_or_wait,
+            self._engine.control,
+            self._trainer,
+            self._identity,
+            is_alive=is_alive,
+            say=self._say,
+        )
+        self._engine.check_boot(hold.boot)
+        if self._probe is not None:
+            await self._engine.enable_weight_sync(self._probe)
+
+    # -- the two calls that a loss interrupts ----------------------------------------------------------------------
+
+    async def generate(
+        self, prompt_token_ids: Sequence[int], *, num_completions: int, sampling: SamplingParams
+    ) -> list[Completion]:
+        """As `VLLMEngine.generate`, again after each loss of the server.
+
+        Raises:
+            EngineError: the server refused the request, or cannot be got back.
+        """
+        for _ in range(MAX_LOSSES):
+            await self._ready()
+            life = self._life
+            task = asyncio.create_task(
+                self._engine.generate(prompt_token_ids, num_completions=num_completions, sampling=sampling)
+            )
+            completions = await self._outcome(task, life)
+            await self._proven.wait()  # what ends in the middle of a sync counts only once that is proven
+            if completions is not None and life == self._life:
+                return completions
+            self._num_discarded += num_completions
+        assert self._reason is not None
+        raise type(self._reason)(f"a request lost the server {MAX_LOSSES} times, the last time: {self._reason}")
+
+    async def _outcome(self, task: "asyncio.Task[list[Completion]]", life: int) -> list[Completion] | None:
+        """The completions; None where the server was lost over them."""
+        self._in_flight.add(task)
+        try:
+            await asyncio.wait([task])
+        finally:
+            self._in_flight.discard(task)
+            task.cancel()  # of no effect on one that has ended
+        if task.cancelled():
+            return None
+        error = task.exception()
+        if isinstance(error, ServerLostError):
+            self._lost(error, life)
+            return None
+        return task.result()
+
+    async def _ready(self) -> None:
+        """Until the server is there and holds the weights. Whoever comes first brings it about."""
+        while self._synced_life != self._life:
+            await self._revived()
+            async with self._model_lock:
+                if self._synced_life != self._life:
+                    await self._push()
+        if self._fatal is not None:
+            raise self._fatal
+
+    async def _push(self) -> None:
+        """Send the weights to a server that came back."""
+        if self._weights is None:  # none were sent yet: it is as good as the one before
+            self._synced_life = self._life
+            return
+        model, version = self._weights
+        await self.update_weights(model, policy_version=version)
+
+    async def update_weights(self, model: "torch.nn.Module", *, policy_version: int) -> WeightSyncReport:
+        """As `VLLMEngine.update_weights`; a sync that failed is made again, with a server that was got back.
+
+        Raises:
+            EngineError: it failed more than `MAX_LOSSES` times, or the server cannot be got back.
+        """
+        self._weights = model, policy_version
+        while True:
+            await self._revived()
+            life = self._life
+            self._proven.clear()
+            try:
+                report = await self._engine.update_weights(model, policy_version=policy_version)
+            except ServerLostError as error:
+                self._lost(error, life)
+                continue
+            finally:
+                self._proven.set()  # those who wait for it run after this, and after `_lost`
+            if life == self._life:
+                if self._losses:
+                    self._say(f"the server is back, with the weights of version {policy_version}: {report.proof}")
+                self._synced_life, self._losses, self._max_losses = life, 0, MAX_LOSSES
+                return report
+
+    # -- a loss ----------------------------------------------------------------------------------------------------
+
+    def _lost(self, error: EngineError, life: int) -> None:
+        """The server of `life` is lost: give up what is in flight. Said once, however many notice."""
+        if life != self._life:
+            return
+        self._life += 1
+        self._losses += 1
+        self._num_recoveries += 1
+        if self._server is not None and isinstance(error, ServerLostError):
+            ending = self._server.ending(
+                wait_s=ENDING_LOOK_S
+            )  # what ours says of its end tells more than what was noticed of it
+            error = error if ending is None else type(error)(ending)
+        self._reason = error
+        self._say(f"the server was lost: {error}")
+        self._engine.abort_sync(str(error))
+        for task in self._in_flight:
+            task.cancel()
+
+    async def _revived(self) -> None:
+        """Until the server answers again. One attempt at a time, shared by all who wait."""
+        while self._revived_life != self._life:
+            if self._fatal is not None:
+                raise self._fatal
+            if self._reviving is None or self._reviving.done():
+                self._reviving = asyncio.create_task(self._revive(self._life))
+            await asyncio.shield(self._reviving)
+
+    async def _revive(self, life: int) -> None:
+        assert self._reason is not None
+        try:
+            if self._losses > self._max_losses:
+                raise GivenUpError(
+                    f"the server was lost {self._losses} times without a weight sync in between: {self._reason}"
+                )
+            if self._losses > 1:
+                await asyncio.sleep(min(LOOK_S * 2**self._losses, COUNTDOWN_S))
+            if self._server is not None:
+                await self._restart(self._server)
+            else:
+                await self._wait_for_server()
+            await self._connect()
+        except (GivenUpError, ServerInUseError, ServerUnauthorizedError) as error:
+            self._fatal = error
+            raise
+        except EngineError as error:  # lost again, half dead, or not the right one: another attempt, counted
+            self._lost(error, life)
+            return
+        self._revived_life = life
+
+    async def _restart(self, server: ServerProcess) -> None:
+        """Start our server again; one that only refused a weight sync is left running the first time."""
+        if isinstance(self._reason, WeightSyncError) and self._losses == 1 and server.is_running:
+            return
+        self._say(f"starting the server again; its log is {server.log_path}")
+        await asyncio.to_thread(server.restart, str(self._reason))
+        self._say(f"the server is up again at {server.base_url}")
+
+    async def _wait_for_server(self) -> None:
+        """Wait for a server that is not ours, and tell a person how to start it.
+
+        Raises:
+            GivenUpError: it did not come back within `wait_s`.
+        """
+        command = handshake.start_command(self._engine.base_url, self._engine.model)
+        deadline, say_at = time.monotonic() + self._wait_s, 0.0
+        while not await asyncio.to_thread(self._answers):
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise GivenUpError(
+                    f"the server at {self._engine.base_url} did not come back within --server-wait {self._wait_s:g} s; "
+                    f"start it with `{command}`, and continue this run with --resume"
+                )
+            if time.monotonic() >= say_at:
+                say_at = time.monotonic() + COUNTDOWN_S
+                self._say(
+                    f"no server at {self._engine.base_url}; waiting {left:.0f} s more. Start it again with: {command}"
+                )
+            await asyncio.sleep(LOOK_S)
+
+    def _answers(self) -> bool:
+        """Whether somebody is there, and his engine too: the first question is answered by the front end alone."""
+        try:
+            handshake.boot_id(self._engine.control)
+            with contextlib.suppress(RouteMissingError):
+                self._engine.control.request("GET", "/is_paused", timeout_s=handshake.LOOK_S)
+        except (ServerInUseError, ServerUnauthorizedError):
+            return True  # and says what `_connect` will say again
+        except EngineError:
+            return False
+        return True
+
+    # -- the watch -------------------------------------------------------------------------------------------------
+
+    async def _watch(self) -> None:
+        """Renew the hold on the server, and notice when it is gone, silent, started again, or somebody else's."""
+        heard = time.monotonic()
+        while self._fatal is None:
+            await asyncio.sleep(WATCH_S)
+            life = self._life
+            if self._revived_life != life:
+                heard = time.monotonic()
+                continue
+            try:
+                self._claiming = asyncio.ensure_future(
+                    asyncio.to_thread(handshake.claim, self._engine.control, self._trainer, self._identity)
+                )
+                hold = await asyncio.shield(self._claiming)
+                heard = time.monotonic()
+                self._engine.check_boot(hold.boot)
+                if not hold.renewed:
+                    raise ServerRestartedError("our hold on the server had run out, and others could have changed it")
+            except ServerRestartedError as error:
+                self._lost(error, life)
+            except (ServerInUseError, ServerUnauthorizedError) as error:  # nothing to get back
+                self._fatal = error
+                self._lost(error, life)
+            except EngineError as error:  # no answer, or none that makes sense
+                ended = self._server is not None and not self._server.is_running
+                if ended or time.monotonic() - heard > SILENT_S:
+                    self._lost(error, life)
+
+    async def aclose(self) -> None:
+        """Let go of the server, for the next trainer, and of the connections. Safe to call twice."""
+        tasks = [task for task in (self._watching, self._reviving, *self._in_flight) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._watching is not None:
+            self._watching = None
+            if self._claiming is not None:  # on a thread, which cannot be cancelled: it must not come after the release
+                await asyncio.gather(self._claiming, return_exceptions=True)
+            if self._server is None:
+                try:
+                    await asyncio.to_thread(handshake.release, self._engine.control, self._trainer)
+                except EngineError as error:
+                    logger.info("the hold on the server was not given up (%s); it ends by itself", error)
+        await self._engine.aclose()

@@ -1,0 +1,515 @@
+"""The training loop: rollouts, advantages, packed micro-batches, one optimizer step, one weight sync; and again.
+
+`GRPOTrainer.run` is the whole job from top to bottom. Rollouts are generated up to `max_staleness` updates ahead of the
+policy; with 0, the default, each batch is sampled by the very policy that it trains. Either way training starts with the
+first groups that arrive, while the others are still being generated.
+
+An update that is not finite is skipped and counted. That an engine may lose its server, and get it back, is not seen here,
+but for `reserve_model`: it is held while the model is computed with or changed.
+
+Reproducible where generation happens in this process: the learner then waits for the whole batch and takes it in the order
+of its prompts. With a server, what is trained on in which micro-batch depends on who answers first.
+"""
+
+import asyncio
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar
+
+import torch
+
+from ludic.config import GRPOConfig, RunPaths
+from ludic.rollout.engine import InferenceEngine, WeightSyncReport
+from ludic.rollout.evaluation import EvaluationResult, evaluate, problems_digest
+from ludic.rollout.groups import GroupStream, Prompt, derive_seed, rollout_metrics
+from ludic.storage.jsonl import JsonlWriter
+from ludic.survival.changed_settings import changed_settings
+from ludic.task.environment import Environment
+from ludic.task.pretrained import serving_files
+from ludic.task.prompts import encode_prompt
+from ludic.telemetry.alarms import Alarms
+from ludic.telemetry.loggers import MetricLogger
+from ludic.train.advantages import training_samples
+from ludic.train.checkpoint import (
+    CheckpointError,
+    TrainerState,
+    load_optimizer,
+    save_checkpoint,
+    training_folder,
+)
+from ludic.train.learner import Learner
+from ludic.train.learner_thread import LearnerThread
+from ludic.train.memory import fit_budget
+from ludic.train.schedule import DataOrder, check_same_data_order, schedule_factor
+from ludic.train.update_batch import UpdateBatch, named
+from ludic.types import RolloutGroup, SamplingParams, TrainingSample
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+SampleT = TypeVar("SampleT")
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+ENOUGH_TOKENS = 12_288
+"""Tokens of sequences that are worth a micro-batch while others are still being generated. Less would keep the GPU waiting
+for its host, more would be left to do when the last rollout is there."""
+
+MAX_SKIPPED = 3
+"""So many updates in a row with a NaN or an infinity end the run: it would not come right by itself."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingSummary:
+    """What a run did. Accuracies are fractions of 1 under the flexible rule, None where nothing was evaluated.
+
+    `accuracy_before` is None, too, where it was measured on other problems, with another prompt or other sampling.
+    """
+
+    accuracy_before: float | None
+    accuracy_after: float | None
+    eval_problems: int
+    updates: int
+    seconds: float
+    rollouts: int
+    completion_tokens: int
+    last_checkpoint: str | None
+    evaluations: list[dict[str, Any]]
+    """Every evaluation's figures with its `step` and its `settings`."""
+
+    @property
+    def compared(self) -> list[dict[str, Any]]:
+        """The evaluations that can be held against the last one, and itself: those with its settings."""
+        return _comparable(self.evaluations)
+
+
+def _comparable(evaluations: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [one for one in evaluations if one.get("settings") == evaluations[-1].get("settings")]
+
+
+class GRPOTrainer(Generic[SampleT]):
+    """Trains `model` with GRPO on the samples of one environment.
+
+    The model's parameters must be float32: they are the master weights, and bf16 is for compute and for the wire only.
+
+    Args:
+        model: the policy, on the device that trains.
+        reference_model: frozen, on the same device; needed if `config.kl_coef` is above 0.
+        engine: generates with its own copy of the weights, which every update replaces.
+        resume_from: a checkpoint of this run, whose model was already loaded into `model`.
+        task: further settings of the run (data set, prompt), kept in its checkpoints so that a resume can compare them.
+        wandb_run_id: kept there too, so that a resumed run goes on with it.
+
+    On a GPU the model computes in bf16 from then on; `learner.masters` has its float32 weights.
+
+    Raises:
+        ValueError: a prompt is too long, there is no data, or the model cannot be trained packed.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: GRPOConfig,
+        model: "PreTrainedModel",
+        model_name: str,
+        tokenizer: "PreTrainedTokenizerBase",
+        engine: InferenceEngine,
+        environment: Environment[SampleT],
+        train_samples: Sequence[SampleT],
+        eval_samples: Sequence[SampleT],
+        metric_logger: MetricLogger,
+        paths: RunPaths,
+        eval_concurrency: int = 256,
+        eval_max_tokens: int | None = None,
+        model_dtype: torch.dtype = torch.float32,
+        reference_model: "PreTrainedModel | None" = None,
+        resume_from: "tuple[Path, TrainerState] | None" = None,
+        task: Mapping[str, Any] | None = None,
+        wandb_run_id: str | None = None,
+    ) -> None:
+        if not train_samples:
+            raise ValueError("there are no samples to train on")
+        self.config = config
+        self.model = model
+        self.tokenizer = tokenizer
+        self.engine = engine
+        self.environment = environment
+        self.train_samples = train_samples
+        self.eval_samples = eval_samples
+        self.metric_logger = metric_logger
+        self.paths = paths
+        self._eval_concurrency = eval_concurrency
+        self._eval_settings: dict[str, Any] = {
+            "problems": problems_digest(eval_samples[: config.eval_limit], environment, tokenizer),
+            "temperature": config.eval_temperature,
+            "max_tokens": eval_max_tokens or config.max_completion_len or config.max_seq_len,
+            "max_seq_len": config.max_seq_len,
+        }
+        self._model_dtype = model_dtype
+        self._source_files = serving_files(model_name)
+        self._prompt_token_ids = self._tokenise(train_samples)
+        self._order = DataOrder(seed=config.seed, num_samples=len(train_samples))
+        self._settings = {**dataclasses.asdict(config), "num_train_samples": len(train_samples)}
+        self.alarms = Alarms()
+        self.learner = Learner(config, model, reference_model=reference_model)
+        self.state = TrainerState(step=0, policy_version=0, model=model_name, config=self._settings)
+        self.last_checkpoint: Path | None = None
+        self._mid_update = False
+        self._saved_step = 0
+        self._started, self._seconds_before = time.perf_counter(), 0.0
+        if resume_from is not None:
+            self.last_checkpoint, state = resume_from
+            check_same_data_order(state, self._settings)
+            optimizer = self.learner.optimizer
+            load_optimizer(training_folder(self.last_checkpoint), optimizer, self.learner.device, model=model)
+            for group in optimizer.param_groups:  # what this run was given, not what the checkpoint was made with
+                group["betas"] = (config.adam_beta1, config.adam_beta2)
+                group["fused"] = optimizer.defaults["fused"]
+            evaluations = state.evaluations
+            if not changed_settings(
+                {**state.config, **state.task}, {**self._settings, **(task or {})}, step=state.step
+            ):
+                # Those of earlier versions do not say what they were made with.
+                evaluations = [{**one, "settings": one.get("settings") or self._eval_settings} for one in evaluations]
+            self.state = dataclasses.replace(state, config=self._settings, evaluations=evaluations)
+        self.state = dataclasses.replace(
+            self.state, task=dict(task or {}), wandb_run_id=wandb_run_id or self.state.wandb_run_id
+        )
+
+    # -- the loop --------------------------------------------------------------------------------------------------
+
+    async def run(self) -> TrainingSummary:
+        """Train until `config.train_steps` updates are done.
+
+        Whatever ends it early, a cancellation or an error, a checkpoint of the last finished update is written first.
+        """
+        config = self.config
+        self._started, self._seconds_before = time.perf_counter(), self.state.seconds
+        self._saved_step = self.state.step
+        with JsonlWriter(self.paths.rollouts) as writer, LearnerThread(self.learner.device) as self._thread:
+            self._rollouts = GroupStream(
+                self.engine, self.environment, group_size=config.group_size, tokenizer=self.tokenizer, writer=writer
+            )
+            try:
+                async with self.engine.reserve_model():
+                    await self._sync_weights()
+                unfinished = self.state.step < config.train_steps
+                if not self.state.evaluations or (unfinished and (self._owes_evaluation() or self._measures_anew())):
+                    await self._evaluate()
+                if self.state.step < config.train_steps:
+                    if self.engine.overlaps_training:  # generated while the memory is tried and layers are compiled
+                        self._submit_rollouts()
+                    await self._on_learner(fit_budget, self.learner)
+                while self.state.step < config.train_steps:
+                    await self._update()
+                    await asyncio.to_thread(writer.flush)
+                    done = self.state.step == config.train_steps
+                    if done or (config.eval_every and self.state.step % config.eval_every == 0):
+                        await self._evaluate()
+                    if done or (config.save_every and self.state.step % config.save_every == 0):
+                        await self.save()
+                if self._owes_evaluation():  # an earlier run was cut off in its last evaluation
+                    await self._evaluate()
+                    await self.save()
+            except CheckpointError:
+                raise
+            except BaseException:
+                if self.state.step > self._saved_step and not self._mid_update:
+                    logger.warning("stopping at update %d; writing a checkpoint first", self.state.step)
+                    await self.save()
+                raise
+            finally:
+                await self._rollouts.aclose()
+        return self._summary()
+
+    # -- one update ------------------------------------------------------------------------------------------------
+
+    async def _update(self) -> None:
+        """One step: train on the groups as they come, hand the weights over, log."""
+        started = time.perf_counter()
+        self._submit_rollouts()
+        self.learner.discard()  # what an update that failed may have left
+        batch = await self._gather()
+        report: WeightSyncReport | None = None
+        async with self.engine.reserve_model():  # from the first changed weight until the engine has them all
+            metrics, cancelled = await self._finish_update(batch)
+            try:
+                if cancelled is not None:
+                    raise cancelled
+                report = await self._sync_weights()
+            finally:  # the update is done and counted, so it is logged, whatever became of the sync
+                self._log_step(metrics, batch, report, step_s=time.perf_counter() - started)
+        if metrics.get("skipped_update"):
+            self._tell_of_skipped_update()
+
+    def _submit_rollouts(self) -> None:
+        """Start the rollouts of the next update, and of as many after it as the staleness allows.
+
+        An engine whose runs repeat bit for bit does not generate beyond the next checkpoint: what is resumed from it has
+        nothing but the policy of that moment, and has to come to the same.
+        """
+        step, config = self.state.step + 1, self.config
+        last = min(step + config.max_staleness, config.train_steps)
+        if config.save_every and not self.engine.overlaps_training:
+            last = min(last, -(-step // config.save_every) * config.save_every)
+        for ahead in range(step, last + 1):
+            self._rollouts.submit(ahead, self._prompts(ahead - 1))
+
+    def _prompts(self, step: int) -> list[Prompt[SampleT]]:
+        """The prompts of the update after `step` updates."""
+        config = self.config
+        prompts = []
+        for group_id in range(step * config.groups_per_update, (step + 1) * config.groups_per_update):
+            index = self._order.index(group_id)
+            token_ids = self._prompt_token_ids[index]
+            sampling = SamplingParams(
+                temperature=config.temperature,
+                max_tokens=config.completion_cap(len(token_ids)),
+                seed=derive_seed(config.seed, step, group_id),
+                logprobs=config.wants_logprobs(group_id),
+            )
+            prompts.append(
+                Prompt(group_id=group_id, sample=self.train_samples[index], token_ids=token_ids, sampling=sampling)
+            )
+        return prompts
+
+    async def _gather(self) -> UpdateBatch:
+        """Wait for the groups of the next update, and accumulate the gradient of those that are there meanwhile."""
+        batch, pending = UpdateBatch(), list[TrainingSample]()
+        enough = min(self.learner.token_budget, ENOUGH_TOKENS)
+        waiting_since = time.perf_counter()
+        async for groups in self._rollouts.groups(self.state.step + 1):
+            batch.wait_s += time.perf_counter() - waiting_since
+            batch.groups += groups
+            if self.engine.overlaps_training:
+                pending += [sample for group in groups for sample in self._samples(batch, group)]
+                if sum(len(sample.token_ids) for sample in pending) >= enough:
+                    await self._accumulate(batch, pending)
+                    pending = []
+            waiting_since = time.perf_counter()
+        batch.wait_s += time.perf_counter() - waiting_since
+        batch.groups.sort(key=lambda group: group.group_id)
+        if not self.engine.overlaps_training:
+            pending = [sample for group in batch.groups for sample in self._samples(batch, group)]
+        await self._accumulate(batch, pending)
+        batch.times = self._rollouts.timings(self.state.step + 1)
+        return batch
+
+    def _samples(self, batch: UpdateBatch, group: RolloutGroup) -> list[TrainingSample]:
+        """What there is to train on in one group: nothing if it has become too old, or all its rewards are alike and there
+        is no KL penalty."""
+        config = self.config
+        age = self.state.policy_version - min(rollout.completion.policy_version for rollout in group.rollouts)
+        if age > config.max_staleness:
+            batch.num_too_old += 1
+            return []
+        scale = config.loss != "dr_grpo" if config.scale_rewards is None else config.scale_rewards
+        samples, stats = training_samples(
+            [group],
+            scale_rewards=scale,
+            mask_truncated=config.mask_truncated,
+            keep_zero_variance=config.kl_coef > 0,
+        )
+        batch.stats.append(stats)
+        if config.importance_cap is not None:  # a ratio cannot be corrected without the sampler's log-probs
+            with_logprobs = [sample for sample in samples if sample.rollout_logprobs is not None]
+            batch.num_without_logprobs += len(samples) - len(with_logprobs)
+            return with_logprobs
+        return samples
+
+    async def _accumulate(self, batch: UpdateBatch, samples: Sequence[TrainingSample]) -> None:
+        if samples:
+            started = time.perf_counter()
+            await self._on_learner(self.learner.accumulate, samples)
+            batch.train_s += time.perf_counter() - started
+
+    async def _finish_update(self, batch: UpdateBatch) -> tuple[dict[str, float], asyncio.CancelledError | None]:
+        """Step the optimizer and count the update; its metrics, and the cancellation that came meanwhile."""
+        metrics = rollout_metrics(batch.groups, policy_version=self.state.policy_version)
+        metrics |= batch.counts()
+        metrics["learning_rate"] = self.config.learning_rate * schedule_factor(self.config, self.state.step)
+        cancelled: asyncio.CancelledError | None = None
+        if metrics["trained_sequences"]:
+            started = time.perf_counter()
+            self._mid_update = True  # until the update is counted, the weights belong to no step
+            try:
+                figures, cancelled = await self._thread.finish(
+                    self.learner.step,
+                    learning_rate=metrics["learning_rate"],
+                    num_without_loss=sum(stats.num_without_loss for stats in batch.stats),
+                )
+            except (FloatingPointError, MemoryError) as error:
+                self._mid_update = self.learner.stepped
+                raise type(error)(f"update {self.state.step + 1}: {error}") from error
+            metrics |= named(figures)
+            batch.train_s += time.perf_counter() - started
+        elif batch.num_without_logprobs:
+            raise ValueError(
+                f"the engine returned no log-probs for any of {batch.num_without_logprobs} sequences, and --tis-cap "
+                f"{self.config.importance_cap} corrects with them; --tis-cap 0 trains without the correction"
+            )
+        else:
+            logger.warning("update %d: nothing to learn from: %s", self.state.step + 1, batch.why_nothing_was_learned())
+        rollouts = [rollout for group in batch.groups for rollout in group.rollouts]
+        skipped = int(metrics.get("skipped_update", 0))  # absent where there was nothing to train on
+        self.state = dataclasses.replace(
+            self.state,
+            skipped_updates=self.state.skipped_updates + skipped,
+            skipped_in_a_row=self.state.skipped_in_a_row + skipped if metrics.get("skipped_update", 1) else 0,
+            step=self.state.step + 1,
+            policy_version=self.state.policy_version + 1,
+            rollouts=self.state.rollouts + len(rollouts),
+            completion_tokens=self.state.completion_tokens + sum(len(r.completion.token_ids) for r in rollouts),
+            seconds=self._seconds_before + time.perf_counter() - self._started,
+        )
+        self._mid_update = False
+        return metrics, cancelled
+
+    def _tell_of_skipped_update(self) -> None:
+        """Log why the update was skipped.
+
+        Raises:
+            FloatingPointError: it is the third in a row.
+        """
+        step, in_a_row = self.state.step, self.state.skipped_in_a_row
+        diagnosis = self.learner.diagnosis()
+        self.metric_logger.event(step, f"update {step} was skipped: {diagnosis}")
+        if in_a_row >= MAX_SKIPPED:
+            raise FloatingPointError(
+                f"updates {step - in_a_row + 1} to {step} were not finite and were skipped; the weights are those of before. "
+                f"{diagnosis}"
+            )
+
+    async def _on_learner(
+        self, function: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
+    ) -> Result:
+        """Run `function` on the learner's thread, while nobody else reads the model."""
+        async with self.engine.reserve_model():
+            return await self._thread.call(function, *args, **kwargs)
+
+    # -- weights, evaluation, checkpoints, log ---------------------------------------------------------------------
+
+    async def _sync_weights(self) -> WeightSyncReport:
+        report = await self.engine.update_weights(self.model, policy_version=self.state.policy_version)
+        logger.info("weight sync %d: %.3f s, %s", report.policy_version, report.seconds, report.proof)
+        return report
+
+    async def _evaluate(self) -> None:
+        config = self.config
+        if not (config.eval_limit and self.eval_samples):
+            return
+        samples = self.eval_samples[: config.eval_limit]
+        result: EvaluationResult = await evaluate(
+            self.engine,
+            self.environment,
+            samples,
+            tokenizer=self.tokenizer,
+            sampling=SamplingParams(
+                temperature=config.eval_temperature,
+                max_tokens=self._eval_settings["max_tokens"],
+                seed=derive_seed(config.seed, self.state.step),
+            ),
+            concurrency=self._eval_concurrency,
+            max_seq_len=config.max_seq_len,
+        )
+        summary = result.to_summary(model=self.state.model, settings=self._eval_settings)
+        self.state = dataclasses.replace(
+            self.state, evaluations=[*self.state.evaluations, {"step": self.state.step, **summary}]
+        )
+        self.metric_logger.log(self.state.step, {f"eval/{name}": float(str(summary[name])) for name in _EVAL_METRICS})
+
+    def _owes_evaluation(self) -> bool:
+        """Whether the evaluation that belongs to this update was not made: an earlier run was cut off in it."""
+        config, step = self.config, self.state.step
+        due = step in (0, config.train_steps) or (config.eval_every and step % config.eval_every == 0)
+        evaluates = bool(due and config.eval_limit and self.eval_samples)
+        return evaluates and self.state.evaluations[-1]["step"] != step
+
+    def _measures_anew(self) -> bool:
+        """Whether later evaluations cannot be held against the last one: a resumed run was given other settings."""
+        return bool(self.state.evaluations[-1].get("settings") != self._eval_settings)
+
+    async def save(self) -> "Path":
+        """Write a checkpoint of the last finished update; a cancellation waits until it is there.
+
+        Raises:
+            CheckpointError: it could not be written; the last good one is still there.
+        """
+        checkpoint, cancelled = await self._thread.finish(
+            save_checkpoint,
+            self.paths.checkpoints,
+            model=self.model,
+            weights=self.learner.masters.state_dict(self.model),
+            tokenizer=self.tokenizer,
+            optimizer=self.learner.optimizer,
+            state=self.state,
+            model_dtype=self._model_dtype,
+            source_files=self._source_files,
+            keep=self.config.keep_checkpoints,
+        )
+        self.last_checkpoint, self._saved_step = checkpoint, self.state.step
+        if cancelled is not None:
+            raise cancelled
+        return checkpoint
+
+    def _log_step(
+        self, metrics: dict[str, float], batch: UpdateBatch, report: WeightSyncReport | None, *, step_s: float
+    ) -> None:
+        figures = dict(metrics) | batch.times_s()
+        figures |= {
+            "policy_version": self.state.policy_version,
+            "step_s": step_s,
+            "tokens_per_s": metrics["total_completion_tokens"] / step_s,
+        }
+        if report is not None:
+            figures["sync_s"] = report.seconds
+            figures |= {f"sync/{name}_s": seconds for name, seconds in report.phases_s.items()}
+            if report.logprob_gap is not None:
+                figures["sync/logprob_gap"] = report.logprob_gap
+        figures |= self.engine.counts()
+        self.metric_logger.log(self.state.step, figures)
+        for alarm in self.alarms.observe(self.state.step, figures):
+            self.metric_logger.event(self.state.step, str(alarm))
+
+    def _summary(self) -> TrainingSummary:
+        evaluations: list[dict[str, Any]] = self.state.evaluations
+        before = next((one for one in _comparable(evaluations) if one["step"] == 0), None)
+        after = evaluations[-1] if evaluations and evaluations[-1]["step"] == self.state.step > 0 else None
+        return TrainingSummary(
+            accuracy_before=before["accuracy"] if before else None,
+            accuracy_after=after["accuracy"] if after else None,
+            eval_problems=evaluations[-1]["num_problems"] if evaluations else 0,
+            updates=self.state.step,
+            seconds=self.state.seconds,
+            rollouts=self.state.rollouts,
+            completion_tokens=self.state.completion_tokens,
+            last_checkpoint=str(self.last_checkpoint) if self.last_checkpoint else None,
+            evaluations=evaluations,
+        )
+
+    def _tokenise(self, samples: Sequence[SampleT]) -> list[list[int]]:
+        """Every prompt's token ids, once for the whole run.
+
+        Raises:
+            ValueError: one of them is longer than `max_seq_len` allows, with its place and length.
+        """
+        token_ids = []
+        for index, sample in enumerate(samples):
+            ids = encode_prompt(self.tokenizer, self.environment.messages(sample))
+            if len(ids) > self.config.max_prompt_len:
+                raise ValueError(
+                    f"the prompt of training sample {index} is {len(ids)} tokens, more than --max-seq-len "
+                    f"{self.config.max_seq_len} allows with one token for an answer"
+                )
+            token_ids.append(ids)
+        return token_ids
+
+
+_EVAL_METRICS = ("accuracy", "strict_accuracy", "qwen_accuracy", "correct_rate", "parse_err_rate", "truncation_rate",
+                 "avg_completion_length", "num_problems", "seconds")  # fmt: skip
