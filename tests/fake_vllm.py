@@ -16,8 +16,17 @@ from typing import Any
 from aiohttp import web
 from transformers import PreTrainedTokenizerFast
 
-from ludic.inference.server.server_guard import BOOT_HEADER, TRAINER_HEADER, ServerGuard
-from ludic.inference.wire import PATH, PROTOCOL, Generated, GenerateRequest, decode_request, encode_reply
+from ludic.inference.server.server_guard import ServerGuard
+from ludic.inference.wire import (
+    BOOT_HEADER,
+    PATH,
+    PROTOCOL,
+    TRAINER_HEADER,
+    Generated,
+    GenerateRequest,
+    decode_request,
+    encode_reply,
+)
 
 MODEL = "tiny"
 

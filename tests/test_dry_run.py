@@ -16,8 +16,8 @@ from ludic.doctor import dry_run
 from ludic.doctor.__main__ import build_parser
 from ludic.doctor.dry_run import check_architecture, check_saving, check_token_ids
 from ludic.doctor.tiny_model import MAX_PARAMETERS, tiny_model
+from ludic.task.architectures import OTHER_FAMILY
 from ludic.task.prompts import encode_prompt, load_tokenizer
-from ludic.train.attention import OTHER_FAMILY
 from ludic.train.learner import Learner
 from ludic.train.memory import worst_samples
 from tests.vllm_helpers import CHAT_TEMPLATE, make_tiny_model, make_tiny_tokenizer, randomize_weights

@@ -24,7 +24,7 @@ import pytest
 from ludic.cli import check_engine_arguments, run_script
 from ludic.config import from_arguments
 from ludic.inference.client.weights_in_use import WeightsInUse
-from ludic.inference.server.server_guard import TRAINER_PATH
+from ludic.inference.wire import TRAINER_PATH
 from ludic.rollout.evaluation import read_records
 from tests.fake_vllm import FakeServer, serving
 from tests.printed import printed_command

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from ludic.storage.inert import inert, inert_lines
 from ludic.storage.jsonl import JsonlFile, encode_line, read_jsonl
-from ludic.telemetry.formatting import inert, inert_lines
 from tests.fuzz import fuzz_checkpoint, fuzz_jsonl
 
 FEW = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -18,10 +18,10 @@ import torch
 from rich.console import Console
 
 from ludic.rollout.evaluation import CompletionRecord, EvaluationProgress, EvaluationResult, ProblemRecord, summarise
+from ludic.storage.inert import InertFormatter, inert, inert_lines
 from ludic.task.pretrained import load_config, load_model
 from ludic.task.prompts import encode_prompt, load_tokenizer
 from ludic.telemetry import ComparisonRow, EvaluationDisplay, comparison_table, evaluation_table, save_reward_curve
-from ludic.telemetry.formatting import InertFormatter, inert, inert_lines
 from tests.fake_vllm import FakeServer, serving
 from tests.vllm_helpers import CHAT_TEMPLATE
 

@@ -29,19 +29,16 @@ from ludic.inference import vllm_server
 from ludic.inference.server import server_guard
 from ludic.inference.server.generate_route import MAX_BODY_BYTES, request_path
 from ludic.inference.server.server_guard import (
-    BOOT_HEADER,
     BOOT_VARIABLE,
     GENERATION_PATHS,
     HARMLESS_PATHS,
     LOOKUP_PATHS,
     MAX_OTHER_BODY_BYTES,
     MAX_TRAINER_BODY_BYTES,
-    TRAINER_HEADER,
-    TRAINER_PATH,
     ServerGuard,
 )
-from ludic.inference.server.trainer_lease import LEASE_S, MAX_LOST, Holder, Identity, NotHolderError, TrainerLease
-from ludic.inference.wire import PATH
+from ludic.inference.server.trainer_lease import MAX_LOST, Holder, Identity, NotHolderError, TrainerLease
+from ludic.inference.wire import BOOT_HEADER, LEASE_S, PATH, TRAINER_HEADER, TRAINER_PATH
 
 if TYPE_CHECKING:
     from ludic.inference.client.server_process import RunningServer

@@ -23,7 +23,8 @@ from ludic.inference.weights.bucket_broadcast import BucketReceiver, WireLayout
 from ludic.inference.weights.digest import canonical, digest_hex, tensor_digest
 from ludic.inference.weights.sync_probe import gap_error
 from ludic.inference.weights.weight_sync import TRANSPORTS, WeightSync
-from ludic.inference.weights.weight_transport import UNTOUCHED, WireWeights
+from ludic.inference.weights.weight_transport import WireWeights
+from ludic.inference.wire import UNTOUCHED
 from ludic.rollout.errors import (
     EngineError,
     ServerInUseError,

@@ -25,7 +25,7 @@ import torch
 from benchmarks.faults.outcome import Injection
 from ludic.inference.client.server_control import ServerControl
 from ludic.inference.client.server_process import ServerProcess
-from ludic.inference.weights.background import Beside
+from ludic.inference.weights.background import BackgroundCall
 from ludic.inference.weights.weight_sync import SETTLE_S, WeightSync
 from ludic.rollout.engine import WeightSyncReport
 from ludic.rollout.errors import EngineError
@@ -100,7 +100,7 @@ class Rig:
         """A sync, and a strike at a random moment of it: what it raised ("" for nothing), the seconds, whether in time."""
         change(self.policy, self.rng)
         self.version += 1
-        syncing = Beside(lambda: self.syncer.sync(self.policy, self.version))
+        syncing = BackgroundCall(lambda: self.syncer.sync(self.policy, self.version))
         time.sleep(self.rng.uniform(0.0, 0.9) * self.sync_s)
         strike()
         started = time.monotonic()
@@ -127,7 +127,7 @@ class Rig:
             return total
 
         try:
-            total = Beside(compute).result(20.0)
+            total = BackgroundCall(compute).result(20.0)
         except TimeoutError:
             return "the trainer's GPU is stuck"
         except RuntimeError as error:

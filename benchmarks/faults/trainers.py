@@ -24,9 +24,8 @@ from typing import Any
 from unittest import mock
 
 from benchmarks.faults.outcome import Injection
-from ludic.inference.server.server_guard import TRAINER_HEADER, TRAINER_PATH, ServerGuard
-from ludic.inference.server.trainer_lease import LEASE_S
-from ludic.inference.wire import PATH
+from ludic.inference.server.server_guard import ServerGuard
+from ludic.inference.wire import LEASE_S, PATH, TRAINER_HEADER, TRAINER_PATH
 
 ROW = "two trainers on one server"
 CONTROL = ("/pause", "/resume", "/init_weight_transfer_engine", "/start_weight_update", "/update_weights",

@@ -39,6 +39,7 @@ from ludic.commands import given_command
 from ludic.config import GRPOConfig, RunPaths, add_arguments, from_arguments
 from ludic.doctor import check_token_ids, quick_checks
 from ludic.run import open_engine, require_server
+from ludic.storage.inert import InertFormatter
 from ludic.storage.jsonl import drop_steps_after, read_jsonl
 from ludic.storage.run_lock import RunLock, identity
 from ludic.survival.changed_settings import changed_settings
@@ -55,7 +56,6 @@ from ludic.task.prompts import (
     rendering,
 )
 from ludic.task.template_checks import describe_prompt
-from ludic.telemetry.formatting import InertFormatter
 from ludic.telemetry.loggers import make_logger, parse_logger_names
 from ludic.telemetry.progress import StatusLine
 from ludic.telemetry.report import comparison_table, evaluation_rows, reward_curve_text, save_reward_curve
@@ -297,8 +297,6 @@ async def _run(args: argparse.Namespace, config: GRPOConfig, paths: RunPaths, pa
                 task=parts.task,
                 wandb_run_id=metric_logger.run_id,
             )
-            if resume_from is not None and paths.metrics.exists():
-                trainer.alarms.replay(read_jsonl(paths.metrics))
             async with contextlib.aclosing(environment):
                 with _resume_explained(args, trainer):
                     summary = await trainer.run()

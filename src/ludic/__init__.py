@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from ludic.task.grading import Grader, Verdict, answers_match
     from ludic.task.parsers import boxed_parser, last_number_parser
     from ludic.task.prompts import load_tokenizer
-    from ludic.telemetry.loggers import MetricLogger, make_logger
+    from ludic.telemetry.loggers import make_logger
+    from ludic.train.metrics import MetricLogger
     from ludic.train.trainer import GRPOTrainer, TrainingSummary
     from ludic.types import (
         ChatMessage,
@@ -82,7 +83,7 @@ _HOMES = {
     "Grader": "task.grading",
     "InferenceEngine": "rollout.engine",
     "LocalEngine": "rollout.local",
-    "MetricLogger": "telemetry.loggers",
+    "MetricLogger": "train.metrics",
     "ParseResult": "types",
     "RecoveringEngine": "survival.recovery",
     "Rollout": "types",

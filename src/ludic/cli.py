@@ -14,8 +14,8 @@ from urllib.parse import urlsplit
 
 from ludic.inference.client.server_process import ServerStartError
 from ludic.rollout.errors import EngineError
+from ludic.storage.inert import inert_lines
 from ludic.survival.signals import Interrupts, keep_standard_streams
-from ludic.telemetry.formatting import inert_lines
 
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8000
 _ERROR_LIMIT = 2_000

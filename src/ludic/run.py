@@ -17,9 +17,9 @@ from urllib.parse import urlsplit
 
 from ludic.cli import server_url
 from ludic.inference.client.server_process import ServerProcess
+from ludic.storage.inert import inert
 from ludic.storage.keys import read_api_key
 from ludic.survival.signals import at_once
-from ludic.telemetry.formatting import inert
 from ludic.telemetry.progress import StatusLine
 
 if TYPE_CHECKING:

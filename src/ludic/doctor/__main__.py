@@ -8,8 +8,8 @@ from ludic.cli import add_engine_arguments, check_engine_arguments, expand_home,
 from ludic.config import add_arguments, from_arguments
 from ludic.doctor.findings import run_checks
 from ludic.doctor.machine import ask_hub_once, local_checks
+from ludic.storage.inert import inert
 from ludic.task.pretrained import UnusableModelError
-from ludic.telemetry.formatting import inert
 
 DEFAULT_MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
 

@@ -86,7 +86,7 @@ def _has_gpu() -> bool:
 
 def check_architecture(args: argparse.Namespace, config: GRPOConfig) -> Finding:
     """Can a model of this architecture be trained on packed rows?"""
-    from ludic.train.attention import OTHER_FAMILY
+    from ludic.task.architectures import OTHER_FAMILY
 
     try:
         learner = _small_learner(args.model, args.trust_remote_code, config)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ludic.rollout.errors import EngineError
+from ludic.storage.inert import inert
 from ludic.task.pretrained import UnusableModelError
-from ludic.telemetry.formatting import inert
 
 Status = Literal["ok", "warning", "failed"]
 

@@ -1,7 +1,8 @@
-"""The two wire formats of a generation, ludic's own and that of `/v1/completions`, behind one request and one reply.
+"""What both ends of the wire agree on: names, limits, and the two formats of a generation behind one request and one reply.
 
-Ludic's own is what `generate_route` serves. An array travels as base64 of little-endian int32 or float32: lossless, since
-the engine's log-probs are float32, and several times cheaper to write and to read than a JSON list.
+Of the two formats, one is ludic's own, which `generate_route` serves; the other is that of `/v1/completions`. In ludic's own,
+an array travels as base64 of little-endian int32 or float32: lossless, since the engine's log-probs are float32, and several
+times cheaper to write and to read than a JSON list.
 
     request   {"model": "m", "prompt_token_ids": [3, 40], "n": 2, "max_tokens": 8, "temperature": 1.0, "top_p": 1.0,
                "stop_token_ids": [1], "logprobs": true, "seed": null, "cache_salt": "a-0", "request_id": "5f0c"}
@@ -31,6 +32,14 @@ PATH = "/ludic/v1/generate"
 PROTOCOL = 2
 """What `GET` of the path answers: a client of another protocol takes `/v1/completions`."""
 COMPLETIONS_PATH = "/v1/completions"
+TRAINER_PATH = "/ludic/v1/trainer"
+"""Claims, keeps and releases the server (`server_guard`)."""
+BOOT_HEADER = "x-ludic-boot"
+TRAINER_HEADER = "x-ludic-trainer"
+LEASE_S = 60.0
+"""A trainer's lease on the server ends this long after it was last kept. A trainer keeps it several times in that time."""
+UNTOUCHED = "the model was not touched"
+"""In the worker's refusal of a weight update, where no weight was changed yet."""
 NEUTRAL_SAMPLING: dict[str, float | int] = {
     "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
 }  # fmt: skip

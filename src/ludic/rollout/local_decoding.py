@@ -20,7 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ludic.train.attention import attention_problem
+from ludic.task.architectures import attention_problem
 from ludic.types import Completion, SamplingParams
 
 OTHER_ENGINE = "decode it with a vLLM server (--engine vllm)"

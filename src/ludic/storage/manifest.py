@@ -21,7 +21,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import NoReturn, cast
 
-from ludic.telemetry.formatting import inert
+from ludic.storage.inert import inert
 
 MANIFEST_FILE = "manifest.json"
 _FORMAT = 1

@@ -24,7 +24,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 
-from ludic.telemetry.formatting import inert
+from ludic.storage.inert import inert
 
 logger = logging.getLogger(__name__)
 

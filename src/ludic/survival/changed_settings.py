@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
-from ludic.telemetry.formatting import inert
+from ludic.storage.inert import inert
 
 _HARMLESS = {
     # The gradient is a sum over the update that does not depend on how it is cut and computed, beyond rounding.

@@ -9,8 +9,8 @@ from os.path import commonprefix
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ludic.storage.inert import inert
 from ludic.task.prompts import render
-from ludic.telemetry.formatting import inert
 from ludic.types import ChatMessage
 
 if TYPE_CHECKING:

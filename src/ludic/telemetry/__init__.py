@@ -2,7 +2,7 @@
 
 from ludic.storage.jsonl import JsonlFile, JsonlWriter, drop_steps_after, encode_line, read_jsonl
 from ludic.telemetry.formatting import format_evaluation, format_metric, format_step_line
-from ludic.telemetry.loggers import LOGGER_NAMES, MetricLogger, MultiLogger, make_logger, parse_logger_names
+from ludic.telemetry.loggers import LOGGER_NAMES, MultiLogger, make_logger, parse_logger_names
 from ludic.telemetry.progress import EvaluationDisplay
 from ludic.telemetry.report import (
     ComparisonRow,
@@ -13,6 +13,7 @@ from ludic.telemetry.report import (
     reward_curve_text,
     save_reward_curve,
 )
+from ludic.train.metrics import MetricLogger
 
 __all__ = [
     "LOGGER_NAMES",

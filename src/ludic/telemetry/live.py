@@ -14,7 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from ludic.telemetry.formatting import format_evaluation, format_metric, format_step, format_step_line, inert
+from ludic.storage.inert import inert
+from ludic.telemetry.formatting import format_evaluation, format_metric, format_step, format_step_line
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _SPARKLINE_WIDTH = 60

@@ -15,14 +15,18 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Protocol, TextIO
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
 
 from rich.console import Console
 
-from ludic.storage.jsonl import JsonlFile
+from ludic.storage.inert import inert
+from ludic.storage.jsonl import JsonlFile, read_jsonl
 from ludic.survival.signals import write_failure
-from ludic.telemetry.formatting import format_step, format_step_line, inert
+from ludic.telemetry.alarms import Alarms
+from ludic.telemetry.formatting import format_step, format_step_line
 from ludic.telemetry.live import LiveLogger
+from ludic.train.metrics import MetricLogger
 
 if TYPE_CHECKING:
     from wandb import Run
@@ -32,22 +36,6 @@ _FINISH_S = 60.0
 """How long W&B may upload at the end of a run; what is left stays on the disk, for `wandb sync`."""
 
 LOGGER_NAMES = ("rich", "print", "jsonl", "wandb", "none")
-
-
-class MetricLogger(Protocol):
-    """Takes a run's figures and words. One thread at a time."""
-
-    def log(self, step: int, metrics: Mapping[str, float], /) -> None:
-        """Write the metrics of update `step`; several calls may speak of one step."""
-        ...
-
-    def event(self, step: int, message: str, /) -> None:
-        """Write a line that a person should see: a warning, an alarm, a checkpoint."""
-        ...
-
-    def close(self) -> None:
-        """Write what is left and let go of files and the terminal. Safe to call twice."""
-        ...
 
 
 def parse_logger_names(names: str) -> tuple[str, ...]:
@@ -86,7 +74,7 @@ def make_logger(
     run_id: str | None = None,
     started_from: int = 0,
 ) -> "MultiLogger":
-    """The loggers that `names` lists (comma-separated), and always the metrics file.
+    """The loggers that `names` lists (comma-separated), and always the metrics file; alarms among their events.
 
     Args:
         names: some of `rich`, `print`, `jsonl`, `wandb`; or `none`. `jsonl` asks for what happens anyway.
@@ -96,13 +84,17 @@ def make_logger(
         total_steps: updates that the run is to make; None where that is not known.
         stream: where `rich` and `print` write; standard output if not given.
         run_id: the run at W&B that a resumed run goes on with; None begins one.
-        started_from: updates that were done before this process began, 0 for a new run.
+        started_from: updates that were done before this process began, 0 for a new run. What `metrics_path` has of them says
+            which alarms were raised.
 
     Raises:
         ValueError: as `parse_logger_names`; also when W&B refuses to start.
         OSError: the metrics file cannot be written.
     """
     chosen = parse_logger_names(names)
+    alarms = Alarms()
+    if started_from and Path(metrics_path).exists():
+        alarms.replay(read_jsonl(metrics_path))
     stream = _Outlet(sys.stdout if stream is None else stream)
     with ExitStack() as opened:  # if a later logger cannot start, the earlier ones are closed again
         record = JsonlLogger(metrics_path)
@@ -119,7 +111,7 @@ def make_logger(
         elif "rich" in chosen or "print" in chosen:
             others.append(_Checked(PrintLogger(stream, total_steps), stream))
         opened.pop_all()
-    return MultiLogger(record, others, run_id=None if wandb is None else wandb.run_id)
+    return MultiLogger(record, others, alarms=alarms, run_id=None if wandb is None else wandb.run_id)
 
 
 class _Outlet(io.TextIOBase, TextIO):
@@ -302,19 +294,28 @@ class MultiLogger:
     Args:
         record: the metrics file.
         others: may fail.
+        alarms: look at the metrics of each update; what they raise is an event.
         run_id: of the logger at W&B, if there is one among the others.
     """
 
-    def __init__(self, record: MetricLogger, others: Sequence[MetricLogger] = (), *, run_id: str | None = None) -> None:
+    def __init__(
+        self,
+        record: MetricLogger,
+        others: Sequence[MetricLogger] = (),
+        *,
+        alarms: Alarms | None = None,
+        run_id: str | None = None,
+    ) -> None:
         self.record = record
         self.others = tuple(others)
+        self._alarms = alarms
         self.run_id = run_id
         """What a checkpoint keeps, so that a resumed run goes on with the same run at W&B."""
         self._last_step = 0
         self._closed = False
 
     def log(self, step: int, metrics: Mapping[str, float], /) -> None:
-        """Log the same metrics to every logger."""
+        """Log the same metrics to every logger, and what alarms they raise."""
         self._last_step = step
         self.record.log(step, metrics)
         for logger in self.others:
@@ -322,6 +323,9 @@ class MultiLogger:
                 logger.log(step, metrics)
             except Exception as error:  # other people's code, whose failures are not known in advance; see the class
                 self._switch_off(logger, error)
+        if self._alarms is not None and "reward_mean" in metrics:  # of an update; evaluations are logged apart
+            for alarm in self._alarms.observe(step, metrics):
+                self.event(step, str(alarm))
 
     def event(self, step: int, message: str, /) -> None:
         """Hand the message to every logger."""

@@ -11,7 +11,8 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from ludic.telemetry.formatting import count, inert, percent, seconds
+from ludic.storage.inert import inert
+from ludic.telemetry.formatting import count, percent, seconds
 
 if TYPE_CHECKING:
     from ludic.rollout.evaluation import EvaluationProgress

@@ -11,7 +11,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from ludic.telemetry.formatting import count, figure, inert, percent, seconds
+from ludic.storage.inert import inert
+from ludic.telemetry.formatting import count, figure, percent, seconds
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

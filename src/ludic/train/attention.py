@@ -20,7 +20,7 @@ kernels cannot honour: logit soft-capping, attention sinks, dropout, attention i
 """
 
 import inspect
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -32,6 +32,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ludic.task.architectures import OTHER_FAMILY, attention_problem
 from ludic.types import MicroBatch
 
 ATTENTION_NAME = "ludic_packed"
@@ -43,10 +44,6 @@ ACTIVATION_BUDGET = 0.8
 no matrix product (norms, the gated product of the MLP): at Qwen2.5-0.5B's shape 30,000 in place of 43,300 bytes a token
 and layer."""
 
-OTHER_FAMILY = "train one of another family, such as Llama, Qwen2, Qwen3, Mistral, Gemma 3, Phi-3, OLMo 2 or SmolLM3"
-"""What to do about an architecture that cannot be trained: a setting of it cannot be changed without making it another model."""
-
-_SUPPORTED_LAYERS = frozenset({"full_attention", "sliding_attention"})
 _VARLEN_HEAD_DIM = 256
 _VARLEN_ASKS_FOR_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
 """torch 2.11's wrapper takes fewer key heads than query heads without being asked; later ones want to be. The kernel is
@@ -76,19 +73,6 @@ def prepare_packed_attention(model: PreTrainedModel) -> None:
     # The policy that sampled had no dropout and no router jitter. Both hang on this flag, not on modules that could be found
     # and set to 0: many architectures call `functional.dropout(..., training=self.training)`. Gradients do not need the flag.
     model.eval()
-
-
-def attention_problem(model: PreTrainedModel, *, layers: Collection[str] = _SUPPORTED_LAYERS) -> str:
-    """What the model's settings ask of attention that torch's kernels, or rows with these types of `layers`, cannot do.
-
-    Words that follow the model's name; "" if nothing. transformers' sdpa attention would leave a cap out without a word.
-    """
-    config = model.config.get_text_config()
-    kinds = ", ".join(sorted(set(getattr(config, "layer_types", None) or ()).difference(layers)))
-    if kinds:
-        return f"has layers of type {kinds}, which do not keep the sequences of a row apart here"
-    cap = getattr(config, "attn_logit_softcapping", None)
-    return "" if cap is None else f"caps its attention logits at {cap}, which torch's attention kernels cannot do"
 
 
 def packed_attention_kwargs(micro_batch: MicroBatch) -> dict[str, torch.Tensor | int]:

@@ -10,7 +10,8 @@ Each is a property of the architecture and its settings, so once a run is enough
 import torch
 from transformers import PreTrainedModel
 
-from ludic.train.attention import OTHER_FAMILY, boundary_kwargs, packed_attention_kwargs
+from ludic.task.architectures import OTHER_FAMILY
+from ludic.train.attention import boundary_kwargs, packed_attention_kwargs
 from ludic.train.logprobs import output_layer, token_logprobs
 from ludic.train.packing import pack
 from ludic.types import MicroBatch, TrainingSample

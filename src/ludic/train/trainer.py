@@ -26,12 +26,9 @@ from ludic.rollout.engine import InferenceEngine, WeightSyncReport
 from ludic.rollout.evaluation import EvaluationResult, evaluate, problems_digest
 from ludic.rollout.groups import GroupStream, Prompt, derive_seed, rollout_metrics
 from ludic.storage.jsonl import JsonlWriter
-from ludic.survival.changed_settings import changed_settings
 from ludic.task.environment import Environment
 from ludic.task.pretrained import serving_files
 from ludic.task.prompts import encode_prompt
-from ludic.telemetry.alarms import Alarms
-from ludic.telemetry.loggers import MetricLogger
 from ludic.train.advantages import training_samples
 from ludic.train.checkpoint import (
     CheckpointError,
@@ -43,6 +40,7 @@ from ludic.train.checkpoint import (
 from ludic.train.learner import Learner
 from ludic.train.learner_thread import LearnerThread
 from ludic.train.memory import fit_budget
+from ludic.train.metrics import MetricLogger
 from ludic.train.schedule import DataOrder, check_same_data_order, schedule_factor
 from ludic.train.update_batch import UpdateBatch, named
 from ludic.types import RolloutGroup, SamplingParams, TrainingSample
@@ -156,7 +154,6 @@ class GRPOTrainer(Generic[SampleT]):
         self._prompt_token_ids = self._tokenise(train_samples)
         self._order = DataOrder(seed=config.seed, num_samples=len(train_samples))
         self._settings = {**dataclasses.asdict(config), "num_train_samples": len(train_samples)}
-        self.alarms = Alarms()
         self.learner = Learner(config, model, reference_model=reference_model)
         self.state = TrainerState(step=0, policy_version=0, model=model_name, config=self._settings)
         self.last_checkpoint: Path | None = None
@@ -171,13 +168,7 @@ class GRPOTrainer(Generic[SampleT]):
             for group in optimizer.param_groups:  # what this run was given, not what the checkpoint was made with
                 group["betas"] = (config.adam_beta1, config.adam_beta2)
                 group["fused"] = optimizer.defaults["fused"]
-            evaluations = state.evaluations
-            if not changed_settings(
-                {**state.config, **state.task}, {**self._settings, **(task or {})}, step=state.step
-            ):
-                # Those of earlier versions do not say what they were made with.
-                evaluations = [{**one, "settings": one.get("settings") or self._eval_settings} for one in evaluations]
-            self.state = dataclasses.replace(state, config=self._settings, evaluations=evaluations)
+            self.state = dataclasses.replace(state, config=self._settings)
         self.state = dataclasses.replace(
             self.state, task=dict(task or {}), wandb_run_id=wandb_run_id or self.state.wandb_run_id
         )
@@ -474,8 +465,6 @@ class GRPOTrainer(Generic[SampleT]):
                 figures["sync/logprob_gap"] = report.logprob_gap
         figures |= self.engine.counts()
         self.metric_logger.log(self.state.step, figures)
-        for alarm in self.alarms.observe(self.state.step, figures):
-            self.metric_logger.event(self.state.step, str(alarm))
 
     def _summary(self) -> TrainingSummary:
         evaluations: list[dict[str, Any]] = self.state.evaluations

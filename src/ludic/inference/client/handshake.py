@@ -15,8 +15,7 @@ from urllib.parse import urlsplit
 from ludic.commands import server_command
 from ludic.inference import wire
 from ludic.inference.client.server_control import ServerControl
-from ludic.inference.server.server_guard import TRAINER_PATH
-from ludic.inference.server.trainer_lease import LEASE_S
+from ludic.inference.wire import LEASE_S, TRAINER_PATH
 from ludic.rollout.errors import (
     EngineError,
     RouteMissingError,

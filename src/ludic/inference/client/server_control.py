@@ -15,9 +15,8 @@ import requests
 from requests.adapters import HTTPAdapter
 
 from ludic.inference.client.tls import TLSAdapter, tls_context, tls_failure
-from ludic.inference.server.server_guard import TRAINER_HEADER, TRAINER_PATH
-from ludic.inference.weights.background import Beside
-from ludic.inference.wire import NEUTRAL_SAMPLING
+from ludic.inference.weights.background import BackgroundCall
+from ludic.inference.wire import NEUTRAL_SAMPLING, TRAINER_HEADER, TRAINER_PATH
 from ludic.rollout.errors import (
     EngineError,
     RouteMissingError,
@@ -27,7 +26,7 @@ from ludic.rollout.errors import (
     ServerUnauthorizedError,
     ServerUnreachableError,
 )
-from ludic.telemetry.formatting import inert
+from ludic.storage.inert import inert
 
 KEEP = {"mode": "keep", "clear_cache": "false"}
 TRANSFER_TIMEOUT_S = 300.0
@@ -125,8 +124,8 @@ class ServerControl:
         self.check_wanted()
         deadline_s = self.timeout_s if timeout_s is None else timeout_s
         try:
-            # Beside: a reply that comes a byte at a time would never be late by the deadline between two bytes.
-            asked = Beside(lambda: self._answer(method, path, json_body, params, deadline_s))
+            # In the background: a reply that comes a byte at a time would never be late by the deadline between two bytes.
+            asked = BackgroundCall(lambda: self._answer(method, path, json_body, params, deadline_s))
             response = asked.result(deadline_s + GRACE_S)
         except (requests.Timeout, TimeoutError) as error:
             raise ServerLostError(f"{path} on {self.base_url} did not answer within {deadline_s:g} s") from error

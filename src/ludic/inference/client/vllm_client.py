@@ -26,9 +26,16 @@ from ludic.inference.client import handshake
 from ludic.inference.client.server_control import ServerControl, error_text
 from ludic.inference.client.tls import tls_context
 from ludic.inference.client.weighted_semaphore import WeightedSemaphore
-from ludic.inference.server.server_guard import BOOT_HEADER, TRAINER_HEADER
 from ludic.inference.weights.weight_sync import WeightSync
-from ludic.inference.wire import COMPLETIONS_ROUTE, OWN_ROUTE, BadReplyError, Generated, GenerateRequest
+from ludic.inference.wire import (
+    BOOT_HEADER,
+    COMPLETIONS_ROUTE,
+    OWN_ROUTE,
+    TRAINER_HEADER,
+    BadReplyError,
+    Generated,
+    GenerateRequest,
+)
 from ludic.rollout.engine import WeightSyncReport
 from ludic.rollout.errors import (
     EngineError,

@@ -12,7 +12,7 @@ from pathlib import Path
 from ludic.inference.client.handshake import served_model, server_state
 from ludic.inference.client.server_control import ServerControl
 from ludic.rollout.errors import EngineError, ServerLostError
-from ludic.telemetry.formatting import inert
+from ludic.storage.inert import inert
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

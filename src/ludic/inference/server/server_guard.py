@@ -56,21 +56,12 @@ from ludic.inference.server.generate_route import (
     request_path,
     respond,
 )
-from ludic.inference.server.trainer_lease import (
-    IDENTITY_FIELDS,
-    LEASE_S,
-    Holder,
-    Identity,
-    NotHolderError,
-    TrainerLease,
-)
+from ludic.inference.server.trainer_lease import IDENTITY_FIELDS, Holder, Identity, NotHolderError, TrainerLease
+from ludic.inference.wire import BOOT_HEADER, LEASE_S, TRAINER_HEADER, TRAINER_PATH
 from ludic.inference.wire import PATH as GENERATE_PATH
 
 logger = logging.getLogger(f"vllm.{__name__}")  # a child of vLLM's logger: the server has no other handler
 
-TRAINER_PATH = "/ludic/v1/trainer"
-BOOT_HEADER = "x-ludic-boot"
-TRAINER_HEADER = "x-ludic-trainer"
 BOOT_VARIABLE = "LUDIC_SERVER_BOOT"
 
 BODY_DEADLINE_S = 60.0

@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-LEASE_S = 60.0
-"""A lease ends this long after it was last kept. A trainer keeps it several times in that time."""
+from ludic.inference.wire import LEASE_S
+
 MAX_LOST = 1024
 """Trainers that lost the server, and are remembered for it."""
 IDENTITY_FIELDS = ("host", "pid", "pid_started", "user", "out_dir", "since")

@@ -1,4 +1,4 @@
-"""One call beside another, in a thread: what a weight sync does twice at the same time, here and on the server."""
+"""A blocking call in a thread of its own: a weight sync computes and asks the server at the same time."""
 
 import threading
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 
-class Beside(Generic[T]):
+class BackgroundCall(Generic[T]):
     """Runs `call` from now on in a daemon thread; `result` waits for it and raises what it raised.
 
     As a context manager it waits at the end of the block, unless the block failed: both may meet in one NCCL call, and then
@@ -36,7 +36,7 @@ class Beside(Generic[T]):
             raise self._error
         return self._results[0]
 
-    def __enter__(self) -> "Beside[T]":
+    def __enter__(self) -> "BackgroundCall[T]":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

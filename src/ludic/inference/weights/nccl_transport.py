@@ -18,7 +18,8 @@ from urllib.parse import urlsplit
 import torch
 
 from ludic.inference.client.server_control import TRANSFER_TIMEOUT_S, ServerControl
-from ludic.inference.weights.background import Beside
+from ludic.inference.client.server_process import free_port
+from ludic.inference.weights.background import BackgroundCall
 from ludic.inference.weights.bucket_broadcast import BUCKET_BYTES, BucketSender
 from ludic.inference.weights.nccl_link import NcclLink, NoNCCLError
 from ludic.inference.weights.weight_transport import WireWeights
@@ -56,7 +57,7 @@ class BucketTransport:
             "bucket_bytes": BUCKET_BYTES,
             "deadline_s": self._deadline_s,
         }
-        with Beside(lambda: self._control.init_weight_transfer_engine(init_info)):
+        with BackgroundCall(lambda: self._control.init_weight_transfer_engine(init_info)):
             self._connect(address, port, world_size)
         self._sender = BucketSender(layout, self._link, weights.model.device)
 
@@ -79,7 +80,7 @@ class BucketTransport:
         why = self._problem or "the first time, to see where it puts each tensor"
         self._path = "written in place" if in_place else f"reloaded by vLLM ({why})"
         self.touched = True
-        with Beside(lambda: self._control.update_weights(update_info)):
+        with BackgroundCall(lambda: self._control.update_weights(update_info)):
             sent = self._sender.send(weights.masters())
             self._link.check()
         self._control.finish_weight_update()
@@ -174,7 +175,7 @@ def _open_nccl(
         "rank_offset": 1,
         "world_size": world_size,
     }
-    with Beside(lambda: control.init_weight_transfer_engine(init_info)):
+    with BackgroundCall(lambda: control.init_weight_transfer_engine(init_info)):
         group = static.trainer_init(init_info)
 
     def send(current: WireWeights) -> None:
@@ -187,7 +188,7 @@ def _open_nccl(
             "packed": True,
         }
         control.start_weight_update()
-        with Beside(lambda: control.update_weights(update_info)):
+        with BackgroundCall(lambda: control.update_weights(update_info)):
             static.trainer_send_weights(iter(current), {"group": group, "packed": True})
             torch.cuda.current_stream().synchronize()
         control.finish_weight_update()
@@ -217,13 +218,7 @@ def _weight_source(weights: WireWeights) -> Any:
 def _rendezvous(base_url: str) -> tuple[str, int]:
     """This machine's address as the server sees it, and a free port there."""
     address = _address_towards(urlsplit(base_url).hostname or "127.0.0.1")
-    return address, _free_port(address)
-
-
-def _free_port(address: str) -> int:
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as sock:
-        sock.bind((address, 0))
-        return int(sock.getsockname()[1])
+    return address, free_port(address)
 
 
 def _address_towards(host: str) -> str:

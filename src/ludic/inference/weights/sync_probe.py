@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ludic.rollout.errors import EngineError, ServerMismatchError, WeightSyncError
-from ludic.train.attention import OTHER_FAMILY
+from ludic.task.architectures import OTHER_FAMILY
 from ludic.train.logprobs import token_logprobs
 from ludic.train.packing import pack
 from ludic.types import TrainingSample

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ludic.inference.client.server_control import HeldDigests, ServerControl
-from ludic.inference.weights.background import Beside
+from ludic.inference.weights.background import BackgroundCall
 from ludic.inference.weights.digest import digest_hex
 from ludic.inference.weights.nccl_transport import BucketTransport, NCCLTransport
 from ludic.inference.weights.sync_probe import gap_error, trainer_logprobs
@@ -220,7 +220,7 @@ class WeightSync:
             self._open(talk, weights)
             laps.end("open")
         talk.pausing = True
-        pause = Beside(lambda: talk.control.pause(drain=not talk.salted))
+        pause = BackgroundCall(lambda: talk.control.pause(drain=not talk.salted))
         try:
             if not talk.transport.one_step:
                 pause.result()
@@ -267,7 +267,7 @@ class WeightSync:
         """The mean |difference| in nats between the server's and the trainer's log-probs of the probe prompt."""
         talk.control.check_wanted()  # a thread that was left behind must not touch the model: the trainer has gone on
         salt = f"ludic-probe-{policy_version}-{time.monotonic_ns()}"
-        asked = Beside(lambda: talk.control.prompt_logprobs(self._served_model, self._probe, cache_salt=salt))
+        asked = BackgroundCall(lambda: talk.control.prompt_logprobs(self._served_model, self._probe, cache_salt=salt))
         trained = trainer_logprobs(model, self._probe, fp32_head=self._fp32_head)
         gaps = (torch.tensor(asked.result()) - trained).abs()
         error = gap_error(gaps, model, same_weights=same_weights and not self._has_agreed)
@@ -309,7 +309,7 @@ class _Proof:
     @classmethod
     def of(cls, weights: WireWeights, control: ServerControl, sent: list[int] | None) -> "_Proof":
         """Compare what the server holds with what was sent. Raises WeightSyncError where a tensor differs."""
-        asked = Beside(control.held_digests)  # the server computes its own while the trainer does
+        asked = BackgroundCall(control.held_digests)  # the server computes its own while the trainer does
         wanted = weights.digests() if sent is None else sent
         workers = asked.result()
         names = list(weights.shapes())

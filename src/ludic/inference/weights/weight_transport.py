@@ -23,12 +23,12 @@ from ludic.inference.client.server_control import TRANSFER_TIMEOUT_S, ServerCont
 from ludic.inference.weights.bucket_broadcast import BUCKET_BYTES, WireLayout
 from ludic.inference.weights.bucket_layout import pack
 from ludic.inference.weights.digest import FlatDigest, canonical, digest_hex, tensor_digest, tensor_digests
+from ludic.inference.wire import UNTOUCHED
 from ludic.rollout.errors import EngineError, ServerLostError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-UNTOUCHED = "the model was not touched"
 """In the text of a refusal: the server goes on with whole weights, those from before."""
 
 

@@ -31,7 +31,7 @@ from vllm.logger import init_logger
 from vllm.v1.request import Request
 
 from ludic.inference.weights.digest import digest_hex, tensor_digest, tensor_digests
-from ludic.inference.weights.weight_transport import UNTOUCHED
+from ludic.inference.wire import UNTOUCHED
 from ludic.inference.worker.vllm_logprobs import LogprobRecorder, recording_problem, start_recording, warm_up
 from ludic.inference.worker.vllm_model import (
     check_complete,
