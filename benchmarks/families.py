@@ -31,6 +31,7 @@ from benchmarks.harness import Record, machine, markdown_table, records_of, say,
 from benchmarks.logprob_gap import reference, trained
 from benchmarks.make_policy import build_tokenizer
 from benchmarks.processes import PartError, ludic_server, required, run_and_write, serving
+from ludic.rollout.engine import PolicyWeights
 from ludic.rollout.errors import EngineError
 from ludic.types import SamplingParams
 
@@ -178,7 +179,7 @@ async def synced(family: str, folder: Path, base_url: str, row: Record) -> None:
         await engine.enable_weight_sync(PROBE)
         for version, (name, model) in enumerate((("sync", second), ("reload", first)), 1):
             prepare_packed_attention(model)
-            report = await engine.update_weights(model, policy_version=version)
+            report = await engine.update_weights(PolicyWeights(model, version))
             row[name] = largest([of_server(engine, folder)], [wanted[name]])
             row["proof"] = report.proof
 

@@ -15,7 +15,6 @@ import shlex
 import sys
 import tempfile
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 import torch
@@ -51,7 +50,7 @@ from benchmarks.processes import (
 from environments.gsm8k import load
 from ludic.cli import hide_loading_bars
 from ludic.config import GRPOConfig, add_arguments, from_arguments
-from ludic.rollout.engine import InferenceEngine, WeightSyncReport
+from ludic.rollout.engine import InferenceEngine, Policy, WeightSyncReport
 from ludic.task.prompts import load_tokenizer
 from ludic.types import Completion, SamplingParams
 
@@ -108,11 +107,8 @@ class LimitedEngine:
         async with self._free:
             return await self._engine.generate(prompt_token_ids, num_completions=num_completions, sampling=sampling)
 
-    async def update_weights(self, model: torch.nn.Module, *, policy_version: int) -> WeightSyncReport:
-        return await self._engine.update_weights(model, policy_version=policy_version)
-
-    def reserve_model(self) -> AbstractAsyncContextManager[None]:
-        return self._engine.reserve_model()
+    async def update_weights(self, policy: Policy) -> WeightSyncReport:
+        return await self._engine.update_weights(policy)
 
     def counts(self) -> dict[str, float]:
         return self._engine.counts()

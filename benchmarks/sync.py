@@ -48,7 +48,7 @@ from benchmarks.processes import (
     vllm_settings,
 )
 from ludic.cli import hide_loading_bars
-from ludic.rollout.engine import InferenceEngine
+from ludic.rollout.engine import InferenceEngine, PolicyWeights
 from ludic.train.attention import prepare_packed_attention
 from ludic.types import SamplingParams
 
@@ -104,7 +104,7 @@ async def proven_syncs(policy: Path, url: str | None, *, syncs: int, in_flight: 
                 if load:
                     await stack.enter_async_context(generating(engine, load))
                 change_a_little(model)
-                report = await engine.update_weights(model, policy_version=version)
+                report = await engine.update_weights(PolicyWeights(model, version))
             counted = sum(seconds for name, seconds in report.phases_s.items() if name not in UNCOUNTED)
             yield {
                 "step": version % syncs + 1,

@@ -1,19 +1,17 @@
 """Evaluation: its figures against hand-made cases, its limits, and what is left of it when it fails."""
 
 import asyncio
-import contextlib
 import copy
 import json
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from ludic.rollout.engine import WeightSyncReport
+from ludic.rollout.engine import Policy, WeightSyncReport
 from ludic.rollout.evaluation import (
     EvaluationProgress,
     clustered_interval,
@@ -68,11 +66,8 @@ class StubEngine:
             policy_version=self.policy_version,
         )
 
-    async def update_weights(self, model: torch.nn.Module, *, policy_version: int) -> WeightSyncReport:
+    async def update_weights(self, policy: Policy) -> WeightSyncReport:
         raise AssertionError("evaluation never updates weights")
-
-    def reserve_model(self) -> AbstractAsyncContextManager[None]:
-        return contextlib.nullcontext()
 
     def counts(self) -> dict[str, float]:
         return {}

@@ -25,6 +25,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from ludic.rollout.engine import PolicyWeights
 from ludic.rollout.local import LocalEngine
 from ludic.rollout.local_decoding import ATTENTION_NAME, decoding_attention, inverse_cdf, keep_nucleus
 from ludic.types import Completion, SamplingParams
@@ -310,7 +311,7 @@ async def test_updated_weights_are_those_that_generate_and_the_version_is_stampe
     engine = make_engine(llama(seed=0, tied=tied))
     trained = llama(seed=1, tied=tied)
     before = await engine.generate(PROMPTS[0], num_completions=2, sampling=SamplingParams(max_tokens=8, seed=0))
-    report = await engine.update_weights(trained, policy_version=7)
+    report = await engine.update_weights(PolicyWeights(trained, 7))
     after = await engine.generate(PROMPTS[0], num_completions=2, sampling=SamplingParams(max_tokens=8, seed=0))
     assert [c.policy_version for c in before] == [0, 0]
     assert [c.policy_version for c in after] == [7, 7] and engine.policy_version == report.policy_version == 7
@@ -336,7 +337,7 @@ async def test_a_copy_in_lower_precision_takes_the_rounded_weights_and_keeps_com
     make_engine: MakeEngine,
 ) -> None:
     engine = make_engine(llama(seed=0), dtype=torch.bfloat16)
-    report = await engine.update_weights(llama(seed=1), policy_version=1)
+    report = await engine.update_weights(PolicyWeights(llama(seed=1), 1))
     held = dict(engine._model.named_buffers())["model.rotary_emb.inv_freq"]
     assert held.dtype == torch.float32
     assert engine._model.lm_head.weight.dtype == torch.bfloat16
@@ -361,7 +362,7 @@ async def test_what_was_asked_for_before_an_update_has_the_old_weights_and_what_
         await _decoding_has_begun(engine)
     else:
         await asyncio.sleep(0)
-    update = asyncio.create_task(engine.update_weights(llama(seed=1), policy_version=1))
+    update = asyncio.create_task(engine.update_weights(PolicyWeights(llama(seed=1), 1)))
     await asyncio.sleep(0)
     after = asyncio.create_task(engine.generate([5, 6], num_completions=3, sampling=sampling))
     for completions, version in ((await before, 0), (await after, 1)):
@@ -379,7 +380,7 @@ async def test_an_update_given_up_before_its_turn_changes_nothing(make_engine: M
         engine.generate([5, 6], num_completions=1, sampling=SamplingParams(max_tokens=20, seed=0))
     )
     await _decoding_has_begun(engine)
-    update = asyncio.create_task(engine.update_weights(llama(seed=1), policy_version=1))
+    update = asyncio.create_task(engine.update_weights(PolicyWeights(llama(seed=1), 1)))
     await asyncio.sleep(0)
     update.cancel()
     await before
@@ -410,11 +411,11 @@ async def test_a_model_with_other_tensors_is_refused_and_nothing_is_copied(make_
     engine = make_engine(llama())
     held = copy.deepcopy(engine._model.state_dict())
     with pytest.raises(ValueError, match=r"tensors missing"):
-        await engine.update_weights(gpt2(), policy_version=1)
+        await engine.update_weights(PolicyWeights(gpt2(), 1))
     narrow = llama()
     narrow.model.norm.weight = torch.nn.Parameter(torch.ones(16))
     with pytest.raises(ValueError, match=r"model\.norm\.weight has shape \[16\].*\[32\]"):
-        await engine.update_weights(narrow, policy_version=1)
+        await engine.update_weights(PolicyWeights(narrow, 1))
     assert engine.policy_version == 0
     assert all(torch.equal(tensor, held[name]) for name, tensor in engine._model.state_dict().items())
 
@@ -425,16 +426,16 @@ async def test_a_copy_that_did_not_take_is_caught(make_engine: MakeEngine) -> No
         broken.model.norm.weight[0] = torch.nan
     engine = make_engine(llama())
     with pytest.raises(RuntimeError, match=r"model\.norm\.weight differs after the copy"):
-        await engine.update_weights(broken, policy_version=1)
+        await engine.update_weights(PolicyWeights(broken, 1))
     with pytest.raises(RuntimeError, match="belong to no version"):
         await engine.generate([5], num_completions=1, sampling=SamplingParams(max_tokens=2))
-    await engine.update_weights(llama(), policy_version=2)
+    await engine.update_weights(PolicyWeights(llama(), 2))
     completion = (await engine.generate([5], num_completions=1, sampling=SamplingParams(max_tokens=2)))[0]
     assert completion.policy_version == 2
 
     untied = llama(tied=False)  # two different tensors for what is one tensor in the engine
     with pytest.raises(RuntimeError, match="tied on one side only"):
-        await make_engine(llama(tied=True)).update_weights(untied, policy_version=1)
+        await make_engine(llama(tied=True)).update_weights(PolicyWeights(untied, 1))
 
 
 @pytest.mark.parametrize(
@@ -467,7 +468,7 @@ async def test_a_policy_that_has_diverged_is_an_error_for_every_caller_and_the_e
         *(engine.generate(prompt, num_completions=2, sampling=sampling) for prompt in PROMPTS), return_exceptions=True
     )
     assert all(isinstance(result, RuntimeError) and "diverged" in str(result) for result in results)
-    await engine.update_weights(model, policy_version=1)
+    await engine.update_weights(PolicyWeights(model, 1))
     assert len((await draw(engine, SamplingParams(max_tokens=4, seed=0)))[0]) == 4
 
 
@@ -476,7 +477,7 @@ async def test_a_closed_engine_refuses_and_closing_twice_is_harmless() -> None:
     sampling = SamplingParams(max_tokens=20, seed=0)
     waiting = asyncio.create_task(engine.generate([5], num_completions=3, sampling=sampling))
     await _decoding_has_begun(engine)
-    update = asyncio.create_task(engine.update_weights(llama(), policy_version=1))
+    update = asyncio.create_task(engine.update_weights(PolicyWeights(llama(), 1)))
     await asyncio.sleep(0)
     await engine.aclose()
     await engine.aclose()

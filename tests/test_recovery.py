@@ -5,7 +5,7 @@ import contextlib
 import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from ludic.inference.client import handshake, vllm_client
 from ludic.inference.client.server_control import ServerControl
 from ludic.inference.client.vllm_client import VLLMEngine
-from ludic.rollout.engine import WeightSyncReport
+from ludic.rollout.engine import PolicyWeights, WeightSyncReport
 from ludic.rollout.errors import EngineError, ServerInUseError, ServerLostError, WeightSyncError
 from ludic.survival import recovery
 from ludic.survival.recovery import RecoveringEngine
@@ -23,6 +23,7 @@ from ludic.types import Completion, SamplingParams
 from tests.fake_vllm import MODEL, FakeServer, serving
 from tests.vllm_helpers import make_tiny_tokenizer
 
+Result = TypeVar("Result")
 PROMPT = [3, 40, 41, 42, 4]
 WEIGHTS = torch.nn.Linear(1, 1)
 
@@ -37,11 +38,19 @@ class Syncs:
         """So many syncs to come fail."""
         self.hold: threading.Event | None = None
         self.aborted: list[str] = []
+        self.num_running = 0
 
     def __call__(self, control: ServerControl, **settings: Any) -> "Syncs":
         return self
 
     def sync(self, model: torch.nn.Module, policy_version: int) -> WeightSyncReport:
+        self.num_running += 1
+        try:
+            return self._sync(model, policy_version)
+        finally:
+            self.num_running -= 1
+
+    def _sync(self, model: torch.nn.Module, policy_version: int) -> WeightSyncReport:
         assert model is WEIGHTS
         if self.hold is not None:
             self.hold.wait(30)
@@ -125,7 +134,7 @@ def connect(
         opened.push_async_callback(engine.aclose)
         await engine.connect(tokenizer)
         await engine.enable_weight_sync(PROMPT)
-        await engine.update_weights(WEIGHTS, policy_version=1)
+        await engine.update_weights(PolicyWeights(WEIGHTS, 1))
         return engine, said
 
     return make
@@ -215,7 +224,7 @@ async def test_a_server_of_somebody_else_is_waited_for_with_the_command_that_sta
     opened.push_async_callback(engine.aclose)
     await engine.connect(tokenizer)
     await engine.enable_weight_sync(PROMPT)
-    await engine.update_weights(WEIGHTS, policy_version=1)
+    await engine.update_weights(PolicyWeights(WEIGHTS, 1))
     await runner.cleanup()
 
     waiting = asyncio.create_task(one(engine))
@@ -242,11 +251,11 @@ async def test_a_server_that_does_not_come_back_ends_the_run_with_what_to_do(
         engine = RecoveringEngine(client, wait_s=0.2, say=lambda line: None)
         await engine.connect(tokenizer)
         await engine.enable_weight_sync(PROMPT)
-        await engine.update_weights(WEIGHTS, policy_version=1)
+        await engine.update_weights(PolicyWeights(WEIGHTS, 1))
     with pytest.raises(EngineError, match=r"did not come back within --server-wait 0\.2 s.*vllm_server.*--resume"):
         await one(engine)
     with pytest.raises(EngineError, match="did not come back"):
-        await engine.update_weights(WEIGHTS, policy_version=2)
+        await engine.update_weights(PolicyWeights(WEIGHTS, 2))
     await engine.aclose()
 
 
@@ -258,7 +267,7 @@ async def test_a_sync_that_failed_is_made_again_and_what_was_in_flight_is_not_tr
     in_flight = asyncio.create_task(one(engine))
     await until(lambda: server.requests)
     syncs.failures = 2
-    report = await engine.update_weights(WEIGHTS, policy_version=2)
+    report = await engine.update_weights(PolicyWeights(WEIGHTS, 2))
     server.hold.set()
     assert report.policy_version == 2
     assert (await in_flight).policy_version == 2, "half replaced weights may have sampled the first answer"
@@ -271,7 +280,7 @@ async def test_a_sync_that_always_fails_ends_the_run_with_its_reason(
     engine, _ = await connect()
     syncs.failures = 1000
     with pytest.raises(EngineError, match=r"lost 6 times without a weight sync in between: the digests differ"):
-        await engine.update_weights(WEIGHTS, policy_version=2)
+        await engine.update_weights(PolicyWeights(WEIGHTS, 2))
 
 
 async def test_the_first_sync_of_a_run_is_tried_twice_only(
@@ -309,7 +318,7 @@ async def test_a_silent_server_is_lost_and_a_sync_that_waits_for_it_is_ended(
         return claim(*args, **options)
 
     monkeypatch.setattr(handshake, "claim", silent)
-    syncing = asyncio.create_task(engine.update_weights(WEIGHTS, policy_version=2))
+    syncing = asyncio.create_task(engine.update_weights(PolicyWeights(WEIGHTS, 2)))
     await until(lambda: syncs.aborted)
     assert "no answer within 15 s" in syncs.aborted[0]
     assert (await syncing).policy_version == 2 and said
@@ -326,19 +335,50 @@ async def test_a_server_that_another_trainer_has_taken_ends_the_run_with_its_nam
         await one(engine)
 
 
-async def test_the_weights_are_not_read_while_the_trainer_holds_the_model(
+class Owner:
+    """A `Policy` whose owner is in the middle of an update while `changing` is held."""
+
+    def __init__(self) -> None:
+        self.version = 1
+        self.changing = asyncio.Lock()
+
+    async def read(self, reader: Callable[[torch.nn.Module, int], Result]) -> Result:
+        async with self.changing:
+            return await asyncio.to_thread(reader, WEIGHTS, self.version)
+
+
+async def test_a_server_that_came_back_is_sent_the_weights_between_two_updates_with_the_version_of_that_moment(
     server: FakeServer, syncs: Syncs, connect: Callable[..., Any]
 ) -> None:
     engine, said = await connect()
-    async with engine.reserve_model():
+    owner = Owner()
+    await engine.update_weights(owner)
+    async with owner.changing:
         server.boot = "2" * 32
         waiting = asyncio.create_task(one(engine))
         await until(lambda: said)
         await asyncio.sleep(0.2)
-        assert len(syncs.done) == 1, "the model may be half way through a step"
-        await engine.update_weights(WEIGHTS, policy_version=2)
+        assert len(syncs.done) == 2, "the model may be half way through a step"
+        owner.version = 2
     assert (await waiting).policy_version == 2
-    assert syncs.done == [("b007" * 8, 1), ("2" * 32, 2)], "and they are sent once"
+    assert syncs.done[2:] == [("2" * 32, 2)]
+
+
+async def test_the_trainer_waits_with_its_sync_while_that_of_a_recovery_is_under_way(
+    server: FakeServer, syncs: Syncs, connect: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, _ = await connect()
+    monkeypatch.setattr(syncs, "abort", lambda reason: None)  # none is under way at the loss
+    syncs.hold = threading.Event()
+    server.boot = "2" * 32
+    waiting = asyncio.create_task(one(engine))
+    await until(lambda: syncs.num_running == 1)
+    update = asyncio.create_task(engine.update_weights(PolicyWeights(WEIGHTS, 2)))
+    await asyncio.sleep(0.2)
+    assert syncs.num_running == 1 and len(syncs.done) == 1
+    syncs.hold.set()
+    assert (await update).policy_version == 2 and (await waiting).policy_version in (1, 2)
+    assert syncs.done[1:] == [("2" * 32, 1), ("2" * 32, 2)]
 
 
 async def test_a_server_that_others_changed_while_our_hold_had_run_out_is_not_trained_on(
@@ -387,7 +427,7 @@ async def test_what_ends_while_a_sync_is_under_way_is_returned_only_if_that_is_p
     server.hold, syncs.hold = asyncio.Event(), threading.Event()
     in_flight = asyncio.create_task(one(engine))
     await until(lambda: server.requests)
-    syncing = asyncio.create_task(engine.update_weights(WEIGHTS, policy_version=2))
+    syncing = asyncio.create_task(engine.update_weights(PolicyWeights(WEIGHTS, 2)))
     server.hold.set()
     await until(lambda: not server.in_flight)
     await asyncio.sleep(0.1)
@@ -413,7 +453,7 @@ async def test_a_server_that_is_half_dead_is_another_attempt_and_not_the_end(
 
     monkeypatch.setattr(handshake, "weight_sync_info", half_dead)
     syncs.failures = 1
-    assert (await engine.update_weights(WEIGHTS, policy_version=2)).policy_version == 2
+    assert (await engine.update_weights(PolicyWeights(WEIGHTS, 2))).policy_version == 2
     assert len(own.reasons) == 1, "left running after the refused sync, started again after the dead engine"
 
 

@@ -1,17 +1,14 @@
 """Rollouts: groups in the order of their prompts, complete records, and a failure that is never a shorter group."""
 
 import asyncio
-import contextlib
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 import pytest
-import torch
 from transformers import PreTrainedTokenizerFast
 
-from ludic.rollout.engine import WeightSyncReport
+from ludic.rollout.engine import Policy, WeightSyncReport
 from ludic.rollout.groups import GroupStream, Prompt, derive_seed, rollout_metrics, rollout_record
 from ludic.task.prompts import encode_prompt
 from ludic.types import ChatMessage, Completion, FinishReason, ParseResult, Rollout, RolloutGroup, SamplingParams, Score
@@ -50,11 +47,8 @@ class EchoEngine:
         ids = [*self.tokenizer.encode(text, add_special_tokens=False), int(self.tokenizer.eos_token_id)]
         return Completion(token_ids=ids, logprobs=[-0.5] * len(ids), finish_reason="stop", policy_version=VERSION)
 
-    async def update_weights(self, model: torch.nn.Module, *, policy_version: int) -> WeightSyncReport:
+    async def update_weights(self, policy: Policy) -> WeightSyncReport:
         raise AssertionError("rollouts do not change weights")
-
-    def reserve_model(self) -> AbstractAsyncContextManager[None]:
-        return contextlib.nullcontext()
 
     def counts(self) -> dict[str, float]:
         return {}

@@ -5,7 +5,6 @@ import dataclasses
 import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ludic.config import GRPOConfig, RunPaths
-from ludic.rollout.engine import WeightSyncReport
+from ludic.rollout.engine import Policy, WeightSyncReport
 from ludic.rollout.errors import WeightSyncError
 from ludic.rollout.local import LocalEngine
 from ludic.task.prompts import load_tokenizer
@@ -309,10 +308,13 @@ def test_a_resumed_run_gives_the_engine_its_weights_before_the_first_rollout(
     handed_over: list[tuple[int, bool]] = []
     original, checkpoint = run.engine.update_weights, load(tmp_path / "checkpoints_gsm8k" / "step_2")
 
-    async def update_weights(model: torch.nn.Module, *, policy_version: int) -> WeightSyncReport:
+    def look(model: torch.nn.Module, policy_version: int) -> None:
         assert isinstance(model, PreTrainedModel)
         handed_over.append((policy_version, same_weights(checkpoint, model)))
-        return await original(model, policy_version=policy_version)
+
+    async def update_weights(policy: Policy) -> WeightSyncReport:
+        await policy.read(look)
+        return await original(policy)
 
     run.engine.update_weights = update_weights  # type: ignore[method-assign]
     run.go()
@@ -566,11 +568,8 @@ class StopsInUpdate:
             await asyncio.Event().wait()
         return await self._engine.generate(prompt_token_ids, num_completions=num_completions, sampling=sampling)
 
-    async def update_weights(self, model: torch.nn.Module, *, policy_version: int) -> WeightSyncReport:
-        return await self._engine.update_weights(model, policy_version=policy_version)
-
-    def reserve_model(self) -> AbstractAsyncContextManager[None]:
-        return self._engine.reserve_model()
+    async def update_weights(self, policy: Policy) -> WeightSyncReport:
+        return await self._engine.update_weights(policy)
 
     def counts(self) -> dict[str, float]:
         return self._engine.counts()
@@ -640,10 +639,10 @@ def test_a_sync_that_fails_ends_the_run_and_the_update_before_it_is_saved(
     run = Run(digit_policy_dir, tmp_path, train_steps=5, eval_limit=0)
     original = run.engine.update_weights
 
-    async def update_weights(model: torch.nn.Module, *, policy_version: int) -> WeightSyncReport:
-        if policy_version == 2:
+    async def update_weights(policy: Policy) -> WeightSyncReport:
+        if await policy.read(lambda _, version: version) == 2:
             raise WeightSyncError("the server is gone")
-        return await original(model, policy_version=policy_version)
+        return await original(policy)
 
     run.engine.update_weights = update_weights  # type: ignore[method-assign]
     with pytest.raises(WeightSyncError, match="the server is gone"):
@@ -788,12 +787,9 @@ class Remote:
             await asyncio.sleep(0)
         return [dataclasses.replace(completion, policy_version=max(0, version - self._lag)) for completion in done]
 
-    async def update_weights(self, model: torch.nn.Module, *, policy_version: int) -> WeightSyncReport:
-        self.events.append(("weights", policy_version))
-        return await self._engine.update_weights(model, policy_version=policy_version)
-
-    def reserve_model(self) -> AbstractAsyncContextManager[None]:
-        return self._engine.reserve_model()
+    async def update_weights(self, policy: Policy) -> WeightSyncReport:
+        self.events.append(("weights", await policy.read(lambda _, version: version)))
+        return await self._engine.update_weights(policy)
 
     def counts(self) -> dict[str, float]:
         return self._engine.counts()

@@ -24,7 +24,7 @@ from ludic.inference.client.handshake import start_command
 from ludic.inference.client.vllm_client import VLLMEngine, stop_token_ids
 from ludic.inference.client.weighted_semaphore import WeightedSemaphore
 from ludic.inference.wire import PATH, Generated
-from ludic.rollout.engine import WeightSyncReport
+from ludic.rollout.engine import PolicyWeights, WeightSyncReport
 from ludic.rollout.errors import (
     EngineError,
     ServerMismatchError,
@@ -268,7 +268,7 @@ async def test_an_interrupted_sync_is_let_to_its_end_and_one_that_hangs_is_torn_
 
     monkeypatch.setattr(syncing_client._sync, "sync", sync)
     monkeypatch.setattr(syncing_client._sync, "abort", abort, raising=False)
-    task = asyncio.create_task(syncing_client.update_weights(torch.nn.Linear(1, 1), policy_version=1))
+    task = asyncio.create_task(syncing_client.update_weights(PolicyWeights(torch.nn.Linear(1, 1), 1)))
     await asyncio.to_thread(started.wait, 20)
     task.cancel()
     if not hangs:
@@ -285,7 +285,7 @@ async def test_a_completion_has_the_version_at_which_its_request_started(
     in_flight = asyncio.create_task(generated(syncing_client))
     while not server.requests:
         await asyncio.sleep(0.01)
-    await syncing_client.update_weights(torch.nn.Linear(1, 1), policy_version=3)
+    await syncing_client.update_weights(PolicyWeights(torch.nn.Linear(1, 1), 3))
     later = asyncio.create_task(generated(syncing_client))
     while len(server.requests) < 2:
         await asyncio.sleep(0.01)
@@ -302,7 +302,7 @@ async def test_a_request_that_is_sent_again_after_a_sync_has_the_new_version(
 
     async def sleep(seconds: float) -> None:
         if len(server.requests) == 1 and syncing_client.num_retries:  # the pause before the second attempt
-            await syncing_client.update_weights(torch.nn.Linear(1, 1), policy_version=1)
+            await syncing_client.update_weights(PolicyWeights(torch.nn.Linear(1, 1), 1))
         await original(0)
 
     monkeypatch.setattr(asyncio, "sleep", sleep)
@@ -320,13 +320,13 @@ async def test_requests_share_cached_prefixes_only_while_the_weights_are_the_sam
 
     salts = [await salt(syncing_client)]
     assert await salt(syncing_client) == salts[0]
-    await syncing_client.update_weights(torch.nn.Linear(1, 1), policy_version=1)
+    await syncing_client.update_weights(PolicyWeights(torch.nn.Linear(1, 1), 1))
     salts.append(await salt(syncing_client))
-    await syncing_client.update_weights(torch.nn.Linear(1, 1), policy_version=1)  # the same number, other weights
+    await syncing_client.update_weights(PolicyWeights(torch.nn.Linear(1, 1), 1))  # the same number, other weights
     salts.append(await salt(syncing_client))
     syncing_client._sync.error = WeightSyncError("refused")  # type: ignore[union-attr]
     with pytest.raises(WeightSyncError):
-        await syncing_client.update_weights(torch.nn.Linear(1, 1), policy_version=2)
+        await syncing_client.update_weights(PolicyWeights(torch.nn.Linear(1, 1), 2))
     salts.append(await salt(syncing_client))  # who knows which weights the server has now
     salts.append(await salt(open_client()))  # another run, whose version 0 is another policy
     assert len(set(salts)) == 5 and all(salts)
@@ -611,7 +611,7 @@ async def test_something_that_is_no_vllm_server_is_an_error_in_words(tokenizer: 
 
 async def test_weights_cannot_be_sent_before_the_sync_was_set_up(open_client: Callable[..., VLLMEngine]) -> None:
     with pytest.raises(EngineError, match="enable_weight_sync"):
-        await open_client().update_weights(torch.nn.Linear(1, 1), policy_version=1)
+        await open_client().update_weights(PolicyWeights(torch.nn.Linear(1, 1), 1))
 
 
 def test_every_id_that_ends_a_turn_is_a_stop_token(tiny_model_dir: Path, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -27,6 +27,7 @@ from ludic.inference.client.server_process import RunningServer, free_port
 from ludic.inference.client.vllm_client import VLLMEngine, stop_token_ids
 from ludic.inference.weights.weight_sync import _Proof
 from ludic.inference.weights.weight_transport import SharedMemoryTransport, WireWeights
+from ludic.rollout.engine import PolicyWeights
 from ludic.rollout.errors import EngineError, ServerMismatchError, WeightSyncError
 from ludic.task.prompts import decode_completion, encode_prompt, load_tokenizer
 from ludic.train.attention import prepare_packed_attention
@@ -71,7 +72,7 @@ async def engine(
     )
     await client.connect(tokenizer, max_seq_len=512)
     await client.enable_weight_sync(list(range(5, 60)))
-    await client.update_weights(policy(digit_policy_dir), policy_version=0)
+    await client.update_weights(PolicyWeights(policy(digit_policy_dir), 0))
     yield client
     await client.aclose()
 
@@ -107,7 +108,7 @@ def logprobs_of(model: PreTrainedModel, prompt: list[int], completion: Completio
 async def test_log_probs_are_those_of_the_distribution_that_was_sampled_from(
     engine: VLLMEngine, digit_policy_dir: Path, temperature: float
 ) -> None:
-    await engine.update_weights(policy(digit_policy_dir, random_seed=5), policy_version=1)
+    await engine.update_weights(PolicyWeights(policy(digit_policy_dir, random_seed=5), 1))
     model = plain(digit_policy_dir, random_seed=5)
     sampling = SamplingParams(temperature=temperature, max_tokens=24, seed=3)
     different_tokens = set()
@@ -126,7 +127,7 @@ async def test_greedy_decoding_takes_the_most_likely_token_each_time(
     engine: VLLMEngine, digit_policy_dir: Path
 ) -> None:
     model = plain(digit_policy_dir, random_seed=6)
-    await engine.update_weights(policy(digit_policy_dir, random_seed=6), policy_version=1)
+    await engine.update_weights(PolicyWeights(policy(digit_policy_dir, random_seed=6), 1))
     (completion,) = await engine.generate(
         PROMPTS[0], num_completions=1, sampling=SamplingParams(temperature=0.0, max_tokens=16)
     )
@@ -149,7 +150,7 @@ async def test_a_finished_completion_ends_with_its_stop_token_and_a_truncated_on
 
 
 async def test_a_seed_repeats_a_group_and_its_members_differ(engine: VLLMEngine, digit_policy_dir: Path) -> None:
-    await engine.update_weights(policy(digit_policy_dir, random_seed=5), policy_version=1)
+    await engine.update_weights(PolicyWeights(policy(digit_policy_dir, random_seed=5), 1))
 
     async def group(seed: int, client: VLLMEngine) -> list[list[int]]:
         sampling = SamplingParams(temperature=2.0, max_tokens=12, seed=seed)
@@ -186,7 +187,7 @@ async def test_both_routes_give_the_same_tokens_and_the_same_log_probs(
     reasons = set()
     for policy_version, prompts in ((0, [encode_prompt(tokenizer, digit_chat(1))]), (1, PROMPTS)):
         if policy_version:
-            await engine.update_weights(policy(digit_policy_dir, random_seed=5), policy_version=1)
+            await engine.update_weights(PolicyWeights(policy(digit_policy_dir, random_seed=5), 1))
         for prompt in prompts:
             ours = await engine.generate(prompt, num_completions=count, sampling=sampling)
             theirs = await plain_client.generate(prompt, num_completions=count, sampling=sampling)
@@ -205,7 +206,7 @@ async def test_both_routes_give_the_same_tokens_and_the_same_log_probs(
 async def test_log_probs_of_many_requests_at_once_are_recorded_apart_and_nothing_of_them_stays(
     engine: VLLMEngine, server: RunningServer, digit_policy_dir: Path
 ) -> None:
-    await engine.update_weights(policy(digit_policy_dir, random_seed=5), policy_version=1)
+    await engine.update_weights(PolicyWeights(policy(digit_policy_dir, random_seed=5), 1))
     model = plain(digit_policy_dir, random_seed=5)
 
     def group(prompt: list[int], max_tokens: int, seed: int | None) -> asyncio.Task[list[Completion]]:
@@ -227,7 +228,7 @@ async def test_log_probs_of_many_requests_at_once_are_recorded_apart_and_nothing
 
 
 async def test_a_caller_that_leaves_frees_its_places_in_the_engine(engine: VLLMEngine, digit_policy_dir: Path) -> None:
-    await engine.update_weights(policy(digit_policy_dir, random_seed=5), policy_version=1)
+    await engine.update_weights(PolicyWeights(policy(digit_policy_dir, random_seed=5), 1))
 
     def metric(name: str) -> float:
         text = requests.get(f"{engine.base_url}/metrics", timeout=10).text
@@ -306,7 +307,7 @@ async def test_a_sync_changes_what_is_sampled_and_reports_what_it_compared(
     prompt = encode_prompt(tokenizer, digit_chat(1))
     greedy = SamplingParams(temperature=0.0, max_tokens=12)
     (before,) = await engine.generate(prompt, num_completions=1, sampling=greedy)
-    report = await engine.update_weights(policy(digit_policy_dir, random_seed=5), policy_version=7)
+    report = await engine.update_weights(PolicyWeights(policy(digit_policy_dir, random_seed=5), 7))
     (after,) = await engine.generate(prompt, num_completions=1, sampling=greedy)
     assert (before.policy_version, after.policy_version) == (0, 7)
     assert before.token_ids != after.token_ids, "stale weights or a stale prefix cache"
@@ -342,7 +343,7 @@ async def test_generation_in_flight_goes_on_over_a_sync_and_a_request_that_comes
         resume(self)
 
     monkeypatch.setattr(ServerControl, "resume", watched)
-    report = await engine.update_weights(policy(digit_policy_dir, random_seed=5), policy_version=3)
+    report = await engine.update_weights(PolicyWeights(policy(digit_policy_dir, random_seed=5), 3))
     assert done_at_resume == [False], "the sync waited for running requests to end"
     assert report.logprob_gap is not None and report.logprob_gap < 1e-3
     assert await held_back == 4
@@ -369,7 +370,7 @@ async def test_one_element_that_changes_on_the_way_is_caught_and_the_old_weights
 
     monkeypatch.setattr(ServerControl, "update_weights", corrupt)
     with pytest.raises(WeightSyncError, match=r"model\.layers\.1\.mlp\.up_proj\.weight.*corrupted"):
-        await engine.update_weights(policy(digit_policy_dir, random_seed=5), policy_version=1)
+        await engine.update_weights(PolicyWeights(policy(digit_policy_dir, random_seed=5), 1))
     assert not is_paused(server) and engine.policy_version == 0
     assert await engine.generate(PROMPTS[0], num_completions=1, sampling=greedy) == [before]
 
@@ -392,10 +393,10 @@ async def test_other_weights_than_the_policys_are_caught_by_digests_and_by_log_p
         nothing = _Proof(total=1, compared=0, in_memory=0, inexact="")
         monkeypatch.setattr(_Proof, "of", classmethod(lambda cls, weights, control, sent: nothing))
     with pytest.raises(WeightSyncError, match="differ from those sent" if with_digests else "log-probs of the probe"):
-        await engine.update_weights(policy(digit_policy_dir, random_seed=5), policy_version=1)
+        await engine.update_weights(PolicyWeights(policy(digit_policy_dir, random_seed=5), 1))
     assert is_paused(server), "what it holds is not the policy: nobody is to generate with it"
     monkeypatch.undo()
-    await engine.update_weights(policy(digit_policy_dir), policy_version=2)
+    await engine.update_weights(PolicyWeights(policy(digit_policy_dir), 2))
     assert not is_paused(server), "the next sync sets it right"
 
 
@@ -405,9 +406,9 @@ async def test_a_model_of_another_shape_is_refused_in_the_servers_words(
     other = make_tiny_model(tmp_path, tie_word_embeddings=True, vocab_size=640)
     prepare_packed_attention(other)
     with pytest.raises(WeightSyncError, match=r"embed_tokens\.weight"):
-        await engine.update_weights(other, policy_version=1)
+        await engine.update_weights(PolicyWeights(other, 1))
     assert is_paused(server)
-    await engine.update_weights(policy(digit_policy_dir), policy_version=2)
+    await engine.update_weights(PolicyWeights(policy(digit_policy_dir), 2))
     assert not is_paused(server)
 
 
@@ -478,15 +479,15 @@ async def test_a_server_says_which_weights_it_holds_and_the_same_weights_have_th
 ) -> None:
     control = ServerControl(server.base_url)
     same = control.weights_digest()
-    await engine.update_weights(policy(digit_policy_dir), policy_version=7)
+    await engine.update_weights(PolicyWeights(policy(digit_policy_dir), 7))
     assert control.weights_digest() == same
     other = policy(digit_policy_dir, random_seed=3)
-    await engine.update_weights(other, policy_version=8)
+    await engine.update_weights(PolicyWeights(other, 8))
     changed = control.weights_digest()
     assert changed != same
     with torch.no_grad():
         other.get_parameter("model.layers.0.mlp.up_proj.weight")[0, 0] += 1.0  # in a layer that the CPU holds packed
-    await engine.update_weights(other, policy_version=9)
+    await engine.update_weights(PolicyWeights(other, 9))
     assert control.weights_digest() not in (same, changed)
     weights = handshake.server_state(control).weights  # this engine names no trainer
     assert weights is not None and weights["proven"] is False

@@ -25,6 +25,7 @@ from ludic.inference.weights.sync_probe import gap_error
 from ludic.inference.weights.weight_sync import TRANSPORTS, WeightSync
 from ludic.inference.weights.weight_transport import WireWeights
 from ludic.inference.wire import UNTOUCHED
+from ludic.rollout.engine import PolicyWeights
 from ludic.rollout.errors import (
     EngineError,
     ServerInUseError,
@@ -775,10 +776,10 @@ async def test_the_client_keeps_its_old_version_when_a_sync_fails(
 ) -> None:
     client = VLLMEngine("http://127.0.0.1:1", model="tiny")
     client._sync = sync_with(control)
-    await client.update_weights(policy, policy_version=1)
+    await client.update_weights(PolicyWeights(policy, 1))
     control.on["update"] = refuse("no")
     with pytest.raises(WeightSyncError):
-        await client.update_weights(policy, policy_version=2)
+        await client.update_weights(PolicyWeights(policy, 2))
     assert client.policy_version == 1
     await client.aclose()
 

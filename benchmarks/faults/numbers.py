@@ -34,6 +34,7 @@ from ludic.train.logprobs import TokenStats
 from ludic.train.losses import LOSSES, LossInputs, LossOutput, LossSettings
 from ludic.train.master_weights import MasterWeights
 from ludic.train.trainer import GRPOTrainer
+from ludic.train.update_batch import UpdateBatch
 from ludic.types import ChatMessage, Completion, ParseResult, SamplingParams, Score, TrainingSample
 
 ROW = "NaN or Inf"
@@ -390,20 +391,20 @@ class Run:
 
     def go(self) -> Exception | None:
         """Run; what ended it before its time."""
-        update = self.trainer._update
+        collect = self.trainer._collect
 
-        async def update_with_fault() -> None:
+        async def collect_with_fault() -> UpdateBatch:
+            faults.close()  # of the update before
             place, value = self.plan.get(self.trainer.state.step + 1, ("", 0.0))
-            with contextlib.ExitStack() as stack:
-                if place in PLACES:
-                    stack.enter_context(fault(self.learner, place, value, self._rng))
-                elif place == "sampler":
-                    self.engine.broken = value
-                elif place == "reward":
-                    self.environment.broken = value
-                elif place:
-                    self._poison(place, value)
-                await update()
+            if place in PLACES:
+                faults.enter_context(fault(self.learner, place, value, self._rng))
+            elif place == "sampler":
+                self.engine.broken = value
+            elif place == "reward":
+                self.environment.broken = value
+            elif place:
+                self._poison(place, value)
+            return await collect()
 
         async def train() -> None:
             try:
@@ -411,7 +412,7 @@ class Run:
             finally:
                 await self.engine.aclose()
 
-        with _replaced(self.trainer, "_update", update_with_fault):
+        with contextlib.ExitStack() as faults, _replaced(self.trainer, "_collect", collect_with_fault):
             try:
                 asyncio.run(train())
             except (ArithmeticError, ValueError) as error:

@@ -42,7 +42,7 @@ from ludic.config import GRPOConfig, RunPaths
 from ludic.inference.client import handshake
 from ludic.inference.client.server_process import ServerProcess, start_server
 from ludic.inference.client.vllm_client import VLLMEngine
-from ludic.rollout.engine import WeightSyncReport
+from ludic.rollout.engine import Policy, WeightSyncReport
 from ludic.survival import recovery
 from ludic.survival.recovery import RecoveringEngine
 from ludic.task.pretrained import load_config, load_model
@@ -91,9 +91,9 @@ class PhasedEngine(VLLMEngine):
         with self._phase("generation"):
             return await super().generate(prompt_token_ids, num_completions=num_completions, sampling=sampling)
 
-    async def update_weights(self, model: torch.nn.Module, *, policy_version: int) -> WeightSyncReport:
+    async def update_weights(self, policy: Policy) -> WeightSyncReport:
         with self._phase("sync"):
-            return await super().update_weights(model, policy_version=policy_version)
+            return await super().update_weights(policy)
 
     @contextlib.contextmanager
     def _phase(self, name: str) -> Any:

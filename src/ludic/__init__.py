@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ludic.config import GRPOConfig, RunPaths
     from ludic.inference.client.server_process import ServerProcess, start_server
     from ludic.inference.client.vllm_client import VLLMEngine
-    from ludic.rollout.engine import InferenceEngine, WeightSyncReport
+    from ludic.rollout.engine import InferenceEngine, Policy, PolicyWeights, WeightSyncReport
     from ludic.rollout.errors import EngineError
     from ludic.rollout.evaluation import EvaluationResult, evaluate
     from ludic.rollout.local import LocalEngine
@@ -51,6 +51,8 @@ __all__ = [
     "LocalEngine",
     "MetricLogger",
     "ParseResult",
+    "Policy",
+    "PolicyWeights",
     "RecoveringEngine",
     "Rollout",
     "RolloutGroup",
@@ -85,6 +87,8 @@ _HOMES = {
     "LocalEngine": "rollout.local",
     "MetricLogger": "train.metrics",
     "ParseResult": "types",
+    "Policy": "rollout.engine",
+    "PolicyWeights": "rollout.engine",
     "RecoveringEngine": "survival.recovery",
     "Rollout": "types",
     "RolloutGroup": "types",

@@ -1,17 +1,19 @@
-"""The one seam between training and generation: token ids in, token ids out, and a way to hand over new weights.
+"""The one seam between training and generation: token ids in, token ids out, and a way to take over new weights.
 
 `vllm_client.VLLMEngine` talks to a vLLM server, `recovery.RecoveringEngine` also survives its loss, and `local.LocalEngine`
 generates in this process. Nothing else in ludic knows which of them it has.
 """
 
-from collections.abc import Sequence
-from contextlib import AbstractAsyncContextManager
+import asyncio
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
 from ludic.types import Completion, SamplingParams
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +30,34 @@ class WeightSyncReport:
     """Mean absolute difference of log-probabilities on the probe prompt, in nats; None where none was taken."""
     phases_s: dict[str, float] = field(default_factory=dict)
     """Seconds of the parts, e.g. pause, send, proof, resume."""
+
+
+class Policy(Protocol):
+    """A model and the version of its weights, in the hands of the one thread that may change them."""
+
+    async def read(self, reader: Callable[[torch.nn.Module, int], Result]) -> Result:
+        """The result of `reader(model, policy_version)`, called on that thread: the two belong together until it returns.
+
+        May be called again at any time after a sync, by an engine whose server lost the weights; the version may have
+        grown by then.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyWeights:
+    """`Policy` for a caller that leaves the model alone while an engine reads it: `reader` runs on a thread of asyncio's.
+
+    Example:
+        >>> await engine.update_weights(PolicyWeights(model, policy_version=3))
+    """
+
+    model: torch.nn.Module
+    policy_version: int
+
+    async def read(self, reader: Callable[[torch.nn.Module, int], Result]) -> Result:
+        """The result of `reader(model, policy_version)`."""
+        return await asyncio.to_thread(reader, self.model, self.policy_version)
 
 
 class InferenceEngine(Protocol):
@@ -53,20 +83,12 @@ class InferenceEngine(Protocol):
         """
         ...
 
-    async def update_weights(self, model: torch.nn.Module, *, policy_version: int) -> WeightSyncReport:
-        """Take over `model`'s weights, prove that they arrived, and stamp what follows with `policy_version`.
+    async def update_weights(self, policy: Policy) -> WeightSyncReport:
+        """Take over the policy's weights, prove that they arrived, and stamp what follows with their version.
 
         May be called while generations are in flight. They go on with the new weights, or end first under the old ones,
         as the engine has it; their completions keep the version at which they started, the oldest that sampled any of
         their tokens: staleness is never understated.
-        """
-        ...
-
-    def reserve_model(self) -> AbstractAsyncContextManager[None]:
-        """Held by the caller while it computes with the model that it last handed over, or changes it.
-
-        An engine that may have to hand the weights to a server again reads them only between these times, and inside
-        `update_weights`.
         """
         ...
 

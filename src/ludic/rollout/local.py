@@ -20,7 +20,6 @@ the server is for.
 """
 
 import asyncio
-import contextlib
 import copy
 import dataclasses
 import itertools
@@ -28,7 +27,6 @@ import secrets
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import Self
@@ -36,7 +34,7 @@ from typing import Self
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
-from ludic.rollout.engine import WeightSyncReport
+from ludic.rollout.engine import Policy, WeightSyncReport
 from ludic.rollout.local_decoding import Row, decode, prepare_decoding
 from ludic.task.pretrained import load_model, loading
 from ludic.task.rope import pin_rope
@@ -70,8 +68,7 @@ class _Request:
 class _WeightUpdate:
     """One `update_weights` call, and its place among the requests."""
 
-    model: torch.nn.Module
-    policy_version: int
+    policy: Policy
     future: "asyncio.Future[WeightSyncReport]"
     submitted_s: float
 
@@ -200,12 +197,11 @@ class LocalEngine:
         self._submit(request)
         return await request.future
 
-    async def update_weights(self, model: torch.nn.Module, *, policy_version: int) -> WeightSyncReport:
-        """Take over `model`'s weights, and prove it: every tensor must be equal afterwards.
+    async def update_weights(self, policy: Policy) -> WeightSyncReport:
+        """Take over the policy's weights, and prove it: every tensor must be equal afterwards.
 
         May be called while requests are queued or in flight. Those that came before it are finished first, with the
-        weights that they came under; those that come after it, even before it is done, have the new ones. `model` is
-        read when its turn comes, so it must not change until this returns.
+        weights that they came under; those that come after it, even before it is done, have the new ones.
 
         Raises:
             ValueError: the two models do not hold the same tensors in the same shapes. Nothing has been copied.
@@ -213,16 +209,9 @@ class LocalEngine:
                 update succeeds, the engine holds weights that belong to no version, and refuses to generate.
         """
         self._check_open()
-        _check_same_tensors(_named_tensors(self._model), _named_tensors(model))
         future: asyncio.Future[WeightSyncReport] = asyncio.get_running_loop().create_future()
-        self._submit(
-            _WeightUpdate(model=model, policy_version=policy_version, future=future, submitted_s=time.perf_counter())
-        )
+        self._submit(_WeightUpdate(policy=policy, future=future, submitted_s=time.perf_counter()))
         return await future
-
-    def reserve_model(self) -> AbstractAsyncContextManager[None]:
-        """Nothing to hold: the model is read in `update_weights` alone."""
-        return contextlib.nullcontext()
 
     def counts(self) -> dict[str, float]:
         """Nothing can be lost between two halves of one process."""
@@ -332,22 +321,17 @@ class LocalEngine:
         )
 
     async def _apply(self, update: _WeightUpdate) -> None:
-        """Hand the weights over in the worker thread, and tell the caller how it went."""
+        """Take over the weights on the policy's thread, and tell the caller how it went."""
         if update.future.done():  # The caller has given up before its turn came.
             return
         waited_s = time.perf_counter() - update.submitted_s
-        self._weights_proven = False
-        handing_over = asyncio.get_running_loop().run_in_executor(
-            self._executor, _hand_over, update.model, self._model, update.policy_version
-        )
-        await asyncio.wait([handing_over])
-        failure = handing_over.exception()
+        reading = asyncio.ensure_future(update.policy.read(self._take_over))
+        await asyncio.wait([reading])
+        failure = reading.exception()
         if failure is not None:
             _refuse([update], failure)
             return
-        self._weights_proven = True
-        self._policy_version = update.policy_version
-        report = handing_over.result()
+        report = reading.result()
         if not update.future.done():
             update.future.set_result(
                 dataclasses.replace(
@@ -356,6 +340,13 @@ class LocalEngine:
                     phases_s={"wait": waited_s, **report.phases_s},
                 )
             )
+
+    def _take_over(self, model: torch.nn.Module, policy_version: int) -> WeightSyncReport:
+        _check_same_tensors(_named_tensors(self._model), _named_tensors(model))
+        self._weights_proven = False
+        report = _hand_over(model, self._model, policy_version)
+        self._weights_proven, self._policy_version = True, policy_version
+        return report
 
 
 def _refuse(calls: Sequence[_Request | _WeightUpdate], error: BaseException) -> None:

@@ -20,13 +20,12 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ludic.inference.client import handshake
 from ludic.inference.client.server_process import ServerProcess
-from ludic.rollout.engine import WeightSyncReport
+from ludic.rollout.engine import Policy, WeightSyncReport
 from ludic.rollout.errors import (
     EngineError,
     RouteMissingError,
@@ -40,7 +39,6 @@ from ludic.storage.run_lock import identity, is_alive
 from ludic.types import Completion, SamplingParams
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedTokenizerBase
 
     from ludic.inference.client.vllm_client import VLLMEngine
@@ -99,9 +97,9 @@ class RecoveringEngine:
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._max_seq_len: int | None = None
         self._probe: list[int] | None = None
-        self._weights: tuple[torch.nn.Module, int] | None = None
-        """What the server is to hold: the model, and its version."""
-        self._model_lock = asyncio.Lock()
+        self._policy: Policy | None = None
+        """Whose weights the server is to hold."""
+        self._syncing = asyncio.Lock()
         self._proven = asyncio.Event()
         """Not set while a sync is under way: the server may compute with new weights that are not proven yet."""
         self._proven.set()
@@ -130,10 +128,6 @@ class RecoveringEngine:
     def is_ready(self) -> bool:
         """Whether the server is there and holds the weights, as far as is known."""
         return self._synced_life == self._life
-
-    def reserve_model(self) -> AbstractAsyncContextManager[None]:
-        """The weights are sent again only while nobody else holds this."""
-        return self._model_lock
 
     def counts(self) -> dict[str, float]:
         """`server_recoveries`, `discarded_completions` (asked for again after a loss) and `request_retries`, so far."""
@@ -218,33 +212,33 @@ class RecoveringEngine:
         """Until the server is there and holds the weights. Whoever comes first brings it about."""
         while self._synced_life != self._life:
             await self._revived()
-            async with self._model_lock:
-                if self._synced_life != self._life:
-                    await self._push()
+            async with self._syncing:
+                if self._synced_life == self._life:
+                    continue
+                if self._policy is None:  # no weights were sent yet: the server is as good as the one before
+                    self._synced_life = self._life
+                else:
+                    await self._sync(self._policy)
         if self._fatal is not None:
             raise self._fatal
 
-    async def _push(self) -> None:
-        """Send the weights to a server that came back."""
-        if self._weights is None:  # none were sent yet: it is as good as the one before
-            self._synced_life = self._life
-            return
-        model, version = self._weights
-        await self.update_weights(model, policy_version=version)
-
-    async def update_weights(self, model: "torch.nn.Module", *, policy_version: int) -> WeightSyncReport:
-        """As `VLLMEngine.update_weights`; a sync that failed is made again, with a server that was got back.
+    async def update_weights(self, policy: Policy) -> WeightSyncReport:
+        """As `VLLMEngine.update_weights`; a sync that failed is made again, with a server that came back.
 
         Raises:
-            EngineError: it failed more than `MAX_LOSSES` times, or the server cannot be got back.
+            EngineError: it failed more than `MAX_LOSSES` times, or the server cannot be recovered.
         """
-        self._weights = model, policy_version
+        self._policy = policy
+        async with self._syncing:
+            return await self._sync(policy)
+
+    async def _sync(self, policy: Policy) -> WeightSyncReport:
         while True:
             await self._revived()
             life = self._life
             self._proven.clear()
             try:
-                report = await self._engine.update_weights(model, policy_version=policy_version)
+                report = await self._engine.update_weights(policy)
             except ServerLostError as error:
                 self._lost(error, life)
                 continue
@@ -252,7 +246,9 @@ class RecoveringEngine:
                 self._proven.set()  # those who wait for it run after this, and after `_lost`
             if life == self._life:
                 if self._losses:
-                    self._say(f"the server is back, with the weights of version {policy_version}: {report.proof}")
+                    self._say(
+                        f"the server is back, with the weights of version {report.policy_version}: {report.proof}"
+                    )
                 self._synced_life, self._losses, self._max_losses = life, 0, MAX_LOSSES
                 return report
 

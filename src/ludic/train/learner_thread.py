@@ -1,24 +1,51 @@
-"""One thread for all that the learner does, so that the event loop goes on talking to the server meanwhile."""
+"""The one thread that touches the model, so that the event loop goes on talking to the server meanwhile."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from typing import ParamSpec, Self, TypeVar
+from typing import Any, ParamSpec, Self, TypeVar
 
 import torch
+
+from ludic.train.learner import Learner
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
+async def to_its_end(work: "Coroutine[Any, Any, Result]") -> Result:
+    """The result of `work`. A cancellation of the caller does not reach it, and is raised when it has ended.
+
+    For what cannot be interrupted: a device at work, a write to disk, an update that is counted when it is done.
+    """
+    task, cancelled = asyncio.ensure_future(work), None
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    result = task.result()  # an error of the work's own comes first
+    if cancelled is not None:
+        raise cancelled
+    return result
+
+
 class LearnerThread:
-    """Runs one call at a time, to its end: a device cannot be interrupted, and neither can a write to disk.
+    """Owns the policy: the model of `learner` and the version of its weights. A `Policy` for engines.
+
+    One call at a time, each to its end, so what reads the model sees no half of an update.
 
     Args:
-        device: that trains; made the thread's current one.
+        learner: computes here alone from now on.
+        version: of its weights.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, learner: Learner, version: int) -> None:
+        self.learner = learner
+        self.version: int | None = version
+        """Of the model's weights; None where an update failed after it had changed them: they belong to no version."""
+        device = learner.device
+
         def choose_device() -> None:
             if device.type == "cuda":  # each thread has a current device of its own
                 torch.cuda.set_device(device)
@@ -26,31 +53,53 @@ class LearnerThread:
         self._executor = ThreadPoolExecutor(
             max_workers=1, thread_name_prefix="ludic-learner", initializer=choose_device
         )
+        self._closed = False
 
     async def call(
         self, function: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
     ) -> Result:
         """The result of `function`. A cancellation waits for its end and is raised then."""
-        result, cancelled = await self.finish(function, *args, **kwargs)
-        if cancelled is not None:
-            raise cancelled
-        return result
+        return await to_its_end(self._run(lambda: function(*args, **kwargs)))
 
-    async def finish(
-        self, function: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
-    ) -> tuple[Result, asyncio.CancelledError | None]:
-        """The result of `function`, and the cancellation that came meanwhile, for the caller to raise when it can."""
-        future = asyncio.wrap_future(self._executor.submit(function, *args, **kwargs))
-        cancelled: asyncio.CancelledError | None = None
-        while not future.done():
-            try:
-                await asyncio.wait([future])
-            except asyncio.CancelledError as error:
-                cancelled = error
-        return future.result(), cancelled
+    async def read(self, reader: Callable[[torch.nn.Module, int], Result]) -> Result:
+        """The result of `reader(model, version)`."""
+        if self._closed:  # nobody changes the model any more
+            return await asyncio.to_thread(self._read, reader)
+        return await self.call(self._read, reader)
+
+    async def step(self, *, learning_rate: float, num_without_loss: int = 0) -> dict[str, float]:
+        """`Learner.step`, which makes the next version, also where it skips the update. Raises what that raises."""
+        return await self.call(self._step, learning_rate, num_without_loss)
+
+    async def skip_step(self) -> None:
+        """The next version has the same weights: there was nothing to train on."""
+        await self.call(self._next_version)
+
+    async def _run(self, function: Callable[[], Result]) -> Result:
+        return await asyncio.wrap_future(self._executor.submit(function))
+
+    def _read(self, reader: Callable[[torch.nn.Module, int], Result]) -> Result:
+        if self.version is None:
+            raise RuntimeError("the last update failed half way: the weights belong to no version")
+        return reader(self.learner.model, self.version)
+
+    def _step(self, learning_rate: float, num_without_loss: int) -> dict[str, float]:
+        try:
+            figures = self.learner.step(learning_rate=learning_rate, num_without_loss=num_without_loss)
+        except BaseException:
+            if self.learner.stepped:
+                self.version = None
+            raise
+        self._next_version()
+        return figures
+
+    def _next_version(self) -> None:
+        assert self.version is not None
+        self.version += 1
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._closed = True
         self._executor.shutdown()

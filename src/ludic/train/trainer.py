@@ -4,20 +4,21 @@
 policy; with 0, the default, each batch is sampled by the very policy that it trains. Either way training starts with the
 first groups that arrive, while the others are still being generated.
 
-An update that is not finite is skipped and counted. That an engine may lose its server, and get it back, is not seen here,
-but for `reserve_model`: it is held while the model is computed with or changed.
+An update that is not finite is skipped and counted. The learner's thread owns the model and its version: an engine that has
+to send the weights again, to a server that was lost, asks that thread for the pair, and nothing of it is seen here.
 
 Reproducible where generation happens in this process: the learner then waits for the whole batch and takes it in the order
 of its prompts. With a server, what is trained on in which micro-batch depends on who answers first.
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 
@@ -38,7 +39,7 @@ from ludic.train.checkpoint import (
     training_folder,
 )
 from ludic.train.learner import Learner
-from ludic.train.learner_thread import LearnerThread
+from ludic.train.learner_thread import LearnerThread, to_its_end
 from ludic.train.memory import fit_budget
 from ludic.train.metrics import MetricLogger
 from ludic.train.schedule import DataOrder, check_same_data_order, schedule_factor
@@ -52,8 +53,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 SampleT = TypeVar("SampleT")
-Arguments = ParamSpec("Arguments")
-Result = TypeVar("Result")
 
 ENOUGH_TOKENS = 12_288
 """Tokens of sequences that are worth a micro-batch while others are still being generated. Less would keep the GPU waiting
@@ -157,8 +156,6 @@ class GRPOTrainer(Generic[SampleT]):
         self.learner = Learner(config, model, reference_model=reference_model)
         self.state = TrainerState(step=0, policy_version=0, model=model_name, config=self._settings)
         self.last_checkpoint: Path | None = None
-        self._mid_update = False
-        self._saved_step = 0
         self._started, self._seconds_before = time.perf_counter(), 0.0
         if resume_from is not None:
             self.last_checkpoint, state = resume_from
@@ -172,6 +169,7 @@ class GRPOTrainer(Generic[SampleT]):
         self.state = dataclasses.replace(
             self.state, task=dict(task or {}), wandb_run_id=wandb_run_id or self.state.wandb_run_id
         )
+        self._saved = self.state
 
     # -- the loop --------------------------------------------------------------------------------------------------
 
@@ -180,64 +178,57 @@ class GRPOTrainer(Generic[SampleT]):
 
         Whatever ends it early, a cancellation or an error, a checkpoint of the last finished update is written first.
         """
-        config = self.config
+        async with self._running():
+            await self._sync()
+            await self._evaluate_if_due()
+            await self._fit_budget()
+            while self.state.step < self.config.train_steps:
+                self._submit_rollouts()
+                batch = await self._collect()  # trains on groups as they arrive
+                async with self._logged(batch):
+                    await to_its_end(self._step(batch))
+                    batch.report = await self._sync()
+                await self._evaluate_if_due()
+                await self._checkpoint_if_due()
+            await self._checkpoint_if_due()  # of an evaluation that an earlier run was cut off in
+        return self._summary()
+
+    @contextlib.asynccontextmanager
+    async def _running(self) -> AsyncIterator[None]:
+        """The run's thread, record of rollouts and generation ahead; at an early end, its last checkpoint."""
         self._started, self._seconds_before = time.perf_counter(), self.state.seconds
-        self._saved_step = self.state.step
-        with JsonlWriter(self.paths.rollouts) as writer, LearnerThread(self.learner.device) as self._thread:
+        with (
+            JsonlWriter(self.paths.rollouts) as self._writer,
+            LearnerThread(self.learner, self.state.policy_version) as self._policy,
+        ):
             self._rollouts = GroupStream(
-                self.engine, self.environment, group_size=config.group_size, tokenizer=self.tokenizer, writer=writer
+                self.engine,
+                self.environment,
+                group_size=self.config.group_size,
+                tokenizer=self.tokenizer,
+                writer=self._writer,
             )
             try:
-                async with self.engine.reserve_model():
-                    await self._sync_weights()
-                unfinished = self.state.step < config.train_steps
-                if not self.state.evaluations or (unfinished and (self._owes_evaluation() or self._measures_anew())):
-                    await self._evaluate()
-                if self.state.step < config.train_steps:
-                    if self.engine.overlaps_training:  # generated while the memory is tried and layers are compiled
-                        self._submit_rollouts()
-                    await self._on_learner(fit_budget, self.learner)
-                while self.state.step < config.train_steps:
-                    await self._update()
-                    await asyncio.to_thread(writer.flush)
-                    done = self.state.step == config.train_steps
-                    if done or (config.eval_every and self.state.step % config.eval_every == 0):
-                        await self._evaluate()
-                    if done or (config.save_every and self.state.step % config.save_every == 0):
-                        await self.save()
-                if self._owes_evaluation():  # an earlier run was cut off in its last evaluation
-                    await self._evaluate()
-                    await self.save()
+                yield
             except CheckpointError:
                 raise
             except BaseException:
-                if self.state.step > self._saved_step and not self._mid_update:
+                # Weights whose version is not the counted one belong to an update that failed half way.
+                if self.state.step > self._saved.step and self._policy.version == self.state.policy_version:
                     logger.warning("stopping at update %d; writing a checkpoint first", self.state.step)
                     await self.save()
                 raise
             finally:
                 await self._rollouts.aclose()
-        return self._summary()
 
     # -- one update ------------------------------------------------------------------------------------------------
 
-    async def _update(self) -> None:
-        """One step: train on the groups as they come, hand the weights over, log."""
-        started = time.perf_counter()
-        self._submit_rollouts()
-        self.learner.discard()  # what an update that failed may have left
-        batch = await self._gather()
-        report: WeightSyncReport | None = None
-        async with self.engine.reserve_model():  # from the first changed weight until the engine has them all
-            metrics, cancelled = await self._finish_update(batch)
-            try:
-                if cancelled is not None:
-                    raise cancelled
-                report = await self._sync_weights()
-            finally:  # the update is done and counted, so it is logged, whatever became of the sync
-                self._log_step(metrics, batch, report, step_s=time.perf_counter() - started)
-        if metrics.get("skipped_update"):
-            self._tell_of_skipped_update()
+    async def _fit_budget(self) -> None:
+        """Find out what fits the device, while the first rollouts are generated."""
+        if self.state.step < self.config.train_steps:
+            if self.engine.overlaps_training:
+                self._submit_rollouts()
+            await self._policy.call(fit_budget, self.learner)
 
     def _submit_rollouts(self) -> None:
         """Start the rollouts of the next update, and of as many after it as the staleness allows.
@@ -270,8 +261,9 @@ class GRPOTrainer(Generic[SampleT]):
             )
         return prompts
 
-    async def _gather(self) -> UpdateBatch:
+    async def _collect(self) -> UpdateBatch:
         """Wait for the groups of the next update, and accumulate the gradient of those that are there meanwhile."""
+        self.learner.discard()  # what an update that failed may have left
         batch, pending = UpdateBatch(), list[TrainingSample]()
         enough = min(self.learner.token_budget, ENOUGH_TOKENS)
         waiting_since = time.perf_counter()
@@ -317,26 +309,22 @@ class GRPOTrainer(Generic[SampleT]):
     async def _accumulate(self, batch: UpdateBatch, samples: Sequence[TrainingSample]) -> None:
         if samples:
             started = time.perf_counter()
-            await self._on_learner(self.learner.accumulate, samples)
+            await self._policy.call(self.learner.accumulate, samples)
             batch.train_s += time.perf_counter() - started
 
-    async def _finish_update(self, batch: UpdateBatch) -> tuple[dict[str, float], asyncio.CancelledError | None]:
-        """Step the optimizer and count the update; its metrics, and the cancellation that came meanwhile."""
+    async def _step(self, batch: UpdateBatch) -> None:
+        """Step the optimizer and count the update, whole or not at all."""
         metrics = rollout_metrics(batch.groups, policy_version=self.state.policy_version)
         metrics |= batch.counts()
         metrics["learning_rate"] = self.config.learning_rate * schedule_factor(self.config, self.state.step)
-        cancelled: asyncio.CancelledError | None = None
         if metrics["trained_sequences"]:
             started = time.perf_counter()
-            self._mid_update = True  # until the update is counted, the weights belong to no step
             try:
-                figures, cancelled = await self._thread.finish(
-                    self.learner.step,
+                figures = await self._policy.step(
                     learning_rate=metrics["learning_rate"],
                     num_without_loss=sum(stats.num_without_loss for stats in batch.stats),
                 )
             except (FloatingPointError, MemoryError) as error:
-                self._mid_update = self.learner.stepped
                 raise type(error)(f"update {self.state.step + 1}: {error}") from error
             metrics |= named(figures)
             batch.train_s += time.perf_counter() - started
@@ -347,6 +335,7 @@ class GRPOTrainer(Generic[SampleT]):
             )
         else:
             logger.warning("update %d: nothing to learn from: %s", self.state.step + 1, batch.why_nothing_was_learned())
+            await self._policy.skip_step()
         rollouts = [rollout for group in batch.groups for rollout in group.rollouts]
         skipped = int(metrics.get("skipped_update", 0))  # absent where there was nothing to train on
         self.state = dataclasses.replace(
@@ -359,8 +348,7 @@ class GRPOTrainer(Generic[SampleT]):
             completion_tokens=self.state.completion_tokens + sum(len(r.completion.token_ids) for r in rollouts),
             seconds=self._seconds_before + time.perf_counter() - self._started,
         )
-        self._mid_update = False
-        return metrics, cancelled
+        batch.metrics = metrics
 
     def _tell_of_skipped_update(self) -> None:
         """Log why the update was skipped.
@@ -377,29 +365,35 @@ class GRPOTrainer(Generic[SampleT]):
                 f"{diagnosis}"
             )
 
-    async def _on_learner(
-        self, function: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
-    ) -> Result:
-        """Run `function` on the learner's thread, while nobody else reads the model."""
-        async with self.engine.reserve_model():
-            return await self._thread.call(function, *args, **kwargs)
-
     # -- weights, evaluation, checkpoints, log ---------------------------------------------------------------------
 
-    async def _sync_weights(self) -> WeightSyncReport:
-        report = await self.engine.update_weights(self.model, policy_version=self.state.policy_version)
+    async def _sync(self) -> WeightSyncReport:
+        report = await self.engine.update_weights(self._policy)
         logger.info("weight sync %d: %.3f s, %s", report.policy_version, report.seconds, report.proof)
         return report
 
+    async def _evaluate_if_due(self) -> None:
+        if self._evaluation_is_due():
+            await self._evaluate()
+
+    def _evaluation_is_due(self) -> bool:
+        config, step, evaluations = self.config, self.state.step, self.state.evaluations
+        if not (config.eval_limit and self.eval_samples):
+            return False
+        if not evaluations:
+            return True
+        last = evaluations[-1]
+        if step < config.train_steps and last.get("settings") != self._eval_settings:
+            return True  # a resumed run was given other settings: later ones could not be compared with the last
+        due = step in (0, config.train_steps) or (config.eval_every and step % config.eval_every == 0)
+        return bool(due and last["step"] != step)
+
     async def _evaluate(self) -> None:
         config = self.config
-        if not (config.eval_limit and self.eval_samples):
-            return
-        samples = self.eval_samples[: config.eval_limit]
         result: EvaluationResult = await evaluate(
             self.engine,
             self.environment,
-            samples,
+            self.eval_samples[: config.eval_limit],
             tokenizer=self.tokenizer,
             sampling=SamplingParams(
                 temperature=config.eval_temperature,
@@ -415,16 +409,11 @@ class GRPOTrainer(Generic[SampleT]):
         )
         self.metric_logger.log(self.state.step, {f"eval/{name}": float(str(summary[name])) for name in _EVAL_METRICS})
 
-    def _owes_evaluation(self) -> bool:
-        """Whether the evaluation that belongs to this update was not made: an earlier run was cut off in it."""
+    async def _checkpoint_if_due(self) -> None:
         config, step = self.config, self.state.step
-        due = step in (0, config.train_steps) or (config.eval_every and step % config.eval_every == 0)
-        evaluates = bool(due and config.eval_limit and self.eval_samples)
-        return evaluates and self.state.evaluations[-1]["step"] != step
-
-    def _measures_anew(self) -> bool:
-        """Whether later evaluations cannot be held against the last one: a resumed run was given other settings."""
-        return bool(self.state.evaluations[-1].get("settings") != self._eval_settings)
+        due = step == config.train_steps or (config.save_every and step % config.save_every == 0)
+        if due and self.state is not self._saved:
+            await self.save()
 
     async def save(self) -> "Path":
         """Write a checkpoint of the last finished update; a cancellation waits until it is there.
@@ -432,7 +421,10 @@ class GRPOTrainer(Generic[SampleT]):
         Raises:
             CheckpointError: it could not be written; the last good one is still there.
         """
-        checkpoint, cancelled = await self._thread.finish(
+        return await to_its_end(self._save())
+
+    async def _save(self) -> "Path":
+        self.last_checkpoint = await self._policy.call(
             save_checkpoint,
             self.paths.checkpoints,
             model=self.model,
@@ -444,26 +436,23 @@ class GRPOTrainer(Generic[SampleT]):
             source_files=self._source_files,
             keep=self.config.keep_checkpoints,
         )
-        self.last_checkpoint, self._saved_step = checkpoint, self.state.step
-        if cancelled is not None:
-            raise cancelled
-        return checkpoint
+        self._saved = self.state
+        return self.last_checkpoint
 
-    def _log_step(
-        self, metrics: dict[str, float], batch: UpdateBatch, report: WeightSyncReport | None, *, step_s: float
-    ) -> None:
-        figures = dict(metrics) | batch.times_s()
-        figures |= {
-            "policy_version": self.state.policy_version,
-            "step_s": step_s,
-            "tokens_per_s": metrics["total_completion_tokens"] / step_s,
-        }
-        if report is not None:
-            figures["sync_s"] = report.seconds
-            figures |= {f"sync/{name}_s": seconds for name, seconds in report.phases_s.items()}
-            if report.logprob_gap is not None:
-                figures["sync/logprob_gap"] = report.logprob_gap
-        figures |= self.engine.counts()
+    @contextlib.asynccontextmanager
+    async def _logged(self, batch: UpdateBatch) -> AsyncIterator[None]:
+        """An update that was counted is logged, whatever becomes of its sync."""
+        try:
+            yield
+        finally:
+            if batch.metrics:
+                self._log(batch)
+        await asyncio.to_thread(self._writer.flush)
+        if batch.metrics.get("skipped_update"):
+            self._tell_of_skipped_update()
+
+    def _log(self, batch: UpdateBatch) -> None:
+        figures = batch.figures() | {"policy_version": self.state.policy_version} | self.engine.counts()
         self.metric_logger.log(self.state.step, figures)
 
     def _summary(self) -> TrainingSummary:

@@ -1,8 +1,10 @@
 """What an update gathers while its rollouts come in, and the figures that are made of it."""
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from ludic.rollout.engine import WeightSyncReport
 from ludic.rollout.groups import GenerationTimes
 from ludic.train.advantages import GroupStats
 from ludic.types import RolloutGroup
@@ -12,6 +14,7 @@ from ludic.types import RolloutGroup
 class UpdateBatch:
     """The groups of one update as they come in, and what became of them."""
 
+    started: float = field(default_factory=time.perf_counter)
     groups: list[RolloutGroup] = field(default_factory=list)
     stats: list[GroupStats] = field(default_factory=list)
     num_too_old: int = 0
@@ -19,6 +22,10 @@ class UpdateBatch:
     wait_s: float = 0.0
     train_s: float = 0.0
     times: GenerationTimes = field(default_factory=lambda: GenerationTimes(generation_s=0.0, grading_s=0.0))
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Of the update, once it is counted."""
+    report: WeightSyncReport | None = None
+    """Of the sync of its weights, once that is proven."""
 
     def counts(self) -> dict[str, float]:
         """How many groups and sequences were trained on, and why others were not."""
@@ -33,14 +40,23 @@ class UpdateBatch:
             "nonfinite_logprobs": sum(stats.num_nonfinite_logprobs for stats in self.stats),
         }
 
-    def times_s(self) -> dict[str, float]:
-        """Where the update's time went, in seconds, but for the sync."""
-        return {
+    def figures(self) -> dict[str, float]:
+        """The metrics, and where the update's time went, in seconds."""
+        step_s = time.perf_counter() - self.started
+        figures = self.metrics | {
             "generation_s": self.times.generation_s,
             "grading_s": self.times.grading_s,
             "wait_s": self.wait_s,
             "train_s": self.train_s,
+            "step_s": step_s,
+            "tokens_per_s": self.metrics["total_completion_tokens"] / step_s,
         }
+        if self.report is not None:
+            figures["sync_s"] = self.report.seconds
+            figures |= {f"sync/{name}_s": seconds for name, seconds in self.report.phases_s.items()}
+            if self.report.logprob_gap is not None:
+                figures["sync/logprob_gap"] = self.report.logprob_gap
+        return figures
 
     def why_nothing_was_learned(self) -> str:
         """In words, for an update without a sequence to train on."""

@@ -16,8 +16,7 @@ import random
 import time
 import uuid
 from collections.abc import Sequence
-from contextlib import AbstractAsyncContextManager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import aiohttp
 import torch
@@ -36,7 +35,7 @@ from ludic.inference.wire import (
     Generated,
     GenerateRequest,
 )
-from ludic.rollout.engine import WeightSyncReport
+from ludic.rollout.engine import Policy, WeightSyncReport
 from ludic.rollout.errors import (
     EngineError,
     ServerInUseError,
@@ -365,10 +364,6 @@ class VLLMEngine:
 
     # -- weights ---------------------------------------------------------------------------------------------------
 
-    def reserve_model(self) -> AbstractAsyncContextManager[None]:
-        """Nothing to hold: the model is read in `update_weights` alone."""
-        return contextlib.nullcontext()
-
     def counts(self) -> dict[str, float]:
         """`request_retries`, and `bad_replies` among their reasons, so far."""
         return {"request_retries": self.num_retries, "bad_replies": self.num_bad_replies}
@@ -378,8 +373,8 @@ class VLLMEngine:
         if self._sync is not None:
             self._sync.abort(reason)
 
-    async def update_weights(self, model: torch.nn.Module, *, policy_version: int) -> WeightSyncReport:
-        """Send the weights, prove them, and count from then on with `policy_version`.
+    async def update_weights(self, policy: Policy) -> WeightSyncReport:
+        """Send the weights, prove them, and count from then on with their version.
 
         Completions that are being generated go on with the new weights, and keep the version that they started with.
 
@@ -388,17 +383,18 @@ class VLLMEngine:
         """
         if self._sync is None:
             raise EngineError("weight sync was not set up: call enable_weight_sync first")
-        policy: PreTrainedModel = model  # type: ignore[assignment]
         try:
-            report = await self._to_its_end(self._sync, policy, policy_version)
+            report = await self._to_its_end(self._sync, policy)
         finally:
             self._num_syncs += 1  # a sync that failed may have replaced weights too
-        self._policy_version = policy_version
+        self._policy_version = report.policy_version
         return report
 
-    async def _to_its_end(self, sync: WeightSync, policy: "PreTrainedModel", policy_version: int) -> WeightSyncReport:
-        """Run the sync on a thread. A cancellation leaves it some seconds: one that is broken off leaves a paused server."""
-        syncing = asyncio.ensure_future(asyncio.to_thread(sync.sync, policy, policy_version))
+    async def _to_its_end(self, sync: WeightSync, policy: Policy) -> WeightSyncReport:
+        """Run the sync. A cancellation leaves it some seconds: one that is broken off leaves a paused server."""
+        syncing = asyncio.ensure_future(
+            policy.read(lambda model, version: sync.sync(cast("PreTrainedModel", model), version))
+        )
         try:
             return await asyncio.shield(syncing)
         except asyncio.CancelledError:
