@@ -133,15 +133,14 @@ async def generating(engine: InferenceEngine, completions: int) -> AsyncIterator
 
 def vllm_syncs(policy: Path, url: str, *, syncs: int) -> list[Record]:
     """vLLM's packed NCCL broadcast as its own client would drive it."""
+    from benchmarks.peers.vllm_nccl import NCCLTransport
     from ludic.inference.client.server_control import ServerControl
-    from ludic.inference.weights.nccl_transport import NCCLTransport
     from ludic.inference.weights.weight_transport import WireWeights
 
     model = load_masters(policy)
     weights = WireWeights(model=model, dtype=torch.bfloat16)
     control = ServerControl(url)
-    transport = NCCLTransport(control)
-    transport.open(weights, in_place_problem="")
+    transport = NCCLTransport(control, weights)
     rows = []
     for step in range(1, syncs + 1):
         change_a_little(model)
@@ -149,7 +148,7 @@ def vllm_syncs(policy: Path, url: str, *, syncs: int) -> list[Record]:
         marks = [time.perf_counter()]
         control.pause(drain=True)
         marks.append(time.perf_counter())
-        transport.send(weights, weight_version=str(step))
+        transport.send(weights)
         marks.append(time.perf_counter())
         control.resume()
         marks.append(time.perf_counter())

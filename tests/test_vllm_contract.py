@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.peers import vllm_nccl
 from ludic.inference.server.server_defaults import DEFAULTS
 from ludic.inference.server.server_help import VLLM_RANGE
-from ludic.inference.weights import nccl_transport
 from ludic.inference.weights.weight_transport import WireWeights
 from ludic.inference.worker import vllm_logprobs
 from tests.vllm_contract import ALWAYS, EITHER
@@ -156,7 +156,7 @@ def test_the_range_of_versions_is_the_same_wherever_it_stands() -> None:
     assert len(spans) > 3 and set(spans) == {f"{low}.{first} to {high}.{last}"}
 
 
-# --- the one adapter that no test can run without two GPUs ----------------------------------------------------------------
+# --- the peer that no test can run without two GPUs -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("version", ["0.28", "0.33"])
@@ -180,7 +180,7 @@ def test_the_trainers_weights_are_read_as_each_version_reads_them(
     monkeypatch.setitem(sys.modules, base.__name__, base)
 
     model: Any = torch.nn.Linear(2, 3, bias=False)
-    source = nccl_transport._weight_source(WireWeights(model=model, dtype=torch.bfloat16))
+    source = vllm_nccl._weight_source(WireWeights(model=model, dtype=torch.bfloat16))
     described = source.metadata() if version == "0.28" else source.metadata
     tensors = iter(source) if version == "0.28" else source.iter_full()
     assert described == [("weight", torch.bfloat16, (3, 2))]

@@ -1025,4 +1025,4 @@ def test_a_long_error_answer_is_cut() -> None:
 
 
 def test_the_transports_are_those_that_the_server_knows() -> None:
-    assert set(TRANSPORTS) == {"ludic_nccl", "ludic_shm", "nccl"}
+    assert set(TRANSPORTS) == {"ludic_nccl", "ludic_shm"}

@@ -184,7 +184,7 @@ EITHER: tuple[tuple[Uses, ...], ...] = (
     ),
     # The recorder of log-probs, in the newer model runner.
     ({"vllm.v1.worker.gpu.sample.sampler": ("Sampler.sample(..., return_logprobs=_)",)},),
-    # vLLM's own `nccl` transport, from the trainer's side: `nccl_transport`.
+    # vLLM's own `nccl` transport, from the trainer's side: a peer in `benchmarks/sync.py`.
     (
         {  # 0.33
             "vllm.distributed.weight_transfer.base": ("ParamMeta(_, _, _)", "WeightSource.iter_full()", "WeightSource.metadata"),
@@ -207,5 +207,5 @@ SUBCLASSES: Mapping[str, tuple[str, ...]] = {
         "src/ludic/inference/worker/vllm_worker.py:SharedMemoryWeightTransferEngine",
         "src/ludic/inference/worker/vllm_nccl.py:BucketWeightTransferEngine",
     ),
-    "vllm.distributed.weight_transfer.base:WeightSource": ("src/ludic/inference/weights/nccl_transport.py:Source",),
+    "vllm.distributed.weight_transfer.base:WeightSource": ("benchmarks/peers/vllm_nccl.py:Source",),
 }

@@ -31,7 +31,7 @@ import torch
 from ludic.inference.client.server_control import HeldDigests, ServerControl
 from ludic.inference.weights.background import BackgroundCall
 from ludic.inference.weights.digest import digest_hex
-from ludic.inference.weights.nccl_transport import BucketTransport, NCCLTransport
+from ludic.inference.weights.nccl_transport import BucketTransport
 from ludic.inference.weights.sync_probe import gap_error, trainer_logprobs
 from ludic.inference.weights.weight_transport import SharedMemoryTransport, WeightTransport, WireWeights
 from ludic.rollout.engine import WeightSyncReport
@@ -59,10 +59,9 @@ IN_DOUBT = "if the server still runs, its weights may be half replaced: sync aga
 _PASS_ON = (ServerInUseError, ServerMismatchError, ServerUnauthorizedError)
 """Errors that another attempt would not mend."""
 
-TRANSPORTS: dict[str, type[BucketTransport | SharedMemoryTransport | NCCLTransport]] = {
+TRANSPORTS: dict[str, type[BucketTransport | SharedMemoryTransport]] = {
     "ludic_nccl": BucketTransport,
     "ludic_shm": SharedMemoryTransport,
-    "nccl": NCCLTransport,
 }
 
 
@@ -86,7 +85,7 @@ class WeightSync:
     """One trainer's syncs with one server: opened at the first, proven each time.
 
     Args:
-        transport: `ludic_nccl`, `ludic_shm` or `nccl`; it must be the backend that the server was started with.
+        transport: `ludic_nccl` or `ludic_shm`; it must be the backend that the server was started with.
         served_model: the name under which the probe asks for the model.
         probe_token_ids: the fixed prompt whose log-probs are compared, 2 tokens at least.
         deadline_s: after which one sync has failed, whatever it waits for.
