@@ -157,7 +157,6 @@ def trained(model: "PreTrainedModel", sequences: Sequence[Record], *, fp32_head:
             loss_mask=[False] * len(one["prompt"]) + [True] * len(one["completion"]),
             rollout_logprobs=None,
             advantage=1.0,
-            policy_version=0,
         )
         for one in sequences
     ]

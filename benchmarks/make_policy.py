@@ -98,7 +98,6 @@ def training_row(tokenizer: PreTrainedTokenizerBase, environment: GSM8K, sample:
         loss_mask=[False] * len(prompt) + [True] * len(completion),
         rollout_logprobs=None,
         advantage=1.0,
-        policy_version=0,
     )
 
 

@@ -95,7 +95,6 @@ def update_samples(lengths: Lengths, vocab_size: int, seed: int = 0) -> list[Tra
                 loss_mask=[False] * len(prompt) + [True] * len(completion),
                 rollout_logprobs=None,
                 advantage=draw.choice((-1.0, 1.0)),
-                policy_version=0,
             )
         )
     return samples

@@ -66,10 +66,7 @@ def test_a_sample_is_prompt_and_completion_with_a_loss_on_the_completion_only() 
     assert samples[0].token_ids == [1, 2, 3, 7, 8]
     assert samples[0].loss_mask == [False, False, False, True, True]
     assert samples[0].rollout_logprobs == [0.0, 0.0, 0.0, -0.5, -0.25]
-    assert samples[0].policy_version == 4
-    assert (stats.num_groups, stats.num_zero_variance_groups, stats.num_truncated_masked, stats.num_samples) == (
-        1, 0, 0, 2,
-    )  # fmt: skip
+    assert (stats.num_zero_variance_groups, stats.num_truncated_masked, stats.num_samples) == (0, 0, 2)
 
 
 def test_without_log_probs_from_the_engine_a_sample_has_none() -> None:
@@ -84,7 +81,7 @@ def test_groups_without_variance_are_left_out_and_counted() -> None:
     mixed = _group(_rollout(0, 1.0, tokens=(9,)), _rollout(1, 0.0, tokens=(10,)))
     samples, stats = training_samples([flat, mixed, flat], scale_rewards=True, mask_truncated=False)
     assert [sample.token_ids[-1] for sample in samples] == [9, 10]
-    assert (stats.num_groups, stats.num_zero_variance_groups, stats.num_samples) == (3, 2, 2)
+    assert (stats.num_zero_variance_groups, stats.num_samples) == (2, 2)
     assert stats.num_without_loss == 6
     _, masked = training_samples([flat, mixed, flat], scale_rewards=True, mask_truncated=True)
     assert masked.num_without_loss == 4 and masked.num_truncated_masked == 0

@@ -112,7 +112,6 @@ def _row(groups: tuple[tuple[int, tuple[int, ...]], ...] = GROUPS, seed: int = 2
                 loss_mask=[i >= prompt for i in range(prompt + completion)],
                 rollout_logprobs=None,
                 advantage=1.0,
-                policy_version=0,
             )
             for completion in completions
         ]

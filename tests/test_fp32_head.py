@@ -75,7 +75,7 @@ def test_the_learner_takes_the_product_that_its_setting_says(fp32_head: bool) ->
     torch.nn.Module.to(model, torch.bfloat16)
     ids = torch.randint(VOCABULARY, (24,), generator=torch.Generator().manual_seed(2)).tolist()
     mask = [i > 3 for i in range(24)]
-    sample = TrainingSample(token_ids=ids, loss_mask=mask, rollout_logprobs=None, advantage=1.0, policy_version=0)
+    sample = TrainingSample(token_ids=ids, loss_mask=mask, rollout_logprobs=None, advantage=1.0)
     (row,) = pack([sample], token_budget=24, normalisation="token_mean", scale=1.0)
     kept, rounded = (token_logprobs(model, row, temperature=1.0, fp32_head=flag).logprobs for flag in (True, False))
     assert not torch.allclose(kept, rounded, atol=1e-3)

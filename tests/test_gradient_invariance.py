@@ -4,7 +4,7 @@ Each packed, chunked gradient is held against one of separate unpacked rows: pla
 logits, and the losses written once more here, sequence by sequence, as their papers have them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -25,7 +25,7 @@ from transformers import (
 
 from ludic.train.attention import prepare_packed_attention
 from ludic.train.logprobs import token_logprobs
-from ludic.train.losses import LOSSES, LossSettings, loss_inputs, reduce_metrics
+from ludic.train.losses import LOSSES, LossSettings, fetch_metrics, loss_inputs, reduce_columns
 from ludic.train.packing import pack
 from ludic.types import MicroBatch, TrainingSample
 
@@ -69,6 +69,11 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
 }
 
 
+def figures_of(outputs: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, float]:
+    """An update's figures from the metrics of its micro-batches."""
+    return reduce_columns(fetch_metrics(outputs)[0])[0]
+
+
 def _model(family: str) -> PreTrainedModel:
     torch.manual_seed(0)
     return MODELS[family]()
@@ -101,7 +106,6 @@ def _update(family: str) -> tuple[list[TrainingSample], list[torch.Tensor], list
             loss_mask=[False] * prompt + [True] * completion,
             rollout_logprobs=None,
             advantage=(-1.5, 0.5, 1.0)[index % 3],
-            policy_version=0,
         )
         with torch.no_grad():
             new = _row_logprobs(model, sample)
@@ -115,7 +119,6 @@ def _update(family: str) -> tuple[list[TrainingSample], list[torch.Tensor], list
                 loss_mask=sample.loss_mask,
                 rollout_logprobs=torch.cat([none, rollout]).tolist(),
                 advantage=sample.advantage,
-                policy_version=0,
             )
         )
     return samples, olds, refs
@@ -190,7 +193,7 @@ def _backward(
         output = LOSSES[name].loss(loss_inputs(stats, row, old_logprobs=old, ref_logprobs=ref), _settings(name))
         output.loss.backward()
         metrics.append(output.metrics)
-    return reduce_metrics(metrics)
+    return figures_of(metrics)
 
 
 @pytest.mark.parametrize("share_prompts", [True, False])

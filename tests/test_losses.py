@@ -1,7 +1,7 @@
 import dataclasses
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -34,7 +34,6 @@ from ludic.train.losses import (
     fetch_metrics,
     loss_inputs,
     reduce_columns,
-    reduce_metrics,
 )
 from ludic.train.model_checks import check_head
 from ludic.train.packing import pack
@@ -48,6 +47,11 @@ RATIOS = [1.0, 1.5, 0.9, 1.0, 1.0, 1.0, 0.5]
 """pi / old: on a token to be encouraged above the clip and inside it, on one to be discouraged below the clip."""
 NEW = [old + math.log(ratio) for old, ratio in zip(OLD, RATIOS, strict=True)]
 CLIPS = {"clip_low": 0.2, "clip_high": 0.3}
+
+
+def figures_of(outputs: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, float]:
+    """An update's figures from the metrics of its micro-batches."""
+    return reduce_columns(fetch_metrics(outputs)[0])[0]
 
 
 def _inputs(
@@ -92,7 +96,7 @@ def test_the_clipped_surrogate_agrees_with_a_hand_computed_case(name: str, weigh
     assert output.loss.item() == pytest.approx(-(weights[1] * 2.6 + weights[2] * 1.8 + weights[6] * -0.8))
     # d(ratio)/d(log pi) = ratio, where the clip has not cut it off: on token 2 alone.
     assert _gradient(output, inputs) == pytest.approx([0, 0, -weights[2] * 1.8, 0, 0, 0, 0])
-    assert reduce_metrics([output.metrics])["clip_fraction"] == pytest.approx(2 / 3)
+    assert figures_of([output.metrics])["clip_fraction"] == pytest.approx(2 / 3)
 
 
 def test_the_clip_lets_through_what_undoes_a_step_too_far() -> None:
@@ -102,7 +106,7 @@ def test_the_clip_lets_through_what_undoes_a_step_too_far() -> None:
     output = LOSSES["dapo"].loss(inputs, LossSettings(**CLIPS))
     assert output.loss.item() == pytest.approx(-(0.5 * 2 + 1.0 * 2 - 1.5) / 3)
     assert _gradient(output, inputs) == pytest.approx([0, -1 / 3, -2 / 3, 0, 0, 0, 0.5])
-    assert reduce_metrics([output.metrics])["clip_fraction"] == 0
+    assert figures_of([output.metrics])["clip_fraction"] == 0
 
 
 def test_gspo_clips_the_geometric_mean_of_a_sequences_ratios() -> None:
@@ -112,7 +116,7 @@ def test_gspo_clips_the_geometric_mean_of_a_sequences_ratios() -> None:
     assert output.loss.item() == pytest.approx(-(s1 * 2 / 2 + -0.8 / 2))
     # d(s)/d(log pi_t) = s / |y|
     assert _gradient(output, inputs) == pytest.approx([0, -s1 * 2 / 2 / 2, -s1 * 2 / 2 / 2, 0, 0, 0, 0])
-    figures = reduce_metrics([output.metrics])
+    figures = figures_of([output.metrics])
     assert figures["clip_fraction"] == pytest.approx(1 / 3)
     assert figures["ratio_mean"] == pytest.approx((2 * s1 + 0.5) / 3)
 
@@ -123,7 +127,7 @@ def test_cispo_keeps_the_gradient_of_clipped_tokens_at_the_clipped_weight() -> N
     expected = -(1.3 * 2 * NEW[1] + 0.9 * 2 * NEW[2] + 0.8 * -1 * NEW[6]) / 3
     assert output.loss.item() == pytest.approx(expected)
     assert _gradient(output, inputs) == pytest.approx([0, -1.3 * 2 / 3, -0.9 * 2 / 3, 0, 0, 0, 0.8 / 3])
-    assert reduce_metrics([output.metrics])["clip_fraction"] == pytest.approx(2 / 3)
+    assert figures_of([output.metrics])["clip_fraction"] == pytest.approx(2 / 3)
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -132,7 +136,7 @@ def test_strictly_on_policy_the_gradient_is_the_policy_gradient(name: str) -> No
     output = LOSSES[name].loss(inputs, LossSettings(**CLIPS))
     expected = [-weight * advantage for weight, advantage in zip(SEQUENCE_MEAN, ADVANTAGES, strict=True)]
     assert _gradient(output, inputs) == pytest.approx(expected)
-    assert reduce_metrics([output.metrics])["clip_fraction"] == 0
+    assert figures_of([output.metrics])["clip_fraction"] == 0
 
 
 @pytest.mark.parametrize("name", ["grpo", "dr_grpo", "dapo", "gspo"])
@@ -158,7 +162,7 @@ def test_the_kl_term_is_schulmans_k3_against_the_reference() -> None:
     output = LOSSES["dapo"].loss(inputs, LossSettings(kl_coef=0.1))
     k3 = [math.exp(x) - x - 1 for x in (-0.5, 0.0, 0.4)]
     assert output.loss.item() == pytest.approx(plain.loss.item() + 0.1 * sum(k3) / 3)
-    assert reduce_metrics([output.metrics])["kl_ref"] == pytest.approx(sum(k3) / 3)
+    assert figures_of([output.metrics])["kl_ref"] == pytest.approx(sum(k3) / 3)
     # d k3 / d(log pi) = 1 - ref / pi
     assert _gradient(output, inputs)[1] == pytest.approx((-2.0 + 0.1 * (1 - math.exp(-0.5))) / 3)
 
@@ -167,7 +171,7 @@ def test_a_reference_without_a_coefficient_is_only_watched() -> None:
     plain = LOSSES["dapo"].loss(_inputs(TOKEN_MEAN), LossSettings())
     watched = LOSSES["dapo"].loss(_inputs(TOKEN_MEAN, ref=OLD), LossSettings())
     assert watched.loss.item() == plain.loss.item()
-    assert reduce_metrics([watched.metrics])["kl_ref"] > 0
+    assert figures_of([watched.metrics])["kl_ref"] > 0
 
 
 def test_truncated_importance_sampling_weighs_by_old_over_rollout_up_to_the_cap() -> None:
@@ -177,14 +181,14 @@ def test_truncated_importance_sampling_weighs_by_old_over_rollout_up_to_the_cap(
     output = LOSSES["dapo"].loss(inputs, LossSettings(tis_cap=2.0))
     assert output.loss.item() == pytest.approx(-(1.25 * 2 + 2.0 * 2 - 0.5 * 1) / 3)
     assert _gradient(output, inputs) == pytest.approx([0, -1.25 * 2 / 3, -2.0 * 2 / 3, 0, 0, 0, 0.5 / 3])
-    figures = reduce_metrics([output.metrics])
+    figures = figures_of([output.metrics])
     assert figures["tis_weight_mean"] == pytest.approx((1.25 + 2.0 + 0.5) / 3)
     assert figures["tis_capped_fraction"] == pytest.approx(1 / 3)
 
 
 def test_the_gap_to_the_sampler_is_measured_on_trained_tokens_only() -> None:
     rollout = [5.0, -1.1, -1.7, 5.0, 5.0, 5.0, -0.5]
-    figures = reduce_metrics([LOSSES["dapo"].loss(_inputs(TOKEN_MEAN, rollout=rollout), LossSettings()).metrics])
+    figures = figures_of([LOSSES["dapo"].loss(_inputs(TOKEN_MEAN, rollout=rollout), LossSettings()).metrics])
     assert figures["logprob_gap_mean"] == pytest.approx((0.1 + 0.3) / 3)
     assert figures["logprob_gap_max"] == pytest.approx(0.3)
     assert figures["kl_rollout"] == pytest.approx(sum(math.exp(x) - x - 1 for x in (0.1, -0.3)) / 3, rel=1e-5)
@@ -195,7 +199,7 @@ def test_the_gap_to_the_sampler_is_measured_on_trained_tokens_only() -> None:
 def test_the_figures_of_an_update_are_means_over_its_tokens_not_over_its_micro_batches() -> None:
     one = {"loss": 0.5, "num_loss_tokens": 3.0, "entropy": 6.0, "num_gap_tokens": 2.0, "logprob_gap_max": 0.1}
     other = {"loss": 0.25, "num_loss_tokens": 1.0, "entropy": 4.0, "num_gap_tokens": 1.0, "logprob_gap_max": 0.4}
-    figures = reduce_metrics([{k: torch.tensor(v) for k, v in metrics.items()} for metrics in (one, other)])
+    figures = figures_of([{k: torch.tensor(v) for k, v in metrics.items()} for metrics in (one, other)])
     assert figures == pytest.approx(
         {"loss": 0.75, "num_loss_tokens": 4, "entropy": 2.5, "num_gap_tokens": 3, "logprob_gap_max": 0.4}
     )
@@ -206,7 +210,7 @@ def test_the_gap_to_the_sampler_is_averaged_over_the_tokens_whose_log_prob_it_ga
     known, mixed, unknown = [5.0, -1.1, -1.7, 5, 5, 5, -0.5], [5.0, -1.2, nan, 5, 5, 5, nan], [nan] * 7
     none = LOSSES["dapo"].loss(_inputs(TOKEN_MEAN), settings)
     rows = [LOSSES["dapo"].loss(_inputs(TOKEN_MEAN, rollout=values), settings) for values in (known, mixed, unknown)]
-    figures = reduce_metrics([output.metrics for output in (*rows, none)])
+    figures = figures_of([output.metrics for output in (*rows, none)])
     assert figures["num_loss_tokens"] == 12
     assert figures["num_gap_tokens"] == 4
     assert figures["logprob_gap_mean"] == pytest.approx((0.1 + 0.3 + 0.0 + 0.2) / 4)
@@ -218,16 +222,14 @@ def test_the_gap_to_the_sampler_is_averaged_over_the_tokens_whose_log_prob_it_ga
 
 @pytest.mark.parametrize("rollout", [None, [float("nan")] * 7])
 def test_without_any_log_prob_of_the_sampler_there_is_no_gap_to_report(rollout: list[float] | None) -> None:
-    figures = reduce_metrics([LOSSES["dapo"].loss(_inputs(TOKEN_MEAN, rollout=rollout), LossSettings()).metrics])
+    figures = figures_of([LOSSES["dapo"].loss(_inputs(TOKEN_MEAN, rollout=rollout), LossSettings()).metrics])
     assert not {"num_gap_tokens", "logprob_gap_mean", "logprob_gap_max", "kl_rollout"} & figures.keys()
     assert figures["num_loss_tokens"] == 3
 
 
 def test_a_correction_is_refused_on_the_host_when_the_sampler_gave_only_some_log_probs() -> None:
     samples = [
-        TrainingSample(
-            token_ids=[1, 2], loss_mask=[False, True], rollout_logprobs=logprobs, advantage=1.0, policy_version=0
-        )
+        TrainingSample(token_ids=[1, 2], loss_mask=[False, True], rollout_logprobs=logprobs, advantage=1.0)
         for logprobs in ([0.0, -1.0], None, None)
     ]
     check_rollout_logprobs(samples, LossSettings())
@@ -263,7 +265,7 @@ def test_log_probs_of_the_policy_that_are_not_finite_are_counted_and_keep_out_of
 
 def test_an_update_without_micro_batches_has_no_metrics() -> None:
     with pytest.raises(ValueError, match="without micro-batches"):
-        reduce_metrics([])
+        figures_of([])
 
 
 def test_a_correction_or_a_kl_term_without_the_log_probs_it_needs_is_refused() -> None:
@@ -326,7 +328,6 @@ def _micro_batch(lengths: tuple[int, ...] = (6, 9, 4), vocabulary: int = 97) -> 
             loss_mask=[i >= 2 and (i + length) % 4 != 0 for i in range(length)],  # with holes, as several turns have
             rollout_logprobs=None,
             advantage=1.0,
-            policy_version=0,
         )
         for length in lengths
     ]
@@ -490,7 +491,6 @@ def test_with_one_step_an_update_cispo_is_dapo_to_the_bit_and_gspo_is_grpo_but_f
             loss_mask=[False] * 3 + [True] * length,
             rollout_logprobs=None,
             advantage=draw.gauss(0, 1),
-            policy_version=0,
         )
         for length in (draw.randint(1, 300) for _ in range(8))
     ]

@@ -132,7 +132,7 @@ def _learner(model: PreTrainedModel, **settings: Any) -> Learner:
 
 def _sample(ids: list[int], prompt: int = 2) -> TrainingSample:
     mask = [i >= prompt for i in range(len(ids))]
-    return TrainingSample(token_ids=ids, loss_mask=mask, rollout_logprobs=None, advantage=1.0, policy_version=0)
+    return TrainingSample(token_ids=ids, loss_mask=mask, rollout_logprobs=None, advantage=1.0)
 
 
 def _row(lengths: tuple[int, ...]) -> MicroBatch:

@@ -1,4 +1,5 @@
 import math
+from collections.abc import Sequence
 from dataclasses import fields
 from itertools import pairwise
 
@@ -7,8 +8,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ludic.train.packing import Normalisation, num_loss_tokens, pack, packing_efficiency, update_scale
+from ludic.train.packing import Normalisation, num_loss_tokens, pack, update_scale
 from ludic.types import MicroBatch, TrainingSample
+
+
+def share_of_budgets(micro_batches: Sequence[MicroBatch], *, token_budget: int) -> float:
+    """The share of the rows' budgets that holds tokens of sequences."""
+    lengths = [row.cu_seqlens[-2] if row.sample_indices[-1] < 0 else row.input_ids.numel() for row in micro_batches]
+    return sum(map(int, lengths)) / (token_budget * len(micro_batches))
 
 
 def _sample(
@@ -19,7 +26,6 @@ def _sample(
         loss_mask=[i >= prompt for i in range(len(token_ids))],
         rollout_logprobs=logprobs,
         advantage=advantage,
-        policy_version=0,
     )
 
 
@@ -132,7 +138,7 @@ def test_samples_of_one_prompt_with_equal_completions_stay_separate() -> None:
 def test_several_turns_share_what_stands_before_the_first_trained_token_and_no_more() -> None:
     mask = [False, False, True, False, True]
     turns = [
-        TrainingSample(token_ids=ids, loss_mask=mask, rollout_logprobs=None, advantage=1.0, policy_version=0)
+        TrainingSample(token_ids=ids, loss_mask=mask, rollout_logprobs=None, advantage=1.0)
         for ids in ([1, 2, 3, 4, 5], [1, 2, 3, 4, 6])
     ]
     (batch,) = pack(turns, token_budget=10, normalisation="token_mean")
@@ -176,7 +182,7 @@ def test_rows_of_long_groups_waste_next_to_nothing() -> None:
     forwarded = sum(batch.input_ids.numel() for batch in batches)
     assert forwarded < 1.02 * once  # hardly a prompt stands twice
     assert len(batches) == -(-once // 4096)
-    assert packing_efficiency(batches, token_budget=4096) == forwarded / (4096 * len(batches))
+    assert share_of_budgets(batches, token_budget=4096) == forwarded / (4096 * len(batches))
     sizes = [batch.input_ids.numel() for batch in batches]
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[-1] > 0.8 * sizes[0]
@@ -239,9 +245,7 @@ def test_log_probs_that_the_sampler_did_not_give_are_nan_where_they_would_be_nee
 
 
 def test_a_mask_or_log_probs_of_another_length_are_refused() -> None:
-    mask = TrainingSample(
-        token_ids=[1, 2, 3], loss_mask=[False, True], rollout_logprobs=None, advantage=1.0, policy_version=0
-    )
+    mask = TrainingSample(token_ids=[1, 2, 3], loss_mask=[False, True], rollout_logprobs=None, advantage=1.0)
     with pytest.raises(ValueError, match="3 tokens and a loss mask of 2"):
         pack([mask], token_budget=5, normalisation="token_mean")
     with pytest.raises(ValueError, match="3 tokens and 2 rollout log-probs"):
@@ -250,11 +254,10 @@ def test_a_mask_or_log_probs_of_another_length_are_refused() -> None:
 
 def test_no_samples_make_no_micro_batches() -> None:
     assert pack([], token_budget=5, normalisation="token_mean") == []
-    assert packing_efficiency([], token_budget=5) == 1.0
 
 
 def test_the_efficiency_is_the_filled_share_of_the_budgets() -> None:
-    assert packing_efficiency(pack(_update(), token_budget=5, normalisation="token_mean"), token_budget=5) == 0.8
+    assert share_of_budgets(pack(_update(), token_budget=5, normalisation="token_mean"), token_budget=5) == 0.8
 
 
 def test_micro_batches_are_filled_evenly_where_that_takes_no_more_of_them() -> None:
@@ -348,7 +351,7 @@ def test_padding_belongs_to_no_one_and_counts_for_nothing() -> None:
     assert _sequences(padded) == _sequences(plain)
     assert padded.num_sequence_tokens == plain.num_sequence_tokens == 6
     assert padded.loss_weights.tolist()[4:] == [0, 0, 0, 0]
-    assert packing_efficiency([padded], token_budget=16) == packing_efficiency([plain], token_budget=16) == 4 / 16
+    assert share_of_budgets([padded], token_budget=16) == share_of_budgets([plain], token_budget=16) == 4 / 16
 
 
 def test_a_sample_that_only_the_rounded_budget_has_no_room_for_is_refused() -> None:

@@ -254,7 +254,6 @@ def make_samples(rng: random.Random) -> list[TrainingSample]:
                 loss_mask=[False] * prompt + [True] * length,
                 rollout_logprobs=[0.0] * prompt + [-rng.random() * 5 for _ in range(length)],
                 advantage=rng.choice((-1.0, 0.5, 1.5)),
-                policy_version=0,
             )
         )
     return samples

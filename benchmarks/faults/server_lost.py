@@ -153,7 +153,7 @@ class Saboteur:
             if self.by_hand:
                 await self._help(fault)
             synced = self.trainer.state.policy_version
-            while self.engine.counts()["server_recoveries"] == losses or not self.engine.is_ready:
+            while self.engine.counts()["server_recoveries"] == losses or self.engine._synced_life != self.engine._life:
                 await asyncio.sleep(0.02)
             self.done.append((fault, time.monotonic() - started))
             self.log.append(f"{fault} at version {synced}: recovered after {self.done[-1][1]:.1f} s")

@@ -133,7 +133,6 @@ class TrainingSample:
     rollout_logprobs: list[float] | None
     """[L], the sampler's log-probabilities; 0.0 where `loss_mask` is False."""
     advantage: float
-    policy_version: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -124,11 +124,6 @@ class RecoveringEngine:
     def policy_version(self) -> int:
         return self._engine.policy_version
 
-    @property
-    def is_ready(self) -> bool:
-        """Whether the server is there and holds the weights, as far as is known."""
-        return self._synced_life == self._life
-
     def counts(self) -> dict[str, float]:
         """`server_recoveries`, `discarded_completions` (asked for again after a loss) and `request_retries`, so far."""
         return self._engine.counts() | {

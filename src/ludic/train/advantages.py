@@ -22,7 +22,6 @@ _VARIANCE_TOLERANCE = 1e-9
 class GroupStats:
     """What became of the groups of one update."""
 
-    num_groups: int
     num_zero_variance_groups: int
     """Groups whose rewards are all equal, so that every advantage is 0."""
     num_truncated_masked: int
@@ -110,7 +109,6 @@ def training_samples(
             else:
                 samples.append(_training_sample(rollout, advantage))
     stats = GroupStats(
-        num_groups=len(groups),
         num_zero_variance_groups=num_zero_variance_groups,
         num_truncated_masked=num_truncated_masked,
         num_samples=len(samples),
@@ -144,5 +142,4 @@ def _training_sample(rollout: Rollout, advantage: float) -> TrainingSample:
         loss_mask=[False] * len(prompt) + [True] * len(completion.token_ids),
         rollout_logprobs=None if logprobs is None else [0.0] * len(prompt) + logprobs,
         advantage=advantage,
-        policy_version=completion.policy_version,
     )

@@ -3,7 +3,7 @@
 A loss is a plain function of `LossInputs` and `LossSettings`. Each returns the sum over t of loss_weights[t] * l[t]; the
 weights hold the normalisation over the whole update (see `packing`), so the losses and gradients of micro-batches just
 add up, however the update was cut. Metrics come as sums on the device and are turned into figures once an update, by
-`reduce_metrics`.
+`reduce_columns`.
 
 The sampler's log-probs may be unknown, for some samples or for all: its share in the metrics is then over the tokens
 where they are known. Only the correction for the sampler needs them all; `check_rollout_logprobs` says so on the host.
@@ -103,7 +103,6 @@ class LossSpec:
     """Whether the paper's mean counts sequences of groups without variance, whose policy loss is 0."""
     clip_low: float
     clip_high: float
-    source: str
 
 
 def loss_inputs(
@@ -259,15 +258,6 @@ def fetch_metrics(
     return dict(zip(names, table.unbind(1), strict=True)), fetched[len(values) :].tolist()
 
 
-def reduce_metrics(outputs: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, float]:
-    """The figures of an update from the metrics of its micro-batches, see `reduce_columns`. Waits for the device once.
-
-    Raises:
-        ValueError: if there are no micro-batches.
-    """
-    return reduce_columns(fetch_metrics(outputs)[0])[0]
-
-
 def reduce_columns(columns: Mapping[str, torch.Tensor]) -> tuple[dict[str, float], list[str]]:
     """The figures of an update from those of its micro-batches, by name, and the names of those that are not finite.
 
@@ -310,45 +300,40 @@ def check_rollout_logprobs(samples: Sequence[TrainingSample], settings: LossSett
 
 
 LOSSES: dict[str, LossSpec] = {
-    "grpo": LossSpec(
+    "grpo": LossSpec(  # arXiv 2402.03300
         loss=clipped_token_loss,
         normalisation="sequence_mean",
         counts_zero_variance=True,
         clip_low=0.2,
         clip_high=0.2,
-        source="arXiv 2402.03300",
     ),
-    "dr_grpo": LossSpec(
+    "dr_grpo": LossSpec(  # arXiv 2503.20783
         loss=clipped_token_loss,
         normalisation="constant",
         counts_zero_variance=True,
         clip_low=0.2,
         clip_high=0.2,
-        source="arXiv 2503.20783",
     ),
-    "dapo": LossSpec(
+    "dapo": LossSpec(  # arXiv 2503.14476
         loss=clipped_token_loss,
         normalisation="token_mean",
         counts_zero_variance=False,
         clip_low=0.2,
         clip_high=0.28,
-        source="arXiv 2503.14476",
     ),
-    "gspo": LossSpec(
+    "gspo": LossSpec(  # arXiv 2507.18071
         loss=gspo_loss,
         normalisation="sequence_mean",
         counts_zero_variance=True,
         clip_low=3e-4,
         clip_high=4e-4,
-        source="arXiv 2507.18071",
     ),
-    "cispo": LossSpec(
+    "cispo": LossSpec(  # arXiv 2506.13585
         loss=cispo_loss,
         normalisation="token_mean",
         counts_zero_variance=False,
         clip_low=1.0,
         clip_high=4.0,
-        source="arXiv 2506.13585",
     ),
 }
 """The losses by name. DAPO and CISPO draw other prompts until every group has variance, the others keep what was drawn: see

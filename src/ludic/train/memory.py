@@ -173,7 +173,6 @@ def worst_samples(config: GRPOConfig, token_budget: int) -> list[TrainingSample]
                 loss_mask=[False] * prompt_len + [True] * completion_len,
                 rollout_logprobs=[0.0] * (prompt_len + completion_len) if config.importance_cap is not None else None,
                 advantage=0.0,
-                policy_version=0,
             )
         )
 

@@ -103,7 +103,6 @@ def _row(model: PreTrainedModel, sequences: list[list[int]], prompt: int) -> Mic
             loss_mask=[i >= min(prompt, len(ids) - 1) for i in range(len(ids))],
             rollout_logprobs=None,
             advantage=0.0,
-            policy_version=0,
         )
         for ids in sequences
     ]

@@ -128,17 +128,6 @@ def pack(
     return [_micro_batch(flat, row, share_prompts, pad_to_multiple) for row in rows]
 
 
-def packing_efficiency(micro_batches: Sequence[MicroBatch], *, token_budget: int) -> float:
-    """The share of the micro-batches' budgets that holds tokens of sequences, 0 to 1; 1.0 for no micro-batches."""
-    if not micro_batches:
-        return 1.0
-    tokens = 0
-    for row in micro_batches:
-        padded = row.sample_indices[-1] < 0  # a shared prompt is never last
-        tokens += int(row.cu_seqlens[-2]) if padded else row.input_ids.numel()
-    return tokens / (token_budget * len(micro_batches))
-
-
 def _check(samples: Sequence[TrainingSample], masks: Sequence[bytes], token_budget: int, multiple: int) -> None:
     if multiple < 1:
         raise ValueError(f"pad_to_multiple must be at least 1 (no padding), not {multiple}")

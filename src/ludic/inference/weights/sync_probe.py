@@ -32,7 +32,6 @@ def trainer_logprobs(model: "PreTrainedModel", token_ids: list[int], *, fp32_hea
         loss_mask=[False] + [True] * (len(token_ids) - 1),
         rollout_logprobs=None,
         advantage=0.0,
-        policy_version=0,
     )
     device = next(model.parameters()).device
     (row,) = pack([probe], token_budget=len(token_ids), normalisation="token_mean")
