@@ -26,7 +26,7 @@ from ludic.types import ChatMessage
 from tests.vllm_helpers import cpu_server, make_tiny_model, make_tiny_tokenizer
 
 if TYPE_CHECKING:
-    from ludic.inference.client.server_process import RunningServer
+    from ludic.inference.client.server_process import ServerProcess
 
 # As in a terminal: who runs the tests in the background, or under nohup, has these ignored, and children inherit that.
 for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
@@ -63,7 +63,7 @@ def digit_problems(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def digit_server(
     tmp_path_factory: pytest.TempPathFactory, digit_policy_dir: Path
-) -> "Iterator[tuple[RunningServer, Path]]":
+) -> "Iterator[tuple[ServerProcess, Path]]":
     """The one real vLLM server of a session, on the CPU, and the folder of the digit policy that it serves."""
     with cpu_server(digit_policy_dir, tmp_path_factory.mktemp("server") / "server.log") as server:
         yield server, digit_policy_dir

@@ -19,7 +19,7 @@ from benchmarks.harness import ROOT, Record, Records
 from tests.vllm_helpers import CPU_SERVER_ARGS, CPU_SERVER_ENV
 
 if TYPE_CHECKING:
-    from ludic.inference.client.server_process import RunningServer
+    from ludic.inference.client.server_process import ServerProcess
 
 README = (ROOT / "benchmarks" / "README.md").read_text()
 ELSEWHERE = {
@@ -115,7 +115,7 @@ def common(digit_policy_dir: Path, digit_problems: Path) -> str:
 
 @in_the_gate
 def test_update_times_ludics_updates_beside_bare_generation(
-    common: str, digit_server: "tuple[RunningServer, Path]", tmp_path: Path
+    common: str, digit_server: "tuple[ServerProcess, Path]", tmp_path: Path
 ) -> None:
     small = "--updates 3 --skip 1 --rollouts 16 --group-size 4 --max-tokens 12 --max-seq-len 256"
     phases = f"--phases generation,ludic,ludic_1 --server {digit_server[0].base_url}"
@@ -173,7 +173,7 @@ def test_trainer_times_each_of_its_parts(tmp_path: Path) -> None:
 
 
 @in_the_gate
-def test_load_finds_every_rollout_of_the_fake_and_of_a_real_server(digit_server: "tuple[RunningServer, Path]") -> None:
+def test_load_finds_every_rollout_of_the_fake_and_of_a_real_server(digit_server: "tuple[ServerProcess, Path]") -> None:
     fake = run("load.py", "--rollouts 400 --concurrency 128 --max-tokens 32")
     server, model = digit_server
     real = run(

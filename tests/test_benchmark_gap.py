@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import head, logprob_gap
 from benchmarks.harness import Record, Records
-from ludic.inference.client.server_process import RunningServer
+from ludic.inference.client.server_process import ServerProcess
 from ludic.train.attention import packed_attention, prepare_packed_attention
 from tests.vllm_helpers import make_tiny_model
 
@@ -116,7 +116,7 @@ def test_the_table_has_a_section_for_each_side(tmp_path: Path) -> None:
 @pytest.mark.vllm
 @pytest.mark.slow
 def test_what_the_server_sampled_has_its_log_probs_of_decoding_and_of_prefill(
-    digit_server: tuple[RunningServer, Path], digit_problems: Path
+    digit_server: tuple[ServerProcess, Path], digit_problems: Path
 ) -> None:
     server, policy = digit_server
     args = _args(policy, dataset=digit_problems, prompts=3, samples=2, max_tokens=8, repeats=2)

@@ -23,7 +23,7 @@ from benchmarks.faults import weights
 from benchmarks.faults.model_server import ModelServer
 from benchmarks.faults.outcome import Injection
 from ludic.inference.client.server_control import HeldDigests, ServerControl
-from ludic.inference.client.server_process import RunningServer
+from ludic.inference.client.server_process import ServerProcess
 from ludic.inference.weights.nccl_link import LinkLeftError, NcclLink, Watch
 from ludic.inference.weights.weight_sync import WeightSync
 from ludic.rollout.errors import WeightSyncError
@@ -208,7 +208,7 @@ def test_a_kernel_that_rounds_is_found_out_and_not_read(monkeypatch: pytest.Monk
 
 
 @pytest.fixture(scope="module")
-def untied(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[tuple[RunningServer, Path]]":
+def untied(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[tuple[ServerProcess, Path]]":
     """A real server in bfloat16 of a model whose output head has a tensor of its own, which lets itself be damaged."""
     folder = tmp_path_factory.mktemp("damaged")
     make_tiny_model(folder / "model", tie_word_embeddings=False)
@@ -221,7 +221,7 @@ def untied(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[tuple[RunningS
 @pytest.mark.slow
 @pytest.mark.timeout(420)
 def test_a_real_servers_packed_weights_are_all_compared_and_each_corruption_of_them_is_found(
-    untied: tuple[RunningServer, Path],
+    untied: tuple[ServerProcess, Path],
 ) -> None:
     base_url, model = untied[0].base_url, untied[1]
     injections, reports = weights.inject_into_server(26, seed=3, base_url=base_url, model=model, dtype=torch.bfloat16)
@@ -234,7 +234,7 @@ def test_a_real_servers_packed_weights_are_all_compared_and_each_corruption_of_t
 @pytest.mark.slow
 @pytest.mark.timeout(420)
 def test_a_server_that_is_stopped_in_a_sync_is_given_up_in_time_and_the_next_trainers_sync_sets_it_right(
-    untied: tuple[RunningServer, Path],
+    untied: tuple[ServerProcess, Path],
 ) -> None:
     server, model = untied
     policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)

@@ -37,7 +37,7 @@ from ludic.types import SamplingParams
 from tests.fuzz import fuzz_wire
 
 if TYPE_CHECKING:
-    from ludic.inference.client.server_process import RunningServer
+    from ludic.inference.client.server_process import ServerProcess
 
 quick = settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow])
 
@@ -289,7 +289,7 @@ def test_a_harness_that_mixes_prompts_up_is_caught() -> None:
 
 @pytest.mark.vllm
 async def test_the_faults_of_the_wire_do_no_harm_with_the_real_server(
-    digit_server: "tuple[RunningServer, Path]",
+    digit_server: "tuple[ServerProcess, Path]",
 ) -> None:
     server, model = digit_server
     kinds = [kind for kind in wire_kinds.KINDS if not kind.times_out]
@@ -299,7 +299,7 @@ async def test_the_faults_of_the_wire_do_no_harm_with_the_real_server(
 
 @pytest.mark.vllm
 async def test_the_real_server_repeats_the_requests_id_on_both_routes(
-    digit_server: "tuple[RunningServer, Path]",
+    digit_server: "tuple[ServerProcess, Path]",
 ) -> None:
     server, model = digit_server
     for own_route in (True, False):

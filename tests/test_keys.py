@@ -17,9 +17,8 @@ import pytest
 from ludic.inference.client.server_control import ServerControl
 from ludic.inference.client.server_process import ServerStartError, start_server
 from ludic.inference.client.vllm_client import VLLMEngine
-from ludic.inference.vllm_server import take_api_keys
 from ludic.rollout.errors import EngineError, ServerUnauthorizedError
-from ludic.storage.keys import MAX_KEY_CHARS, read_api_key, read_key_file, without_secrets
+from ludic.storage.keys import MAX_KEY_CHARS, read_api_key, read_key_file, take_api_keys, without_secrets
 from ludic.task.prompts import load_tokenizer
 from ludic.types import SamplingParams
 from tests.conftest import write_digit_problems
@@ -184,6 +183,11 @@ def assert_not_written(folder: Path, *texts: str) -> None:
         assert KEY.encode() not in path.read_bytes(), path
     for text in texts:
         assert KEY not in text
+
+
+@pytest.fixture(autouse=True)
+def examples_on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))  # as Python does for a script
 
 
 def script_named(name: str) -> ModuleType:

@@ -11,7 +11,7 @@ from benchmarks import load, wire_server
 from benchmarks.load import LoadReport, TallyWriter, busy_interpreter, load_fake, load_real, row, slope
 
 if TYPE_CHECKING:
-    from ludic.inference.client.server_process import RunningServer
+    from ludic.inference.client.server_process import ServerProcess
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_a_busy_interpreter_is_idle_again_afterwards() -> None:
 
 @pytest.mark.vllm
 async def test_hundreds_of_rollouts_of_the_real_server_are_all_there(
-    digit_server: "tuple[RunningServer, Path]",
+    digit_server: "tuple[ServerProcess, Path]",
 ) -> None:
     server, model = digit_server
     report = await load_real(server.base_url, str(model), rollouts=200, concurrency=256, group_size=4, max_tokens=12)

@@ -41,7 +41,7 @@ from ludic.inference.server.trainer_lease import MAX_LOST, Holder, Identity, Not
 from ludic.inference.wire import BOOT_HEADER, LEASE_S, PATH, TRAINER_HEADER, TRAINER_PATH
 
 if TYPE_CHECKING:
-    from ludic.inference.client.server_process import RunningServer
+    from ludic.inference.client.server_process import ServerProcess
 
 FIRST, SECOND, THIRD = "f1" * 8, "5e" * 8, "3d" * 8
 ANN: Identity = {
@@ -841,7 +841,7 @@ def neighbour() -> Iterator[tuple[str, list[str]]]:
 @pytest.mark.vllm
 @pytest.mark.filterwarnings("ignore")
 def test_from_another_network_namespace_a_loopback_server_is_out_of_reach_and_an_open_one_wants_its_key(
-    neighbour: tuple[str, list[str]], digit_server: "tuple[RunningServer, Path]", monkeypatch: pytest.MonkeyPatch
+    neighbour: tuple[str, list[str]], digit_server: "tuple[ServerProcess, Path]", monkeypatch: pytest.MonkeyPatch
 ) -> None:
     address, run = neighbour
     loopback = digit_server[0].base_url.rpartition(":")[2]
@@ -884,7 +884,7 @@ while True:
 @pytest.mark.vllm
 @pytest.mark.timeout(240)
 def test_a_stopped_trainer_that_wakes_up_after_another_took_the_real_server_is_refused_by_name(
-    digit_server: "tuple[RunningServer, Path]",
+    digit_server: "tuple[ServerProcess, Path]",
 ) -> None:
     server, model = digit_server
 
@@ -932,6 +932,6 @@ def test_a_stopped_trainer_that_wakes_up_after_another_took_the_real_server_is_r
 
 
 @pytest.mark.vllm
-def test_the_real_server_stops_reading_a_body_that_is_too_large(digit_server: "tuple[RunningServer, Path]") -> None:
+def test_the_real_server_stops_reading_a_body_that_is_too_large(digit_server: "tuple[ServerProcess, Path]") -> None:
     port = int(digit_server[0].base_url.rpartition(":")[2])
     assert b" 413 " in exchange(port, "Transfer-Encoding: chunked\r\n", drip=0.0).splitlines()[0]

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.make_policy import SHAPES
 from ludic.inference.client import vllm_client
-from ludic.inference.client.server_process import RunningServer
+from ludic.inference.client.server_process import ServerProcess
 from ludic.inference.client.vllm_client import VLLMEngine, stop_token_ids
 from ludic.inference.server.cpu_attention import head_size_problem
 from ludic.rollout.errors import ServerUnreachableError
@@ -38,7 +38,7 @@ class Served:
 
     checkpoint: Path
     problems: Path
-    server: RunningServer
+    server: ServerProcess
 
 
 @pytest.fixture(scope="module", params=["qwen2", "demo"])

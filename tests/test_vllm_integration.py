@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from ludic.inference.client import handshake
 from ludic.inference.client.server_control import ServerControl
-from ludic.inference.client.server_process import RunningServer, free_port
+from ludic.inference.client.server_process import ServerProcess, free_port
 from ludic.inference.client.vllm_client import VLLMEngine, stop_token_ids
 from ludic.inference.weights.weight_sync import _Proof
 from ludic.inference.weights.weight_transport import SharedMemoryTransport, WireWeights
@@ -50,7 +50,7 @@ SETTINGS = [
 
 
 @pytest.fixture
-def server(digit_server: tuple[RunningServer, Path]) -> RunningServer:
+def server(digit_server: tuple[ServerProcess, Path]) -> ServerProcess:
     return digit_server[0]
 
 
@@ -61,7 +61,7 @@ def tokenizer(digit_policy_dir: Path) -> PreTrainedTokenizerBase:
 
 @pytest.fixture
 async def engine(
-    server: RunningServer, digit_policy_dir: Path, tokenizer: PreTrainedTokenizerBase
+    server: ServerProcess, digit_policy_dir: Path, tokenizer: PreTrainedTokenizerBase
 ) -> AsyncIterator[VLLMEngine]:
     """A client that is connected, sends seeds, and has given the server the digit policy as version 0."""
     client = VLLMEngine(
@@ -204,7 +204,7 @@ async def test_both_routes_give_the_same_tokens_and_the_same_log_probs(
 
 
 async def test_log_probs_of_many_requests_at_once_are_recorded_apart_and_nothing_of_them_stays(
-    engine: VLLMEngine, server: RunningServer, digit_policy_dir: Path
+    engine: VLLMEngine, server: ServerProcess, digit_policy_dir: Path
 ) -> None:
     await engine.update_weights(PolicyWeights(policy(digit_policy_dir, random_seed=5), 1))
     model = plain(digit_policy_dir, random_seed=5)
@@ -281,7 +281,7 @@ async def test_a_request_that_vllm_refuses_comes_back_with_its_reason(
     ids=str,
 )
 async def test_a_server_that_is_not_the_one_that_the_run_needs_is_told_apart(
-    server: RunningServer, digit_policy_dir: Path, change: dict[str, Any], said: str
+    server: ServerProcess, digit_policy_dir: Path, change: dict[str, Any], said: str
 ) -> None:
     tokenizer = load_tokenizer(digit_policy_dir)
     if change.get("tokenizer") == "with another word":
@@ -317,7 +317,7 @@ async def test_a_sync_changes_what_is_sampled_and_reports_what_it_compared(
 
 
 async def test_generation_in_flight_goes_on_over_a_sync_and_a_request_that_comes_while_it_is_held_back_waits(
-    engine: VLLMEngine, server: RunningServer, digit_policy_dir: Path, monkeypatch: pytest.MonkeyPatch
+    engine: VLLMEngine, server: ServerProcess, digit_policy_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def complete(max_tokens: int, count: int) -> int:
         body = {"model": str(digit_policy_dir), "prompt": PROMPTS[0], "max_tokens": max_tokens, "n": count}
@@ -351,12 +351,12 @@ async def test_generation_in_flight_goes_on_over_a_sync_and_a_request_that_comes
     control.close()
 
 
-def is_paused(server: RunningServer) -> bool:
+def is_paused(server: ServerProcess) -> bool:
     return bool(requests.get(f"{server.base_url}/is_paused", timeout=10).json()["is_paused"])
 
 
 async def test_one_element_that_changes_on_the_way_is_caught_and_the_old_weights_go_on_serving(
-    engine: VLLMEngine, server: RunningServer, digit_policy_dir: Path, monkeypatch: pytest.MonkeyPatch
+    engine: VLLMEngine, server: ServerProcess, digit_policy_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     greedy = SamplingParams(temperature=0.0, max_tokens=12)
     (before,) = await engine.generate(PROMPTS[0], num_completions=1, sampling=greedy)
@@ -378,7 +378,7 @@ async def test_one_element_that_changes_on_the_way_is_caught_and_the_old_weights
 @pytest.mark.parametrize("with_digests", [True, False])
 async def test_other_weights_than_the_policys_are_caught_by_digests_and_by_log_probs_alike(
     engine: VLLMEngine,
-    server: RunningServer,
+    server: ServerProcess,
     digit_policy_dir: Path,
     monkeypatch: pytest.MonkeyPatch,
     with_digests: bool,
@@ -401,7 +401,7 @@ async def test_other_weights_than_the_policys_are_caught_by_digests_and_by_log_p
 
 
 async def test_a_model_of_another_shape_is_refused_in_the_servers_words(
-    engine: VLLMEngine, server: RunningServer, digit_policy_dir: Path, tmp_path: Path
+    engine: VLLMEngine, server: ServerProcess, digit_policy_dir: Path, tmp_path: Path
 ) -> None:
     other = make_tiny_model(tmp_path, tie_word_embeddings=True, vocab_size=640)
     prepare_packed_attention(other)
@@ -444,7 +444,7 @@ def check_training(out_dir: Path, printed: str) -> None:
 
 
 def test_the_training_script_trains_against_the_server_and_the_evaluation_script_scores_it(
-    server: RunningServer, digit_policy_dir: Path, digit_problems: Path, tmp_path: Path
+    server: ServerProcess, digit_policy_dir: Path, digit_problems: Path, tmp_path: Path
 ) -> None:
     port = server.base_url.rpartition(":")[2]
     shared = ["--model", str(digit_policy_dir), "--port", port, "--dataset", str(digit_problems)]
@@ -475,7 +475,7 @@ def test_the_training_script_trains_against_the_server_and_the_evaluation_script
 
 
 async def test_a_server_says_which_weights_it_holds_and_the_same_weights_have_the_same_digest_however_they_came(
-    server: RunningServer, engine: VLLMEngine, digit_policy_dir: Path
+    server: ServerProcess, engine: VLLMEngine, digit_policy_dir: Path
 ) -> None:
     control = ServerControl(server.base_url)
     same = control.weights_digest()
@@ -510,7 +510,7 @@ def test_the_training_script_starts_its_own_server_without_a_flag_for_it_and_end
 
 
 def test_the_doctor_finds_nothing_wrong_with_a_server_that_fits_and_gives_it_back(
-    server: RunningServer, digit_policy_dir: Path, digit_problems: Path, tmp_path: Path
+    server: ServerProcess, digit_policy_dir: Path, digit_problems: Path, tmp_path: Path
 ) -> None:
     port = server.base_url.rpartition(":")[2]
     flags = ["--model", str(digit_policy_dir), "--dataset", str(digit_problems), "--port", port]

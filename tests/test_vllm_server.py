@@ -27,17 +27,18 @@ import requests
 import torch
 from safetensors.torch import save_file
 
+from ludic.config import DEFAULT_MODEL
 from ludic.inference import vllm_server
 from ludic.inference.client import server_process
 from ludic.inference.client.handshake import server_state
 from ludic.inference.client.server_control import ServerControl
 from ludic.inference.client.vllm_client import VLLMEngine
 from ludic.inference.server.server_defaults import GENERATE_ROUTE, REQUIRE_API_KEY, SERVER_GUARD
-from ludic.inference.vllm_server import RequireApiKey, RunningServer, ServerStartError, start_server
+from ludic.inference.vllm_server import RequireApiKey, ServerProcess, ServerStartError, start_server
 from ludic.inference.weights.digest import digest_hex, tensor_digest
 from ludic.inference.wire import PATH, PROTOCOL
 from ludic.rollout.errors import ServerLostError, ServerMismatchError, ServerUnreachableError
-from ludic.storage.keys import KEY_VARIABLES
+from ludic.storage.keys import KEY_VARIABLES, take_api_keys
 from ludic.types import SamplingParams
 from tests.printed import printed_command
 from tests.vllm_helpers import (
@@ -135,18 +136,18 @@ def no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_keys_come_from_the_file_before_the_environment_and_empty_ones_do_not_count(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    assert vllm_server.take_api_keys(None) == []
+    assert take_api_keys(None) == []
     monkeypatch.setenv("VLLM_API_KEY", "of-vllm")
     monkeypatch.setenv("LUDIC_API_KEY", " ")
-    assert vllm_server.take_api_keys(None) == ["of-vllm"]
+    assert take_api_keys(None) == ["of-vllm"]
     monkeypatch.setenv("VLLM_API_KEY", "of-vllm")
     monkeypatch.setenv("LUDIC_API_KEY", "of-ludic")
-    assert vllm_server.take_api_keys(None) == ["of-ludic", "of-vllm"]
+    assert take_api_keys(None) == ["of-ludic", "of-vllm"]
     monkeypatch.setenv("VLLM_API_KEY", "of-vllm")
     keys = tmp_path / "keys"
     keys.write_text("first-key\r\n\n  second-key \nfirst-key")
     keys.chmod(0o600)
-    assert vllm_server.take_api_keys(str(keys)) == ["first-key", "second-key"]
+    assert take_api_keys(str(keys)) == ["first-key", "second-key"]
 
 
 @pytest.mark.usefixtures("no_keys")
@@ -157,7 +158,7 @@ def test_the_keys_variables_are_gone_once_they_were_read_so_that_no_other_proces
     for key_file in (None, str(tmp_path / "key")):
         for name in KEY_VARIABLES:
             monkeypatch.setenv(name, "secret")
-        vllm_server.take_api_keys(key_file)
+        take_api_keys(key_file)
         assert not any(name in os.environ for name in KEY_VARIABLES)
 
 
@@ -168,12 +169,12 @@ def test_the_keys_variables_are_gone_once_they_were_read_so_that_no_other_proces
 def test_a_key_that_no_header_can_hold_is_refused_and_not_repeated(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "file").write_bytes(content)
     with pytest.raises(ValueError) as refusal:
-        vllm_server.take_api_keys(str(tmp_path / "file"))
+        take_api_keys(str(tmp_path / "file"))
     message = str(refusal.value)
     assert "--api-key-file" in message and "\n" not in message
     assert "two words" not in message and "schl" not in message
     with pytest.raises(ValueError, match="no-such-file cannot be read"):
-        vllm_server.take_api_keys(str(tmp_path / "no-such-file"))
+        take_api_keys(str(tmp_path / "no-such-file"))
 
 
 @pytest.mark.parametrize(
@@ -633,7 +634,7 @@ pydantic_core.ValidationError: 1 validation error for ModelConfig
 @pytest.mark.filterwarnings("ignore")
 def test_the_defaults_of_ludic_hold_until_the_user_says_otherwise(tmp_path: Path) -> None:
     args = vllm_server.parse_arguments([])
-    assert (args.model, args.host, args.port) == (vllm_server.DEFAULT_MODEL, "127.0.0.1", 8000)
+    assert (args.model, args.host, args.port) == (DEFAULT_MODEL, "127.0.0.1", 8000)
     assert (args.logprobs_mode, args.generation_config) == ("processed_logprobs", "vllm")
     assert args.weight_transfer_config.backend == "ludic_shm"
     assert args.middleware == [GENERATE_ROUTE, SERVER_GUARD, REQUIRE_API_KEY]
@@ -814,7 +815,7 @@ def test_a_module_may_come_fused_or_in_parts_but_not_in_some_of_them(sent: list[
 class Client:
     """Just enough of a trainer to send weights and to ask for log-probs."""
 
-    def __init__(self, server: RunningServer, model: Path, key: str | None) -> None:
+    def __init__(self, server: ServerProcess, model: Path, key: str | None) -> None:
         self.url, self.model = server.base_url, str(model)
         self.headers = {} if key is None else {"Authorization": f"Bearer {key}"}
 
@@ -884,7 +885,7 @@ def check_update(client: Client, folder: Path, tied: bool, tmp_path: Path) -> No
 
 
 @pytest.fixture(scope="module")
-def tied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RunningServer, Path]]:
+def tied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ServerProcess, Path]]:
     with tiny_server(tmp_path_factory, tied=True, api_key="the-key") as running:
         yield running
 
@@ -892,7 +893,7 @@ def tied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RunningServ
 @pytest.mark.vllm
 @pytest.mark.timeout(420)
 def test_with_a_key_health_is_open_and_every_control_request_without_it_is_refused(
-    tied: tuple[RunningServer, Path],
+    tied: tuple[ServerProcess, Path],
 ) -> None:
     server, folder = tied
     stranger = Client(server, folder, None)
@@ -915,7 +916,7 @@ def test_with_a_key_health_is_open_and_every_control_request_without_it_is_refus
 @pytest.mark.vllm
 @pytest.mark.timeout(420)
 def test_the_key_is_in_no_log_no_command_line_and_no_process_but_the_one_that_checks_it(
-    tied: tuple[RunningServer, Path],
+    tied: tuple[ServerProcess, Path],
 ) -> None:
     server, _ = tied
     assert "non-default args" in server.log_path.read_text(), "vLLM logs its settings"
@@ -934,7 +935,7 @@ def test_the_key_is_in_no_log_no_command_line_and_no_process_but_the_one_that_ch
 
 
 @pytest.mark.vllm
-def test_the_workers_tell_what_a_trainer_must_know(tied: tuple[RunningServer, Path]) -> None:
+def test_the_workers_tell_what_a_trainer_must_know(tied: tuple[ServerProcess, Path]) -> None:
     server, folder = tied
     (info,) = (
         Client(server, folder, "the-key").post("/collective_rpc", {"method": "ludic_server_info"}).json()["results"]
@@ -956,7 +957,7 @@ def evaluate(*flags: str) -> "subprocess.CompletedProcess[str]":
 @pytest.mark.vllm
 @pytest.mark.timeout(420)
 def test_the_commands_that_an_evaluation_prints_work_as_printed_against_its_server(
-    tied: tuple[RunningServer, Path], digit_problems: Path, tmp_path: Path
+    tied: tuple[ServerProcess, Path], digit_problems: Path, tmp_path: Path
 ) -> None:
     server, folder = tied
     state = server_state(ServerControl(server.base_url, api_key="the-key"))
@@ -993,14 +994,14 @@ def test_the_commands_that_an_evaluation_prints_work_as_printed_against_its_serv
 
 
 @pytest.mark.vllm
-def test_an_update_reaches_the_output_head_of_a_tied_model(tied: tuple[RunningServer, Path], tmp_path: Path) -> None:
+def test_an_update_reaches_the_output_head_of_a_tied_model(tied: tuple[ServerProcess, Path], tmp_path: Path) -> None:
     server, folder = tied
     check_update(Client(server, folder, "the-key"), folder, True, tmp_path)
 
 
 @pytest.mark.vllm
 def test_a_bad_update_is_refused_by_name_and_leaves_the_old_weights(
-    tied: tuple[RunningServer, Path], tmp_path: Path
+    tied: tuple[ServerProcess, Path], tmp_path: Path
 ) -> None:
     server, folder = tied
     client = Client(server, folder, "the-key")
@@ -1056,7 +1057,7 @@ def test_an_update_reaches_an_untied_model_and_flags_may_have_underscores(tmp_pa
 
 
 @pytest.fixture(scope="module")
-def serving_only(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RunningServer, Path]]:
+def serving_only(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ServerProcess, Path]]:
     """A server that no trainer can use, with two processes that answer requests."""
     folder = tmp_path_factory.mktemp("serving")
     make_tiny_model(folder / "model", tie_word_embeddings=True)
@@ -1070,7 +1071,7 @@ def serving_only(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Run
 @pytest.mark.vllm
 @pytest.mark.timeout(420)
 def test_without_training_no_route_takes_weights_or_a_trainer_and_statistics_are_kept(
-    serving_only: tuple[RunningServer, Path],
+    serving_only: tuple[ServerProcess, Path],
 ) -> None:
     client = Client(*serving_only, None)
     for path in (
@@ -1091,7 +1092,7 @@ def test_without_training_no_route_takes_weights_or_a_trainer_and_statistics_are
 @pytest.mark.vllm
 @pytest.mark.timeout(420)
 async def test_an_evaluation_uses_a_server_without_training_and_a_trainer_is_refused_in_one_line(
-    serving_only: tuple[RunningServer, Path],
+    serving_only: tuple[ServerProcess, Path],
 ) -> None:
     server, folder = serving_only
     engine = VLLMEngine(server.base_url, model=str(folder))

@@ -14,7 +14,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 
-from ludic.inference.client.server_process import RunningServer, start_server
+from ludic.inference.client.server_process import ServerProcess, start_server
 
 if TYPE_CHECKING:
     import pytest
@@ -114,7 +114,7 @@ def prompt_logprobs(model: "PreTrainedModel", token_ids: Sequence[int]) -> list[
 @contextlib.contextmanager
 def cpu_server(
     model: Path, log_path: Path, *, extra_args: Sequence[str] = (), api_key: str | None = None
-) -> Iterator[RunningServer]:
+) -> Iterator[ServerProcess]:
     """A real vLLM server on the CPU, up in 45 to 60 s; needs the environment that
     scripts/make_vllm_cpu_env.sh makes."""
     with start_server(
@@ -132,7 +132,7 @@ def cpu_server(
 @contextlib.contextmanager
 def tiny_server(
     tmp_path_factory: "pytest.TempPathFactory", tied: bool, *, api_key: str | None = None
-) -> Iterator[tuple[RunningServer, Path]]:
+) -> Iterator[tuple[ServerProcess, Path]]:
     """A CPU server with a tiny Qwen2 model, and the model's folder; for a fixture of session scope."""
     folder = tmp_path_factory.mktemp("tied" if tied else "untied")
     make_tiny_model(folder / "model", tie_word_embeddings=tied)

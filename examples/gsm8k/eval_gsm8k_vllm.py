@@ -29,6 +29,7 @@ from ludic.cli import (
     server_url,
 )
 from ludic.commands import given_command
+from ludic.config import DEFAULT_MODEL
 from ludic.run import open_engine, require_server
 from ludic.storage.keys import read_api_key
 from ludic.survival.signals import at_once
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
     from ludic.rollout.evaluation import EvaluationResult, Problem, ProblemRecord
 
 NAME = "eval_gsm8k_vllm.py"
-DEFAULT_MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
 
 
 def build_parser() -> argparse.ArgumentParser:

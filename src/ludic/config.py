@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+DEFAULT_MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
 Schedule = Literal["constant", "linear", "cosine"]
 LOSS_NAMES = ("grpo", "dr_grpo", "dapo", "gspo", "cispo")
 """The names in `ludic.train.losses.LOSSES`, without the seconds that its import takes: --help has to be quick."""

@@ -5,13 +5,11 @@ import sys
 from collections.abc import Sequence
 
 from ludic.cli import add_engine_arguments, check_engine_arguments, expand_home, hide_loading_bars
-from ludic.config import add_arguments, from_arguments
+from ludic.config import DEFAULT_MODEL, add_arguments, from_arguments
 from ludic.doctor.findings import run_checks
 from ludic.doctor.machine import ask_hub_once, local_checks
 from ludic.storage.inert import inert
 from ludic.task.pretrained import UnusableModelError
-
-DEFAULT_MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -27,7 +27,7 @@ import sys
 from collections.abc import Sequence
 
 from ludic.inference.client.server_process import (
-    RunningServer,
+    ServerProcess,
     ServerStartError,
     end_with_parent,
     require_free_port,
@@ -35,7 +35,7 @@ from ludic.inference.client.server_process import (
 )
 from ludic.inference.server.cpu_attention import head_size_problem
 from ludic.inference.server.generate_route import ASGIApp, Receive, Scope, Send, request_path, respond
-from ludic.inference.server.server_defaults import DEFAULT_MODEL, DEV_MODE_VARIABLE, Machine, apply_defaults, middleware
+from ludic.inference.server.server_defaults import DEV_MODE_VARIABLE, Machine, apply_defaults, middleware
 from ludic.inference.server.server_guard import BOOT_VARIABLE, new_boot
 from ludic.inference.server.server_help import (
     CPU_ENVIRONMENT,
@@ -47,9 +47,9 @@ from ludic.inference.server.server_help import (
     missing_gpu,
     quick_arguments,
 )
-from ludic.storage.keys import KEY_VARIABLES, check_key, read_key_file
+from ludic.storage.keys import take_api_keys
 
-__all__ = ["DEFAULT_MODEL", "RequireApiKey", "RunningServer", "ServerStartError", "main", "start_server"]
+__all__ = ["RequireApiKey", "ServerProcess", "ServerStartError", "main", "start_server"]
 
 logger = logging.getLogger(__name__)
 
@@ -177,20 +177,6 @@ def _keys(key_file: str | None) -> list[str]:
         return take_api_keys(key_file)
     except ValueError as error:
         fail(str(error))
-
-
-def take_api_keys(key_file: str | None) -> list[str]:
-    """The keys that the server accepts: those in `key_file`, else those of LUDIC_API_KEY and VLLM_API_KEY; none is [].
-
-    The variables are removed, so that no process that this one starts inherits them.
-
-    Raises:
-        ValueError: as `ludic.storage.keys.read_key_file`, or a variable holds what no HTTP header can.
-    """
-    given = [(os.environ.pop(name, "").strip(), name) for name in KEY_VARIABLES]
-    if key_file is not None:
-        return read_key_file(key_file)
-    return list(dict.fromkeys(check_key(key, name) for key, name in given if key))
 
 
 def listens(args: argparse.Namespace) -> bool:

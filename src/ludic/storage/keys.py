@@ -37,6 +37,20 @@ def read_api_key(key_file: str | None) -> str | None:
     return None
 
 
+def take_api_keys(key_file: str | None) -> list[str]:
+    """The keys that the server accepts: those in `key_file`, else those of LUDIC_API_KEY and VLLM_API_KEY; none is [].
+
+    The variables are removed, so that no process that this one starts inherits them.
+
+    Raises:
+        ValueError: as `read_key_file`, or a variable holds what no HTTP header can.
+    """
+    given = [(os.environ.pop(name, "").strip(), name) for name in KEY_VARIABLES]
+    if key_file is not None:
+        return read_key_file(key_file)
+    return list(dict.fromkeys(check_key(key, name) for key, name in given if key))
+
+
 def read_key_file(path: str) -> list[str]:
     """The keys in a file, one a line, each once; server and clients read the same files. Empty lines do not count.
 

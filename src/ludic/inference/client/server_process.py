@@ -19,6 +19,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, Self
 
 from ludic.inference import cleanup
 from ludic.inference.cleanup import end_group_politely, kill_group
@@ -54,6 +55,8 @@ class ServerStartError(EngineError):
 
 class ServerProcess:
     """`python -m ludic.inference.vllm_server` as a child process, which can be started again with the same flags and port.
+
+    As a context manager it is up for the length of the block.
 
     `start`, `stop` and `restart` block; call them in a thread where there is an event loop. `stop` and `close` may be called
     from any thread, also while another one is in `start`, which then raises.
@@ -134,6 +137,18 @@ class ServerProcess:
             return None
         words = " | ".join(line.strip() for line in self.last_words(3).splitlines())
         return f"the vLLM server {_how_it_ended(self._process.returncode)}; it said: {words} (its whole log: {self.log_path})"
+
+    def __enter__(self) -> Self:
+        """Start it. Within the block an error of a lost server says how this one ended."""
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.close)
+            self.start()
+            stack.enter_context(self.losses_explained())
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self._stack.__exit__(*error)
 
     @contextlib.contextmanager
     def losses_explained(self) -> Iterator[None]:
@@ -249,49 +264,8 @@ class ServerProcess:
         return f"{what}; it said:\n{self.last_words()}\n(its whole log: {self.log_path})"
 
 
-RunningServer = ServerProcess
-"""What `start_server` yields."""
-
-
-@contextlib.contextmanager
-def start_server(
-    model: str,
-    *,
-    host: str = "127.0.0.1",
-    port: int | None = None,
-    gpu: int | None = None,
-    api_key: str | None = None,
-    extra_args: Sequence[str] = (),
-    log_path: str | Path = "vllm_server.log",
-    timeout_s: float = 900.0,
-    on_progress: Callable[[float, str], None] | None = None,
-    python: str = sys.executable,
-    env: Mapping[str, str] | None = None,
-) -> Iterator[ServerProcess]:
-    """A `ServerProcess` that is up, for the length of a `with` block; its arguments.
-
-    Raises:
-        ServerStartError: the port is taken, the server ended, or it was not healthy in time.
-    """
-    server = ServerProcess(
-        model,
-        host=host,
-        port=port,
-        gpu=gpu,
-        api_key=api_key,
-        extra_args=extra_args,
-        log_path=log_path,
-        timeout_s=timeout_s,
-        on_progress=on_progress,
-        python=python,
-        env=env,
-    )
-    try:
-        server.start()
-        with server.losses_explained():
-            yield server
-    finally:
-        server.close()
+start_server = ServerProcess
+"""`with start_server(model) as server:` reads as what it does."""
 
 
 def free_port(host: str) -> int:

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ludic.config import DEFAULT_MODEL
 from ludic.inference.server.generate_route import WORKER_EXTENSION
 
-DEFAULT_MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
 DEV_MODE_VARIABLE = "VLLM_SERVER_DEV_MODE"
 GENERATE_ROUTE = "ludic.inference.server.generate_route.GenerateRoute"
 SERVER_GUARD = "ludic.inference.server.server_guard.ServerGuard"
