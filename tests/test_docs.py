@@ -14,7 +14,8 @@ from signal import SIGHUP, SIGINT, SIGTERM
 import pytest
 
 from ludic.config import RunPaths, from_arguments
-from ludic.rollout.evaluation import CompletionRecord, ProblemRecord, summarise
+from ludic.rollout.evaluation import summarise
+from ludic.rollout.problems import CompletionRecord, ProblemRecord
 from ludic.survival.signals import SIGNALS
 from ludic.telemetry.alarms import ALARM_NAMES, AlarmThresholds
 from ludic.train.trainer import TrainingSummary

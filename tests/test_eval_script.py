@@ -25,7 +25,7 @@ from ludic.cli import check_engine_arguments, run_script
 from ludic.config import from_arguments
 from ludic.inference.client.weights_in_use import WeightsInUse
 from ludic.inference.wire import TRAINER_PATH
-from ludic.rollout.evaluation import read_records
+from ludic.rollout.problems import read_records
 from tests.fake_vllm import FakeServer, serving
 from tests.printed import printed_command
 from tests.vllm_helpers import make_tiny_model, make_tiny_tokenizer

@@ -12,14 +12,9 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from ludic.rollout.engine import Policy, WeightSyncReport
-from ludic.rollout.evaluation import (
-    EvaluationProgress,
-    clustered_interval,
-    evaluate,
-    pass_at_k,
-    read_records,
-    wilson_interval,
-)
+from ludic.rollout.evaluation import EvaluationProgress, evaluate
+from ludic.rollout.intervals import clustered_interval, pass_at_k, wilson_interval
+from ludic.rollout.problems import read_records
 from ludic.task.prompts import chat_template_fingerprint, decode_completion, encode_prompt, load_tokenizer
 from ludic.telemetry import JsonlWriter
 from ludic.types import ChatMessage, Completion, ParseResult, SamplingParams, Score

@@ -17,7 +17,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from ludic.rollout.evaluation import CompletionRecord, EvaluationProgress, EvaluationResult, ProblemRecord, summarise
+from ludic.rollout.evaluation import EvaluationProgress, EvaluationResult, summarise
+from ludic.rollout.problems import CompletionRecord, ProblemRecord
 from ludic.storage.inert import InertFormatter, inert, inert_lines
 from ludic.task.pretrained import load_config, load_model
 from ludic.task.prompts import encode_prompt, load_tokenizer

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from ludic.config import RunPaths, from_arguments
 from ludic.inference.client.handshake import check_chat_template
 from ludic.rollout.errors import ServerMismatchError
-from ludic.rollout.evaluation import read_records
+from ludic.rollout.problems import read_records
 from ludic.survival.changed_settings import changed_settings
 from ludic.task.prompts import encode_prompt, load_tokenizer, recorded_moment, rendering
 from ludic.train.checkpoint import read_state

@@ -43,7 +43,8 @@ if TYPE_CHECKING:
 
     from environments.gsm8k import GSM8KSample
     from ludic.inference.client.weights_in_use import WeightsInUse
-    from ludic.rollout.evaluation import EvaluationResult, Problem, ProblemRecord
+    from ludic.rollout.evaluation import EvaluationResult
+    from ludic.rollout.problems import Problem, ProblemRecord
 
 NAME = "eval_gsm8k_vllm.py"
 
@@ -167,7 +168,7 @@ def seeded(args: argparse.Namespace, weights: "WeightsInUse") -> bool:
 
 def check_out(args: argparse.Namespace, out: Path, settings: dict[str, object]) -> "list[ProblemRecord]":
     """The records that are there, and are to be finished. Refuses to lose or to mix them; deletes nothing."""
-    from ludic.rollout.evaluation import read_records
+    from ludic.rollout.problems import read_records
 
     if out.is_dir():
         raise ValueError(f"--out {out} is a folder: name a file")
@@ -183,7 +184,7 @@ def check_out(args: argparse.Namespace, out: Path, settings: dict[str, object]) 
 
 def check_records(done: "list[ProblemRecord]", problems: "list[Problem]", samples_per_problem: int) -> None:
     """Refuse to take up records of other problems, or of more than are asked for."""
-    from ludic.rollout.evaluation import TooFewProblemsError, match_records
+    from ludic.rollout.problems import TooFewProblemsError, match_records
 
     try:
         match_records(done, problems, samples_per_problem)
@@ -281,7 +282,8 @@ async def run(args: argparse.Namespace) -> int:
         from next_commands import training_advice
 
         from environments.gsm8k import GSM8K
-        from ludic.rollout.evaluation import evaluate, prepare_problems
+        from ludic.rollout.evaluation import evaluate
+        from ludic.rollout.problems import prepare_problems
         from ludic.task.prompts import render
         from ludic.task.template_checks import describe_prompt
         from ludic.telemetry import EvaluationDisplay, JsonlWriter

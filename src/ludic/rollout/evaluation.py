@@ -9,57 +9,24 @@ one rule only gets its verdict (`Score.correct`) under all three names.
 """
 
 import asyncio
-import hashlib
-import json
-import math
-import os
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, TypedDict, TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from ludic.rollout.engine import InferenceEngine
 from ludic.rollout.groups import derive_seed
-from ludic.storage.jsonl import JsonlWriter, read_jsonl
+from ludic.rollout.intervals import clustered_interval, mean, pass_at_k
+from ludic.rollout.problems import CompletionRecord, Problem, ProblemRecord, match_records, prepare_problems
+from ludic.storage.jsonl import JsonlWriter
 from ludic.task.environment import Environment
-from ludic.task.prompts import decode_completion, encode_prompt
-from ludic.types import ChatMessage, Completion, SamplingParams, Score
+from ludic.task.prompts import decode_completion
+from ludic.types import Completion, SamplingParams, Score
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SampleT = TypeVar("SampleT")
-
-_Z95 = 1.959963984540054  # the standard normal's 97.5% quantile
-
-
-class CompletionRecord(TypedDict):
-    """One answer to a problem. Lengths are tokens, the stop token included."""
-
-    text: str
-    num_tokens: int
-    finish_reason: str
-    answer: str | None
-    parse_error: str | None
-    strict: bool
-    flexible: bool
-    qwen: bool
-    correct: bool
-    grader_failed: bool
-    policy_version: int
-
-
-class ProblemRecord(TypedDict):
-    """One problem with all its answers: a line of the records file."""
-
-    index: int
-    """Its place in the list of samples, from 0."""
-    question_id: str
-    """A digest of the prompt's ids and the target, so that records are never taken for another problem's."""
-    prompt: list[ChatMessage]
-    prompt_tokens: int
-    target: str
-    completions: list[CompletionRecord]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,81 +170,6 @@ async def evaluate(
     )
 
 
-def prepare_problems(
-    environment: Environment[SampleT],
-    samples: Sequence[SampleT],
-    tokenizer: "PreTrainedTokenizerBase",
-    *,
-    max_seq_len: int | None = None,
-) -> list["Problem"]:
-    """The samples with their prompts encoded.
-
-    Raises:
-        ValueError: there are none, or a prompt leaves no room within `max_seq_len`.
-    """
-    if not samples:
-        raise ValueError("there is nothing to evaluate: the list of samples is empty")
-    problems = [Problem.of(index, sample, environment, tokenizer) for index, sample in enumerate(samples)]
-    for problem in problems:
-        _check_length(problem, max_seq_len)
-    return problems
-
-
-def match_records(
-    done: Sequence[ProblemRecord], problems: Sequence["Problem"], samples_per_problem: int
-) -> dict[int, ProblemRecord]:
-    """`done` by index, after a check that each record is of the problem that now has its place.
-
-    Raises:
-        ValueError: it is not; one line that says what differs.
-    """
-    records: dict[int, ProblemRecord] = {}
-    for record in done:
-        index = record["index"]
-        if not 0 <= index < len(problems):
-            raise TooFewProblemsError(1 + max(one["index"] for one in done), len(problems))
-        if record["question_id"] != problems[index].question_id:
-            raise ValueError(
-                f"the record of problem {index} was made with {_difference(record, problems[index])}: "
-                "evaluate into another file"
-            )
-        if len(record["completions"]) != samples_per_problem:
-            raise ValueError(
-                f"the record of problem {index} has {len(record['completions'])} completions, not "
-                f"{samples_per_problem}: evaluate into another file, or with as many samples as before"
-            )
-        records[index] = record
-    return records
-
-
-class TooFewProblemsError(ValueError):
-    """Fewer problems were asked for than are recorded already."""
-
-    def __init__(self, num_recorded: int, num_problems: int) -> None:
-        super().__init__(
-            f"the records reach to problem {num_recorded - 1}, and only {num_problems} problems are asked for"
-        )
-        self.num_recorded = num_recorded
-        """Problems that take in all records."""
-
-
-def _difference(record: ProblemRecord, problem: "Problem") -> str:
-    """Why a record is not of `problem`."""
-    if record["prompt"] != problem.messages:
-        return "another question or system prompt (did the data change, or their order?)"
-    if record["target"] != problem.target:
-        return f"another target ({record['target']!r:.80}, now {problem.target!r:.80})"
-    return "other token ids for the same messages (another tokenizer or chat template)"
-
-
-def problems_digest(
-    samples: Sequence[SampleT], environment: Environment[SampleT], tokenizer: "PreTrainedTokenizerBase"
-) -> str:
-    """Sixteen hexadecimal digits that differ where the problems, their order, their prompts or their targets differ."""
-    problems = (Problem.of(index, sample, environment, tokenizer) for index, sample in enumerate(samples))
-    return hashlib.sha256("".join(problem.question_id for problem in problems).encode()).hexdigest()[:16]
-
-
 def summarise(
     records: Sequence[ProblemRecord], *, seconds: float, taken_over: Collection[int] = ()
 ) -> EvaluationResult:
@@ -305,11 +197,11 @@ def summarise(
     return EvaluationResult(
         num_problems=len(records),
         num_completions=num_completions,
-        accuracy=_mean(flexible),
+        accuracy=mean(flexible),
         accuracy_ci95=clustered_interval(flexible),
-        strict_accuracy=_mean(strict),
+        strict_accuracy=mean(strict),
         strict_accuracy_ci95=clustered_interval(strict),
-        qwen_accuracy=_mean(qwen),
+        qwen_accuracy=mean(qwen),
         qwen_accuracy_ci95=clustered_interval(qwen),
         correct_rate=share([completion["correct"] for completion in completions]),
         parse_err_rate=share([completion["parse_error"] is not None for completion in completions]),
@@ -326,96 +218,6 @@ def summarise(
             for k in range(1, num_samples + 1)
         },
     )
-
-
-def read_records(path: str | os.PathLike[str]) -> list[ProblemRecord]:
-    """The records that an earlier, perhaps unfinished pass wrote; a torn last line is left out.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: a line is not such a record; `file:line: reason`.
-    """
-    records = read_jsonl(path)
-    for number, record in enumerate(records, start=1):
-        missing = ProblemRecord.__required_keys__ - record.keys()
-        if missing:
-            raise ValueError(f"{path}:{number}: not an evaluation record: it has no {', '.join(sorted(missing))}")
-    return cast("list[ProblemRecord]", records)
-
-
-def wilson_interval(rate: float, num_trials: float, z: float = _Z95) -> tuple[float, float]:
-    """Wilson's score interval of a proportion (Wilson 1927, JASA 22:209-212), by default at 95%.
-
-    Unlike the textbook `rate +- z * error` it stays inside [0, 1] and keeps its promise near 0 and 1.
-
-    Example:
-        >>> tuple(round(bound, 3) for bound in wilson_interval(0.0, 100))
-        (0.0, 0.037)
-    """
-    spread = z * z / num_trials
-    centre = (rate + spread / 2) / (1 + spread)
-    half = z / (1 + spread) * math.sqrt(rate * (1 - rate) / num_trials + spread / (4 * num_trials))
-    low = 0.0 if rate == 0 else max(0.0, centre - half)
-    high = 1.0 if rate == 1 else min(1.0, centre + half)
-    return low, high
-
-
-def clustered_interval(verdicts: Sequence[Sequence[bool]]) -> tuple[float, float]:
-    """95% interval of the mean over completions, with problems (not completions) as what was sampled.
-
-    Completions of one problem resemble each other, so n problems with K completions each are worth fewer than n * K
-    independent answers (Miller 2024, arXiv 2411.00640, section 2.2). The spread of the per-problem means says how many
-    they are worth, and Wilson's interval is taken at that effective number (Franco et al. 2019, Journal of Survey
-    Statistics and Methodology 7:334-364). With one completion a problem this is Wilson's interval itself.
-
-    Args:
-        verdicts: n lists of K verdicts.
-    """
-    num_problems = len(verdicts)
-    means = [sum(of_problem) / len(of_problem) for of_problem in verdicts]
-    rate = _mean(verdicts)
-    variance = sum((mean - rate) ** 2 for mean in means) / num_problems
-    most = float(sum(len(of_problem) for of_problem in verdicts))
-    if rate in (0.0, 1.0):
-        return wilson_interval(rate, num_problems)  # no spread to go by: the careful count
-    effective = min(num_problems * rate * (1 - rate) / variance, most) if variance > 0 else most
-    return wilson_interval(rate, effective)
-
-
-def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
-    """The chance that at least one of `k` draws, out of `num_samples` of which `num_correct` are right, is right.
-
-    The unbiased estimator of Chen et al. 2021 (arXiv 2107.03374, equation 1), in whole numbers:
-    1 - C(n - c, k) / C(n, k).
-
-    Example:
-        >>> pass_at_k(4, 1, 2)
-        0.5
-    """
-    if not 1 <= k <= num_samples:
-        raise ValueError(f"k must be between 1 and the {num_samples} samples, not {k}")
-    return 1.0 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Problem:
-    """A sample on its way to the model."""
-
-    index: int
-    question_id: str
-    messages: list[ChatMessage]
-    prompt_token_ids: list[int]
-    target: str
-
-    @classmethod
-    def of(
-        cls, index: int, sample: SampleT, environment: Environment[SampleT], tokenizer: "PreTrainedTokenizerBase"
-    ) -> "Problem":
-        messages = environment.messages(sample)
-        target = environment.target(sample)
-        prompt_token_ids = encode_prompt(tokenizer, messages)
-        digest = hashlib.sha256(json.dumps([prompt_token_ids, target]).encode()).hexdigest()[:16]
-        return cls(index=index, question_id=digest, messages=messages, prompt_token_ids=prompt_token_ids, target=target)
 
 
 class _Progress:
@@ -458,15 +260,6 @@ class _Progress:
                     seconds=self.seconds,
                 )
             )
-
-
-def _check_length(problem: Problem, max_seq_len: int | None) -> None:
-    length = len(problem.prompt_token_ids)
-    if max_seq_len is not None and length >= max_seq_len:
-        raise ValueError(
-            f"the prompt of problem {problem.index} has {length} tokens, which leaves no room for an answer within "
-            f"max_seq_len {max_seq_len}: raise --max-seq-len or leave the problem out"
-        )
 
 
 def _request_sampling(
@@ -512,7 +305,3 @@ def _record(
 
 def _num_right(record: ProblemRecord) -> int:
     return sum(completion["flexible"] for completion in record["completions"])
-
-
-def _mean(verdicts: Sequence[Sequence[bool]]) -> float:
-    return sum(map(sum, verdicts)) / sum(map(len, verdicts))

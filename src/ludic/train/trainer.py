@@ -24,8 +24,9 @@ import torch
 
 from ludic.config import GRPOConfig, RunPaths
 from ludic.rollout.engine import InferenceEngine, WeightSyncReport
-from ludic.rollout.evaluation import EvaluationResult, evaluate, problems_digest
+from ludic.rollout.evaluation import EvaluationResult, evaluate
 from ludic.rollout.groups import GroupStream, Prompt, derive_seed, rollout_metrics
+from ludic.rollout.problems import problems_digest
 from ludic.storage.jsonl import JsonlWriter
 from ludic.task.environment import Environment
 from ludic.task.pretrained import serving_files
