@@ -239,7 +239,7 @@ async def inject(
         Injection(
             row=f"{ROW} ({whose})",
             fault=f"{fault.act} in {fault.phase}" if fault.phase != "between updates" else f"{fault.act} {fault.phase}",
-            outcome="got back, the run went on",
+            outcome="recovered, the run went on",
             ok=not problems,
             seconds=seconds,
         )

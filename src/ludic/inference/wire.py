@@ -11,7 +11,7 @@ times cheaper to write and to read than a JSON list.
 
 Nothing in HTTP says which request a reply answers but its place on a connection, and a reply that was sent twice, or to a
 request that was given up, has another's place. So each attempt has an id of its own, and a reply repeats it: what does not
-fit the request in every respect is no reply to it.
+match the request in every respect is refused.
 
 Left out: streaming, text, stop strings, penalties; a checksum, since TCP has one, and a proxy that rewrites a reply's
 tokens would rewrite that too. This module imports neither vLLM nor torch.
@@ -380,7 +380,7 @@ class Route:
     decode: _Decode
     """Raises BadReplyError."""
     max_reply_bytes: Callable[[GenerateRequest], int]
-    """No reply is longer, so that nobody need read on."""
+    """No valid reply is longer; reading stops there."""
 
 
 OWN_ROUTE = Route(path=PATH, encode=encode_request, decode=decode_reply, max_reply_bytes=max_reply_bytes)

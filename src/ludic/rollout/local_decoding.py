@@ -213,7 +213,7 @@ class Decoding:
         self.uniforms = uniforms_for(rows, max_tokens).to(device) if any_sampled else None
         self.tokens = torch.zeros(len(rows), max_tokens, dtype=torch.long, device=device)
         self.logprobs = torch.zeros(len(rows), max_tokens, dtype=torch.float32, device=device)
-        """[B, M]; where nobody asked for them, something that is not finite where the log-probability is not."""
+        """[B, M]; for rows without `logprobs`, only whether each value is finite is meaningful."""
         self.lengths = torch.zeros(len(rows), dtype=torch.long, device=device)
         self.stopped = torch.zeros(len(rows), dtype=torch.bool, device=device)
         self.active = torch.arange(len(rows), device=device)

@@ -1,7 +1,7 @@
-"""An engine that survives its server: the one place where a lost server is got back.
+"""An engine that survives its server: the one place where a lost server is recovered.
 
-A server is lost when it dies, falls silent, answers nothing but errors, was started again by somebody, or does not provably
-hold the weights that it was sent. What then happens is the same each time:
+A server is lost when it dies, falls silent, answers only errors, was restarted, or cannot be shown to hold the weights that
+it was sent. What then happens is the same each time:
 
     1. whatever is in flight is given up: a completion of a lost server is not trained on, whichever weights it came from
     2. a server of our own is started again; for another one we wait, with a countdown and the command that starts it
@@ -61,15 +61,15 @@ LOOK_S = 1.0
 
 
 class GivenUpError(EngineError):
-    """The server cannot be got back, after all that could be tried."""
+    """Every attempt to recover the server failed."""
 
 
 class RecoveringEngine:
-    """`InferenceEngine` over a `VLLMEngine`, whose server it gets back when it is lost.
+    """`InferenceEngine` over a `VLLMEngine`, whose server it recovers after a loss.
 
     Args:
         engine: not connected yet, with a `trainer` id, under which the server is held.
-        server: the server's process, where it is ours to start again; None for one that somebody else launched.
+        server: the server's process, where this run started it; None for a server that was launched separately.
         out_dir: of the run, for the identity that a second trainer is shown.
         wait_s: how long, in seconds, a server that is not ours may take to come back.
         say: takes lines for a person to read.
@@ -171,7 +171,7 @@ class RecoveringEngine:
         """As `VLLMEngine.generate`, again after each loss of the server.
 
         Raises:
-            EngineError: the server refused the request, or cannot be got back.
+            EngineError: the server refused the request, or cannot be recovered.
         """
         for _ in range(MAX_LOSSES):
             await self._ready()
@@ -329,7 +329,7 @@ class RecoveringEngine:
             await asyncio.sleep(LOOK_S)
 
     def _answers(self) -> bool:
-        """Whether somebody is there, and his engine too: the first question is answered by the front end alone."""
+        """Whether the server answers, its engine included: the front end alone answers the first request."""
         try:
             handshake.boot_id(self._engine.control)
             with contextlib.suppress(RouteMissingError):
@@ -343,7 +343,7 @@ class RecoveringEngine:
     # -- the watch -------------------------------------------------------------------------------------------------
 
     async def _watch(self) -> None:
-        """Renew the hold on the server, and notice when it is gone, silent, started again, or somebody else's."""
+        """Renew the lease, and notice when the server is gone, silent, restarted, or held by another trainer."""
         heard = time.monotonic()
         while self._fatal is None:
             await asyncio.sleep(WATCH_S)
@@ -362,7 +362,7 @@ class RecoveringEngine:
                     raise ServerRestartedError("our hold on the server had run out, and others could have changed it")
             except ServerRestartedError as error:
                 self._lost(error, life)
-            except (ServerInUseError, ServerUnauthorizedError) as error:  # nothing to get back
+            except (ServerInUseError, ServerUnauthorizedError) as error:  # no recovery can help
                 self._fatal = error
                 self._lost(error, life)
             except EngineError as error:  # no answer, or none that makes sense

@@ -116,7 +116,7 @@ def make_logger(
 
 class _Outlet(io.TextIOBase, TextIO):
     """The stream that people read. Its first failure is kept, and nothing is written to it from then on: the live display
-    also draws from a thread of its own, where an exception would reach nobody.
+    also draws from a thread of its own, where no caller would see an exception.
 
     What the stream's encoding lacks is written as an escape, so that a plain ASCII locale changes no run.
     """

@@ -139,9 +139,7 @@ def save_checkpoint(
         ) from error
     checkpoints = list_checkpoints(folder)
     if final not in checkpoints:
-        raise CheckpointError(
-            f"checkpoint {final} was written and is gone again: somebody removed or replaced the folder"
-        )
+        raise CheckpointError(f"checkpoint {final} was written and is gone again: the folder was removed or replaced")
     # Those after this one are of another attempt, which a resume from an earlier step left behind: they do not count.
     for old in checkpoints[: checkpoints.index(final) + 1][:-keep]:
         _remove(old)

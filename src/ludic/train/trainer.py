@@ -60,7 +60,7 @@ ENOUGH_TOKENS = 12_288
 for its host, more would be left to do when the last rollout is there."""
 
 MAX_SKIPPED = 3
-"""So many updates in a row with a NaN or an infinity end the run: it would not come right by itself."""
+"""This many consecutive updates with a NaN or an infinity end the run: it would not recover."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -275,7 +275,7 @@ class Hold:
     """A trainer's hold on a server."""
 
     boot: str | None
-    """Of the server; None for one that is not ludic's, and that nobody can hold."""
+    """Of the server; None for a server that is not ludic's and cannot be held."""
     renewed: bool
     """Whether the trainer has held it all the time since it last said so."""
 
@@ -325,7 +325,7 @@ def claim_or_wait(
         except ServerInUseError:
             other = holder(control)
             if other is None:
-                if was_free:  # refused by a server that nobody holds: this trainer has lost it for good
+                if was_free:  # refused although no trainer holds it: this one has lost the server for good
                     raise
                 was_free = True  # it has just let go
                 continue

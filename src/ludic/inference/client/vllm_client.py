@@ -276,7 +276,7 @@ class VLLMEngine:
                 failure, wait_s = str(error), error.wait_s
             except BadReplyError as error:
                 self.num_bad_replies += 1
-                failure = f"a reply that is none: {error}"
+                failure = f"an invalid reply: {error}"
             except aiohttp.ClientError as error:
                 failure = f"{type(error).__name__}: {error}"
         if failure.startswith("ClientConnectorError"):
@@ -369,7 +369,7 @@ class VLLMEngine:
         return {"request_retries": self.num_retries, "bad_replies": self.num_bad_replies}
 
     def abort_sync(self, reason: str) -> None:
-        """End a weight sync that waits for a server of which somebody else knows that it is gone."""
+        """End a weight sync that still waits for a server that is known to be lost."""
         if self._sync is not None:
             self._sync.abort(reason)
 
@@ -404,7 +404,7 @@ class VLLMEngine:
                     sync.abort("the run was interrupted")
                     await asyncio.wait([syncing], timeout=SYNC_GRACE_S)
                 if syncing.done():
-                    syncing.exception()  # seen, and of no interest any more
+                    syncing.exception()  # retrieved, so that asyncio does not report it
             raise
 
     async def aclose(self) -> None:

@@ -7,7 +7,7 @@ the weights that it was started with, and a client sees that by the first reply.
 
 Lease: a trainer replaces the server's weights, so a server has one trainer. `POST /ludic/v1/trainer` claims it, and claims
 it anew to keep it; every request that names its trainer in `x-ludic-trainer` keeps it too. It ends `LEASE_S` seconds after
-it was last kept, by a clock that nobody sets. While it lives, what could change the server is refused to everybody else:
+it was last kept, by a monotonic clock. While it lives, what could change the server is refused to everybody else:
 every method but GET, HEAD and OPTIONS on every route that is not known to be harmless (`HARMLESS_PATHS`), so that a route
 that a new version of vLLM adds is refused too. A request without the header (an evaluation) may generate. A request that
 names a trainer that has not got the server neither changes it nor generates, and that is asked at its end as well as at its
@@ -17,7 +17,7 @@ this server back.
     POST   {"trainer": "<hex>", "identity": {"host": ..., "pid": ..., ...}, "takes_over": "<hex>" or null}
            200 {"boot": "<hex>", "lease_s": 60.0, "renewed": false}: false where the server was not this trainer's before
            409 {"error": {"message": ..., ...}, "holder": {"trainer", "identity", "seconds_since_seen"} or null,
-                "lost": true where this trainer had the server once, and never gets it back}
+                "lost": true where this trainer held the server and lost it for good}
     DELETE {"trainer": "<hex>"}; 200 or 409, as above
     PUT    {"trainer": "<hex>", "policy_version": 37}, at the end of a sync that was proven; 200 or 409, as above
     GET    {"boot": ..., "lease_s": 60.0, "holder": {...} or null, "weights": {...} or null}
@@ -86,7 +86,7 @@ LOOKUP_PATHS = frozenset(
     }
 )  # fmt: skip
 HARMLESS_PATHS = GENERATION_PATHS | LOOKUP_PATHS
-"""What may be posted to a server that belongs to somebody else: nothing here changes what the next answer will be."""
+"""Routes that anyone may post to while a trainer holds the server: none of them changes the next answer."""
 RPC_PATH = "/collective_rpc"
 HARMLESS_RPC_METHODS = frozenset({"ludic_server_info", "ludic_weights_digest"})
 KEEPS_WEIGHTS_PATHS = frozenset({"/pause", "/resume", "/init_weight_transfer_engine", "/reset_prefix_cache"})

@@ -48,7 +48,7 @@ class NotHolderError(Exception):
         super().__init__(message)
         self.holder = holder
         self.lost = lost
-        """Whether this trainer had it, and never gets it back."""
+        """Whether this trainer held it and lost it for good."""
 
 
 class TrainerLease:

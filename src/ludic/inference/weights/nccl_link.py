@@ -71,7 +71,7 @@ class NcclLink:
             host=address, port=port, rank=rank, world_size=world_size, store_timeout=math.ceil(timeout_s)
         )
         self._store = group.store
-        # vLLM's own way would unpickle whatever lies under the key, on a port that asks nobody who he is.
+        # vLLM's own way would unpickle whatever lies under the key, on a port without authentication.
         group.broadcast_obj = lambda unique_id, src: share_unique_id(group.store, unique_id, is_source=rank == src)
         # Made in two steps: what its constructor gets stuck in, the first all-reduce, can then be aborted.
         communicator = PyNcclCommunicator.__new__(PyNcclCommunicator)

@@ -49,7 +49,7 @@ class Rows:
     rows: Ints
     """[R] rows of the batch"""
     slots: Ints
-    """[R] lines of the table; 0 is nobody's"""
+    """[R] lines of the table; line 0 belongs to no request"""
     indices: Ints
     """[R] index of the sampled token in its completion"""
 
