@@ -265,7 +265,7 @@ class _Progress:
 def _request_sampling(
     sampling: SamplingParams, problem: Problem, start: int, max_seq_len: int | None
 ) -> SamplingParams:
-    """`sampling` for one request: its own seed, at most the tokens that fit, and no log-probs, which an evaluation does not use."""
+    """`sampling` for one request: its own seed, no more tokens than fit, and no log-probs: an evaluation does not use them."""
     sampling = replace(sampling, logprobs=False)
     if sampling.seed is not None:
         sampling = replace(sampling, seed=derive_seed(sampling.seed, problem.index, start))
