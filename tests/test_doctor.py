@@ -301,7 +301,7 @@ def test_a_port_that_is_taken_is_found_before_a_server_is_started(args: argparse
 
 
 FAKE_VLLM = {
-    "starts": ("__version__ = '0.32.0'", "device_type = 'cuda'", "", "ok", "0.32.0 can start machine, on cuda"),
+    "starts": ("__version__ = '0.32.0'", "device_type = 'cuda'", "", "ok", "0.32.0 can start here, on cuda"),
     "no device": ("__version__ = '0.32.0'", "device_type = ''", "", "failed", "finds no device"),
     "no library": ("raise ImportError('libcudart.so.13: not found')", "", "", "failed", "libcudart.so.13: not found"),
     "no kernels": (
@@ -338,7 +338,7 @@ def test_a_vllm_that_cannot_start_here_has_failed_with_the_reason(
 @pytest.mark.vllm
 def test_a_real_vllm_that_starts_is_said_to_start_with_its_device() -> None:
     finding = vllm_probe.check_vllm()
-    assert finding.status == "ok" and "can start machine, on " in finding.found
+    assert finding.status == "ok" and "can start here, on " in finding.found
 
 
 # --- the server -------------------------------------------------------------------------------------------------------
