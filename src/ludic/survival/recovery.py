@@ -1,4 +1,4 @@
-"""An engine that survives its server: the one place where a lost server is got back.
+"""An engine that survives its server: the one place where a lost server is recovered.
 
 A server is lost when it dies, falls silent, answers nothing but errors, was started again by somebody, or does not provably
 hold the weights that it was sent. What then happens is the same each time:
@@ -61,11 +61,11 @@ LOOK_S = 1.0
 
 
 class GivenUpError(EngineError):
-    """The server cannot be got back, after all that could be tried."""
+    """The server cannot be recovered, after all that could be tried."""
 
 
 class RecoveringEngine:
-    """`InferenceEngine` over a `VLLMEngine`, whose server it gets back when it is lost.
+    """`InferenceEngine` over a `VLLMEngine` that recovers its server when the server is lost.
 
     Args:
         engine: not connected yet, with a `trainer` id, under which the server is held.
@@ -171,7 +171,7 @@ class RecoveringEngine:
         """As `VLLMEngine.generate`, again after each loss of the server.
 
         Raises:
-            EngineError: the server refused the request, or cannot be got back.
+            EngineError: the server refused the request, or cannot be recovered.
         """
         for _ in range(MAX_LOSSES):
             await self._ready()

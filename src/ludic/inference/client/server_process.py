@@ -268,7 +268,7 @@ def start_server(
     python: str = sys.executable,
     env: Mapping[str, str] | None = None,
 ) -> Iterator[ServerProcess]:
-    """A `ServerProcess` that is up, for the length of a `with` block; its arguments.
+    """A `ServerProcess` that is up for the length of a `with` block; takes the same arguments.
 
     Raises:
         ServerStartError: the port is taken, the server ended, or it was not healthy in time.
