@@ -1,4 +1,4 @@
-"""Writes the parts of the documentation that the code knows better: flag tables and the list of public names.
+"""Writes the parts of the documentation that are made from the code: flag tables, server defaults, public names.
 
     uv run python scripts/write_docs.py            write them
     uv run python scripts/write_docs.py --check    say which are out of date, exit code 1
@@ -18,7 +18,7 @@ from types import ModuleType
 from ludic.inference.server.server_defaults import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = (ROOT / "README.md", ROOT / "examples" / "gsm8k" / "README.md")
+DOCUMENTS = tuple(ROOT / "docs" / name for name in ("api.md", "flags.md", "server.md"))
 
 
 def load_script(name: str) -> ModuleType:

@@ -22,18 +22,21 @@ from ludic.train.trainer import TrainingSummary
 from scripts import write_docs
 
 ROOT = write_docs.ROOT
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = [
-    ROOT / name
-    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "AGENTS.md", "SECURITY.md", "examples/gsm8k/README.md")
-]
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+NAMES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "AGENTS.md", "SECURITY.md", "examples/gsm8k/README.md")
+PAGES = [*(ROOT / name for name in NAMES), *DOCS]
 
 
-def _section(title: str) -> str:
-    """The text of README.md between a heading (or a line that begins a table) and the next one."""
-    _, found, rest = README.partition(title)
-    assert found, f"README.md has no {title!r}"
-    return re.split(r"\n(?:##|Fields of|What to know) ", rest, maxsplit=1)[0]
+def _page(name: str) -> str:
+    """The text of a page of docs/, by the name of its file without the ending."""
+    return (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+
+
+def _section(name: str, title: str) -> str:
+    """The text of a page between a heading and the next one."""
+    _, found, rest = _page(name).partition(title)
+    assert found, f"docs/{name}.md has no {title!r}"
+    return rest.split("\n## ", 1)[0]
 
 
 def _first_cells(text: str) -> list[tuple[str, str]]:
@@ -48,7 +51,7 @@ def _code_blocks(text: str, language: str) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class ExampleRun:
-    """What README.md's own task wrote."""
+    """What the task of docs/api.md wrote."""
 
     output: str
     metrics: list[dict[str, object]]
@@ -58,7 +61,7 @@ class ExampleRun:
 
 @pytest.fixture(scope="module")
 def example_run(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Iterator[ExampleRun]:
-    (program,) = _code_blocks(_section("## A task of your own"), "python")
+    (program,) = _code_blocks(_section("api", "## A task of your own"), "python")
     folder = tmp_path_factory.mktemp("sums")
     script = folder / "sums.py"
     script.write_text(program, encoding="utf-8")
@@ -87,7 +90,7 @@ def test_the_example_task_trains_two_updates_and_leaves_a_checkpoint(example_run
 def test_every_logged_metric_is_explained_and_every_explained_metric_is_logged(example_run: ExampleRun) -> None:
     logged = {name for row in example_run.metrics for name in row if name not in ("step", "time", "event")}
     logged = {re.sub(r"^sync/\w+_s$", "sync/PHASE_s", name) for name in logged}
-    explained = dict(_first_cells(_section("## Metrics\n")))
+    explained = dict(_first_cells(_section("metrics", "## Metrics\n")))
     conditional = {name for name, meaning in explained.items() if "only with" in meaning}
     used_in_meanings = {"kl_ref", "kl_rollout", "train_s"}
     assert logged - explained.keys() == set()
@@ -95,18 +98,18 @@ def test_every_logged_metric_is_explained_and_every_explained_metric_is_logged(e
 
 
 def test_the_fields_of_a_rollout_are_the_documented_ones(example_run: ExampleRun) -> None:
-    documented = [name for name, _ in _first_cells(_section("Fields of `gsm8k_train_rollouts.jsonl`"))]
+    documented = [name for name, _ in _first_cells(_section("files", "Fields of `gsm8k_train_rollouts.jsonl`"))]
     assert len(example_run.rollouts) == 64
     assert all(sorted(row) == sorted(documented) for row in example_run.rollouts)
 
 
 def test_the_fields_of_the_training_summary_are_the_documented_ones() -> None:
-    documented = {name for name, _ in _first_cells(_section("Fields of `gsm8k_train_summary.json`"))}
+    documented = {name for name, _ in _first_cells(_section("files", "Fields of `gsm8k_train_summary.json`"))}
     assert documented == {field.name for field in dataclasses.fields(TrainingSummary)} | {"this_process", "model"}
 
 
 def test_the_fields_of_an_evaluation_record_are_the_documented_ones() -> None:
-    documented = {name for name, _ in _first_cells(_section("Fields of `gsm8k_eval.jsonl`,"))}
+    documented = {name for name, _ in _first_cells(_section("files", "Fields of `gsm8k_eval.jsonl`\n"))}
     assert documented == {*ProblemRecord.__annotations__, *CompletionRecord.__annotations__}
 
 
@@ -128,12 +131,12 @@ def test_the_fields_of_an_evaluation_summary_are_the_documented_ones() -> None:
         index=0, question_id="", prompt=[], prompt_tokens=3, target="1", completions=[completion, completion]
     )
     summary = summarise([record], seconds=1.0).to_summary(model="m", settings={})
-    documented = {name for name, _ in _first_cells(_section("Fields of `gsm8k_eval.jsonl.summary.json`"))}
+    documented = {name for name, _ in _first_cells(_section("files", "Fields of `gsm8k_eval.jsonl.summary.json`"))}
     assert documented - {"pass@1", "pass@K"} == summary.keys() - {"pass@1", "pass@2"}
 
 
 def test_every_file_of_a_run_is_in_the_table_of_files() -> None:
-    documented = {name.rstrip("/") for name, _ in _first_cells(_section("## Files that a run writes"))}
+    documented = {name.rstrip("/") for name, _ in _first_cells(_section("files", "## Files that a run writes"))}
     paths = RunPaths(out_dir=Path())
     assert {str(path) for path in (paths.rollouts, paths.metrics, paths.summary, paths.curve)} <= documented
     assert f"{paths.checkpoints}/step_N" in documented
@@ -143,6 +146,24 @@ def test_every_file_of_a_run_is_in_the_table_of_files() -> None:
 def test_generated_tables_are_those_of_the_code(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert write_docs.rendered(text) == text, "run `uv run python scripts/write_docs.py`"
+
+
+def test_every_generated_table_stands_on_one_page() -> None:
+    text = "".join(page.read_text(encoding="utf-8") for page in write_docs.DOCUMENTS)
+    assert [part for part in write_docs.PARTS if text.count(f"<!-- {part}:begin -->") != 1] == []
+
+
+def test_the_readme_leads_to_every_page_of_docs() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(DOCS) >= 9
+    assert [page.name for page in DOCS if f"](docs/{page.name})" not in readme] == []
+
+
+@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
+def test_a_page_opens_with_what_it_is_for(page: Path) -> None:
+    title, opening, *_ = page.read_text(encoding="utf-8").split("\n\n")
+    assert re.fullmatch(r"# [^\n]+", title)
+    assert re.match(r"[A-Z]", opening) and opening.endswith(".") and len(re.findall(r"\.(?:\s|$)", opening)) <= 2
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -172,25 +193,28 @@ def test_links_within_the_repository_lead_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_python_files_that_are_named_exist(page: Path) -> None:
-    named = re.findall(r"`((?:src|tests|environments|examples|scripts)/[\w/.]+)`", page.read_text(encoding="utf-8"))
+    text = page.read_text(encoding="utf-8")
+    named = re.findall(r"`((?:src|tests|environments|examples|scripts|benchmarks|docs)/[\w/.]+)`", text)
     assert [path for path in named if path.endswith((".py", "/")) and not (ROOT / path).exists()] == []
 
 
 def test_the_functions_on_a_samples_way_are_in_the_files_that_are_named() -> None:
-    rows = re.findall(r"^\| [^|]+ \| ([^|]+) \| ([^|]+) \|$", _section("## Follow one sample"), flags=re.MULTILINE)
+    rows = re.findall(r"^\| [^|]+ \| ([^|]+) \| ([^|]+) \|$", _page("walk"), flags=re.MULTILINE)
     rows = [(functions, links) for functions, links in rows if "`" in functions]
     assert len(rows) >= 15
     for functions, links in rows:
-        text = "".join((ROOT / link).read_text(encoding="utf-8") for link in re.findall(r"\]\(([^)]+)\)", links))
+        text = "".join(
+            (ROOT / "docs" / link).read_text(encoding="utf-8") for link in re.findall(r"\]\(([^)]+)\)", links)
+        )
         for function in re.findall(r"`(\w+)`", functions):
             assert re.search(rf"def {function}\b", text), f"{function} is not in {links}"
 
 
 def test_every_alarm_is_in_the_table_of_alarms_with_metrics_and_flags_that_exist() -> None:
-    rows = [line.strip("| ").split(" | ") for line in _section("## Why isn't it learning?").splitlines()]
+    rows = [line.strip("| ").split(" | ") for line in _section("metrics", "## Why isn't it learning?").splitlines()]
     rows = [row for row in rows if len(row) == 5 and row[0].startswith("`")]
     assert [row[0].strip("`") for row in rows] == list(ALARM_NAMES)
-    explained = dict(_first_cells(_section("## Metrics\n")))
+    explained = dict(_first_cells(_section("metrics", "## Metrics\n")))
     assert {row[1].strip("`") for row in rows} <= explained.keys()
     flags = {flag for row in rows for flag in re.findall(r"`(--[a-z-]+)", row[4])}
     assert len(flags) >= 10 and flags <= write_docs.train_parser()._option_string_actions.keys()
@@ -198,7 +222,7 @@ def test_every_alarm_is_in_the_table_of_alarms_with_metrics_and_flags_that_exist
 
 def test_the_thresholds_in_the_table_of_alarms_are_the_defaults() -> None:
     t = AlarmThresholds()
-    rows = {name: rest.split(" | ")[1] for name, rest in _first_cells(_section("## Why isn't it learning?"))}
+    rows = {name: rest.split(" | ")[1] for name, rest in _first_cells(_section("metrics", "## Why isn't it learning?"))}
     said = {
         "truncated": [t.window, t.truncated_share],
         "zero_variance": [t.window, t.zero_variance_share],
@@ -218,11 +242,11 @@ def test_the_thresholds_in_the_table_of_alarms_are_the_defaults() -> None:
 def test_the_exit_codes_of_signals_are_those_of_the_code() -> None:
     codes = ", ".join(str(128 + number) for number in (SIGINT, SIGTERM, SIGHUP))
     assert {SIGINT, SIGTERM, SIGHUP} == set(SIGNALS)
-    assert f"| {codes} | ended by SIGINT (Ctrl-C), SIGTERM, SIGHUP |" in _section("### Exit codes")
+    assert f"| {codes} | ended by SIGINT (Ctrl-C), SIGTERM, SIGHUP |" in _section("promises", "## Exit codes")
 
 
-def test_what_the_section_on_faults_quotes_is_said_by_the_code() -> None:
-    text = _section("## When something breaks")
+def test_what_the_page_of_promises_quotes_is_said_by_the_code() -> None:
+    text = _page("promises")
     quoted = ["continuing from", "the server was lost:", "changed since the checkpoint, so this is not the run"]
     strings = _strings_of_the_code()
     assert all(words in text and any(words in string for string in strings) for words in quoted)
@@ -234,7 +258,7 @@ def test_what_the_section_on_faults_quotes_is_said_by_the_code() -> None:
         "grader_timeouts",
         "skipped_update",
     }
-    assert counted <= set(re.findall(r"`(\w+)`", text)) & dict(_first_cells(_section("## Metrics\n"))).keys()
+    assert counted <= set(re.findall(r"`(\w+)`", text)) & dict(_first_cells(_section("metrics", "## Metrics\n"))).keys()
 
 
 def _strings_of_the_code() -> list[str]:
@@ -245,7 +269,7 @@ def _strings_of_the_code() -> list[str]:
 
 
 def test_the_messages_under_troubleshooting_are_messages_of_the_code() -> None:
-    messages = [name for name, _ in _first_cells(_section("## Troubleshooting")) if " " in name]
+    messages = [name for name, _ in _first_cells(_page("troubleshooting")) if " " in name]
     strings = _strings_of_the_code()
     assert len(messages) >= 10
     assert [message for message in messages if not any(message in string for string in strings)] == []

@@ -5,7 +5,7 @@ used. `import ludic` alone therefore loads neither PyTorch nor transformers. Wha
 
     from ludic import GRPOConfig, GRPOTrainer, LocalEngine, Score
 
-README.md has a complete example of a task of one's own.
+docs/api.md has a complete program with a task of its own.
 """
 
 import importlib

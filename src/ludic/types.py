@@ -85,7 +85,7 @@ class ParseResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
-    """What an environment thinks of one completion."""
+    """An environment's judgement of one completion."""
 
     reward: float
     correct: bool

@@ -61,7 +61,7 @@ Failure = Literal["timeout", "crash", "too_long", "too_complex"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """What grading one answer came to. `matched` is False wherever `failure` is set.
+    """The result of grading one answer. `matched` is False wherever `failure` is set.
 
     Example:
         >>> Verdict(matched=False, failure="timeout")

@@ -276,7 +276,7 @@ class VLLMEngine:
                 failure, wait_s = str(error), error.wait_s
             except BadReplyError as error:
                 self.num_bad_replies += 1
-                failure = f"an invalid reply: {error}"
+                failure = f"a bad reply: {error}"
             except aiohttp.ClientError as error:
                 failure = f"{type(error).__name__}: {error}"
         if failure.startswith("ClientConnectorError"):

@@ -1,4 +1,4 @@
-"""What ludic's server changes from vLLM's defaults: one table, from which its parser, `--help` and the README are made.
+"""What ludic's server changes from vLLM's defaults: one table, from which its parser, `--help` and docs/server.md are made.
 
 Whatever the user gives, on the command line or by `--config`, overrides a row. Nothing here imports vLLM.
 """
@@ -195,7 +195,7 @@ def is_float32(model: str) -> bool:
 
 
 def markdown_table() -> str:
-    """The table as the README has it."""
+    """The table as docs/server.md has it."""
     lines = ["| setting | vLLM's default | ludic's | why |", "|---|---|---|---|"]
     for when, heading in HEADINGS.items():
         lines.append(f"| **{heading}** | | | |")
