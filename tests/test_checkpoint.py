@@ -6,14 +6,12 @@ import hashlib
 import json
 import math
 import os
-import random
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -48,8 +46,6 @@ from ludic.train.checkpoint import (
 from ludic.train.model_folder import _name_dtype
 from ludic.train.optimizer_state import save_optimizer
 from tests.vllm_helpers import make_tiny_model, make_tiny_tokenizer
-
-CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -157,7 +153,7 @@ def test_weights_in_float32_are_not_stored_twice(folder: Path, model: PreTrained
 def test_no_loader_meets_what_is_not_the_model(folder: Path, model: PreTrainedModel) -> None:
     checkpoint = save(folder, model, 1, dtype=torch.bfloat16)
     assert {path.name for path in checkpoint.glob("*.safetensors")} == {"model.safetensors"}  # what vLLM reads
-    training = {"trainer_state.json", "optimizer.safetensors", "generators.json", "masters"}
+    training = {"trainer_state.json", "optimizer.safetensors", "masters"}
     assert set(names(checkpoint / "training")) == training
     assert not training & set(names(checkpoint))
 
@@ -295,6 +291,7 @@ def save_in_the_old_form(
     config = json.loads((checkpoint / "config.json").read_text())
     (checkpoint / "config.json").write_text(json.dumps(config | {"dtype": str(dtype).removeprefix("torch.")}))
     save_optimizer(checkpoint, optimizer, [name for name, _ in model.named_parameters()])
+    (checkpoint / "generators.json").write_text('{"torch_cpu": "00"}')  # which nothing reads any more
     (checkpoint / "trainer_state.json").write_text(json.dumps(asdict(state_at(1))))
     content = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
     entries = {name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in content.items()}
@@ -311,7 +308,7 @@ def test_a_checkpoint_of_the_old_form_is_found_verified_and_resumed_exactly(
     assert find_checkpoint(folder).path == old and read_state(old) == state_at(1)
     again = AutoModelForCausalLM.from_pretrained(masters_folder(old), dtype=torch.float32)
     restored = adamw(again)
-    load_optimizer(training_folder(old), restored, CPU, model=again)
+    load_optimizer(training_folder(old), restored, model=again)
     for name, tensor in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
     torch.manual_seed(3)
@@ -337,12 +334,13 @@ def test_training_that_goes_on_from_a_checkpoint_takes_the_very_same_step(
     optimizer = adamw(model)
     train_one_step(model, optimizer)
     checkpoint = save(folder, model, 1, optimizer=optimizer, dtype=dtype)
-    train_one_step(model, optimizer)  # draws its data from the global generator, which is restored too
+    torch.manual_seed(12345)  # which draws the data
+    train_one_step(model, optimizer)
 
     again = AutoModelForCausalLM.from_pretrained(masters_folder(checkpoint), dtype=torch.float32)
     torch.manual_seed(12345)
     restored = adamw(again)
-    load_optimizer(training_folder(checkpoint), restored, CPU, model=again)
+    load_optimizer(training_folder(checkpoint), restored, model=again)
     train_one_step(again, restored)
 
     for name, tensor in model.state_dict().items():
@@ -526,7 +524,7 @@ DAMAGES: list[Callable[[Path], None]] = [
 def test_any_damage_to_any_file_is_found_and_the_file_is_named(folder: Path, model: PreTrainedModel) -> None:
     whole = save(folder, model, 1, dtype=torch.bfloat16)
     verify_checkpoint(whole)
-    ours = {"training/optimizer.safetensors", "training/generators.json", "training/masters/model.safetensors"}
+    ours = {"training/optimizer.safetensors", "training/masters/model.safetensors"}
     assert {"model.safetensors", "config.json"} | ours <= files(whole)
     for name in files(whole):
         for damage in DAMAGES:
@@ -750,19 +748,19 @@ def test_unknown_and_missing_fields_are_named(folder: Path) -> None:
             read_state(folder)
 
 
-# -- the optimizer and the generators -------------------------------------------------------------------------------
+# -- the optimizer -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("damage", [remove, empty, cut_short, fill_with_noise, make_a_folder, make_a_link, make_a_pipe])
-@pytest.mark.parametrize("name", ["optimizer.safetensors", "generators.json"])
 def test_a_damaged_optimizer_file_is_an_error_with_the_path(
-    folder: Path, model: PreTrainedModel, damage: Callable[[Path], None], name: str
+    folder: Path, model: PreTrainedModel, damage: Callable[[Path], None]
 ) -> None:
     checkpoint = save(folder, model, 1)
-    damage(training_folder(checkpoint) / name)
+    path = training_folder(checkpoint) / "optimizer.safetensors"
+    damage(path)
     with pytest.raises(CheckpointError) as refusal:
-        load_optimizer(training_folder(checkpoint), adamw(model), CPU, model=model)
-    assert str(training_folder(checkpoint) / name) in str(refusal.value) and "\n" not in str(refusal.value)
+        load_optimizer(training_folder(checkpoint), adamw(model), model=model)
+    assert str(path) in str(refusal.value) and "\n" not in str(refusal.value)
 
 
 def trained(folder: Path, model: PreTrainedModel) -> tuple[Path, dict[str, torch.Tensor], dict[str, str]]:
@@ -796,7 +794,7 @@ def test_optimizer_tensors_that_do_not_fit_are_named(
     changed = {name: tensor for name, tensor in {**tensors, **change}.items() if tensor is not None}
     save_file(changed, checkpoint / "training" / "optimizer.safetensors", metadata=metadata)
     with pytest.raises(CheckpointError, match=says):
-        load_optimizer(training_folder(checkpoint), adamw(model), CPU, model=model)
+        load_optimizer(training_folder(checkpoint), adamw(model), model=model)
 
 
 @pytest.mark.parametrize(
@@ -811,7 +809,7 @@ def test_optimizer_metadata_beyond_reason_is_refused(
     checkpoint, tensors, _ = trained(folder, model)
     save_file(tensors, checkpoint / "training" / "optimizer.safetensors", metadata=metadata)
     with pytest.raises(CheckpointError, match=r"optimizer\.safetensors is damaged"):
-        load_optimizer(training_folder(checkpoint), adamw(model), CPU, model=model)
+        load_optimizer(training_folder(checkpoint), adamw(model), model=model)
 
 
 def test_parameters_in_another_order_are_not_given_one_anothers_moments(folder: Path, model: PreTrainedModel) -> None:
@@ -820,48 +818,14 @@ def test_parameters_in_another_order_are_not_given_one_anothers_moments(folder: 
     metadata["parameters"] = json.dumps(order[::-1])
     save_file(tensors, checkpoint / "training" / "optimizer.safetensors", metadata=metadata)
     with pytest.raises(CheckpointError, match=f"parameter 0 is {order[-1]}, in the model it is {order[0]}"):
-        load_optimizer(training_folder(checkpoint), adamw(model), CPU, model=model)
+        load_optimizer(training_folder(checkpoint), adamw(model), model=model)
 
 
 def test_the_optimizer_of_another_model_is_refused(folder: Path, model: PreTrainedModel) -> None:
     checkpoint = save(folder, model, 1)
     other = make_tiny_model(folder.parent / "other", tie_word_embeddings=False)
     with pytest.raises(CheckpointError, match="does not fit this model"):
-        load_optimizer(training_folder(checkpoint), adamw(other), CPU, model=other)
-
-
-def test_all_generators_go_on_where_they_were(folder: Path, model: PreTrainedModel) -> None:
-    def draw() -> tuple[float, ...]:
-        numpy_draws = (np.random.standard_normal(), np.random.random())
-        return (torch.rand(1).item(), torch.randn(1).item(), random.random(), random.gauss(), *numpy_draws)
-
-    random.gauss()  # which keeps half of what it drew
-    np.random.standard_normal()
-    checkpoint = save(folder, model, 1)
-    drawn = draw()
-    assert draw() != drawn
-    load_optimizer(training_folder(checkpoint), adamw(model), CPU, model=model)
-    assert draw() == drawn
-
-
-@pytest.mark.parametrize(
-    "change",
-    [{"torch_cpu": "00"}, {"torch_cpu": "xyz"}, {"torch_cpu": 3}, {"python": []}, {"python": {}}, {"more": 1},
-     {"python": {"version": 3, "words": [0] * 624, "gauss": None}},
-     {"python": {"version": 3, "words": [0] * 624 + [9999], "gauss": None}},
-     {"python": {"version": 3, "words": [2**32] * 625, "gauss": None}},
-     {"numpy": {"name": "MT19937", "words": [0] * 624, "position": 10**6, "has_gauss": 0, "gauss": 0.0}},
-     {"numpy": {"name": "PCG64", "words": [0] * 624, "position": 1, "has_gauss": 0, "gauss": 0.0}},
-     {"numpy": {"name": "MT19937", "words": [0] * 624, "position": 1, "has_gauss": 0, "gauss": "x"}}],
-)  # fmt: skip
-def test_generator_states_that_are_none_are_refused(
-    folder: Path, model: PreTrainedModel, change: dict[str, object]
-) -> None:
-    checkpoint = save(folder, model, 1)
-    path = checkpoint / "training" / "generators.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    with pytest.raises(CheckpointError, match=r"generators\.json is damaged"):
-        load_optimizer(training_folder(checkpoint), adamw(model), CPU, model=model)
+        load_optimizer(training_folder(checkpoint), adamw(other), model=other)
 
 
 def test_nothing_of_a_checkpoint_is_pickled(folder: Path, model: PreTrainedModel) -> None:

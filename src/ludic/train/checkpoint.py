@@ -6,7 +6,7 @@
         manifest.json               size and SHA-256 of all the others (see `manifest`)
         training/                   what only `--resume` reads; vLLM and transformers look at the files above alone
             trainer_state.json      step, policy version, settings, what was measured so far
-            optimizer.safetensors, generators.json      (see `optimizer_state`)
+            optimizer.safetensors       AdamW's state (see `optimizer_state`)
             masters/                the float32 masters, a model folder too; absent where the model is float32 itself
 
 Earlier all of it lay side by side, with the masters as the model; such a checkpoint can still be resumed.
@@ -290,7 +290,7 @@ def find_checkpoint(folder: Path) -> FoundCheckpoint:
 
 
 def training_folder(checkpoint: Path) -> Path:
-    """Where the trainer's state, the optimizer and the generators lie: the checkpoint itself in those of the old form."""
+    """Where the trainer's state and the optimizer lie: the checkpoint itself in those of the old form."""
     folder = checkpoint / _TRAINING_FOLDER
     return folder if folder.is_dir() else checkpoint
 

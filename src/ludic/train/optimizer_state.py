@@ -1,39 +1,37 @@
-"""AdamW's state and the random generators on disk, without pickle: nothing that is loaded can run.
+"""AdamW's state on disk, without pickle: nothing that is loaded can run.
 
 `optimizer.safetensors` holds `exp_avg.<parameter>`, `exp_avg_sq.<parameter>` and `step.<parameter>` under the model's own
 names, so that a parameter can never be given another one's moments, and in its metadata the names of all parameters in
-the optimizer's order. `generators.json` holds the states of torch's, Python's and numpy's global generators. Learning rate,
-betas and weight decay are not here: they are the run's settings.
+the optimizer's order. Learning rate, betas and weight decay are not here: they are the run's settings. Nor are the states of
+random generators: ludic draws from none that outlives an update (see `schedule` and `local_decoding`). A `generators.json`
+of an earlier version is ignored.
 """
 
 import json
-import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Protocol
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ludic.storage.manifest import CheckpointError, open_regular, read_json
+from ludic.storage.manifest import CheckpointError, open_regular
 
 OPTIMIZER_FILE = "optimizer.safetensors"
-GENERATORS_FILE = "generators.json"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _PARTS = (*_MOMENTS, "step")
 _FORMAT = "1"
 
 
 def save_optimizer(folder: Path, optimizer: torch.optim.Optimizer, names: Sequence[str]) -> None:
-    """Write AdamW's state and the generators into `folder`.
+    """Write AdamW's state into `folder`.
 
     Args:
         names: of the optimizer's parameters, in their order.
 
     Raises:
-        OSError, SafetensorError: they cannot be written.
+        OSError, SafetensorError: it cannot be written.
     """
     parameters = _parameters(optimizer)
     tensors: dict[str, torch.Tensor] = {}
@@ -46,26 +44,18 @@ def save_optimizer(folder: Path, optimizer: torch.optim.Optimizer, names: Sequen
             tensors |= {f"{part}.{name}": state[part].detach().cpu().contiguous() for part in _PARTS}
     metadata = {"format": _FORMAT, "parameters": json.dumps(list(names)), "stepped": json.dumps(stepped)}
     save_file(tensors, folder / OPTIMIZER_FILE, metadata=metadata)
-    (folder / GENERATORS_FILE).write_text(json.dumps(_generator_states(parameters[0].device)) + "\n")
 
 
-def load_optimizer(
-    folder: Path,
-    optimizer: torch.optim.Optimizer,
-    device: torch.device,
-    *,
-    model: torch.nn.Module,
-) -> None:
-    """Restore AdamW's state and the random generators.
+def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, *, model: torch.nn.Module) -> None:
+    """Restore AdamW's state.
 
     Args:
         folder: that `save_optimizer` wrote into.
         optimizer: its learning rate, betas and weight decay stay as they are.
-        device: that trains.
         model: whose parameters the optimizer has, in their order; the names are compared.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or belongs to another model.
+        CheckpointError: the file is missing or damaged, or belongs to another model.
     """
     path = folder / OPTIMIZER_FILE
     names = [name for name, _ in model.named_parameters()]
@@ -77,13 +67,6 @@ def load_optimizer(
         raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged or does not fit this model: {_reason(error)}") from error
-    path = folder / GENERATORS_FILE
-    try:
-        _restore_generators(read_json(path), device)
-    except CheckpointError:
-        raise
-    except (ValueError, KeyError, TypeError, RuntimeError, OverflowError) as error:
-        raise CheckpointError(f"{path} is damaged: {_reason(error)}") from error
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
@@ -154,71 +137,6 @@ def _checked_step(step: torch.Tensor, name: str) -> torch.Tensor:
     if not (0 <= value < 2**24 and value == int(value)):
         raise ValueError(f"step.{name} is {value}, which is no count of steps")
     return step
-
-
-# -- generators --------------------------------------------------------------------------------------------------------
-
-
-def _generator_states(device: torch.device) -> dict[str, object]:
-    version, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = cast("tuple[str, np.ndarray, int, int, float]", np.random.get_state())
-    return {
-        "torch_cpu": _to_hex(torch.get_rng_state()),
-        "torch_cuda": _to_hex(torch.cuda.get_rng_state(device)) if device.type == "cuda" else None,
-        "python": {"version": version, "words": list(words), "gauss": gauss},
-        "numpy": {
-            "name": name,
-            "words": keys.tolist(),
-            "position": position,
-            "has_gauss": has_gauss,
-            "gauss": cached,
-        },
-    }
-
-
-def _restore_generators(stored: Mapping[str, object], device: torch.device) -> None:
-    if set(stored) != {"torch_cpu", "torch_cuda", "python", "numpy"}:
-        raise ValueError("other generators were expected: torch_cpu, torch_cuda, python, numpy")
-    cpu, cuda = _from_hex(stored["torch_cpu"]), stored["torch_cuda"]
-    python, numpy = stored["python"], stored["numpy"]
-    if not (isinstance(python, dict) and isinstance(numpy, dict)):
-        raise ValueError("a generator's state is no object")
-    if numpy["name"] != "MT19937" or not 0 <= _whole(numpy["position"]) <= 624:  # numpy itself would read out of bounds
-        raise ValueError("numpy's position is out of range")
-    words = np.array(_words(numpy["words"], 624), dtype=np.uint32)
-    numpy_state = ("MT19937", words, numpy["position"], _whole(numpy["has_gauss"]), float(numpy["gauss"]))
-    gauss = None if python["gauss"] is None else float(python["gauss"])
-    python_state = (_whole(python["version"]), tuple(_words(python["words"], 625)), gauss)
-    torch.set_rng_state(cpu)
-    if cuda is not None and device.type == "cuda":
-        torch.cuda.set_rng_state(_from_hex(cuda), device)
-    random.setstate(python_state)
-    np.random.set_state(numpy_state)
-
-
-def _whole(value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError(f"{value!r:.40} is no whole number")
-    return value
-
-
-def _words(values: object, length: int) -> list[int]:
-    """32-bit words of a Mersenne twister."""
-    if not isinstance(values, list) or len(values) != length:
-        raise ValueError(f"{length} words were expected")
-    if not all(0 <= _whole(value) < 2**32 for value in values):
-        raise ValueError("a word is out of range")
-    return values
-
-
-def _to_hex(state: torch.Tensor) -> str:
-    return bytes(state.tolist()).hex()
-
-
-def _from_hex(text: object) -> torch.Tensor:
-    if not isinstance(text, str):
-        raise ValueError("a generator's state is no text")
-    return torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8)
 
 
 def _reason(error: Exception) -> str:
