@@ -4,7 +4,6 @@ import errno
 import functools
 import hashlib
 import json
-import math
 import os
 import shutil
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from transformers import (
 )
 
 from ludic.config import GRPOConfig
+from ludic.storage.manifest import write_manifest
 from ludic.survival.changed_settings import _HARMLESS, changed_settings
 from ludic.task.pretrained import load_model, serving_files
 from ludic.train import checkpoint as checkpoint_module
@@ -539,6 +539,22 @@ def test_any_damage_to_any_file_is_found_and_the_file_is_named(folder: Path, mod
             shutil.rmtree(copy)
 
 
+def test_no_bit_of_a_manifest_can_flip_unseen(folder: Path) -> None:
+    (folder / "training").mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "training" / "optimizer.safetensors").write_bytes(b"state")
+    write_manifest(folder)
+    path = folder / "manifest.json"
+    whole = path.read_bytes()
+    for bit in range(8 * len(whole)):
+        changed = bytearray(whole)
+        changed[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(changed)
+        with pytest.raises(CheckpointError) as refusal:
+            verify_checkpoint(folder)
+        assert str(folder) in str(refusal.value) and str(refusal.value).isprintable()
+
+
 @pytest.mark.parametrize(
     ("damage", "says"), [(remove, "is missing"), (cut_short, "is truncated"), (flip_one_bit, "was altered")]
 )
@@ -663,8 +679,6 @@ def test_a_damaged_state_is_an_error_in_one_line_with_the_path(
     assert str(checkpoint) in str(refusal.value) and "\n" not in str(refusal.value)
 
 
-NO_LIST: Any = []
-STRANGE: list[Any] = [-1, 1.5, True, "3", None, 2**60, [], {}]
 EVALUATION: dict[str, Any] = {
     **{"step": 0, "num_problems": 8, "accuracy": 0.5, "strict_accuracy": 0.5, "parse_err_rate": 0.0},
     **{"truncation_rate": 0.0, "avg_completion_length": 9.5, "accuracy_ci95": [0.2, 0.8], "model": "tiny"},
@@ -682,31 +696,6 @@ def test_every_field_of_a_state_is_read_back(folder: Path, model: PreTrainedMode
     )
     checkpoint = save(folder, model, 4, state=state)
     assert read_state(checkpoint) == state
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        *[("step", value) for value in STRANGE],
-        *[("seconds", value) for value in (-0.5, "1", None, 10**30)],
-        *[("model", value) for value in ("", None, 3)],
-        *[("wandb_run_id", value) for value in ("", "../x", "a b", 3, "x" * 200)],
-        *[("config", value) for value in (NO_LIST, None, "x")],
-        *[("task", value) for value in (NO_LIST, 3)],
-        *[("skipped_updates", value) for value in (-1, "0")],
-        ("evaluations", {}),
-        ("evaluations", [1]),
-        *[("evaluations", [{**EVALUATION, **change}]) for change in (
-            {"step": 99}, {"step": None}, {"accuracy": "high"}, {"accuracy_ci95": 3}, {"accuracy_ci95": [1, "x"]},
-            {"num_problems": -1}, {"avg_completion_length": None})],
-    ],
-)  # fmt: skip
-def test_a_state_with_a_field_of_another_type_or_range_is_refused_by_its_name(
-    folder: Path, field: str, value: object
-) -> None:
-    (folder / "trainer_state.json").write_text(json.dumps({**asdict(state_at(3)), field: value}))
-    with pytest.raises(CheckpointError, match=field.removesuffix("s")):
-        read_state(folder)
 
 
 @pytest.mark.parametrize(
@@ -779,12 +768,8 @@ NAME = "model.norm.weight"
     ("change", "says"),
     [
         ({f"exp_avg.{NAME}": None}, f"exp_avg.{NAME}"),
-        ({f"exp_avg.{NAME}": torch.zeros(63)}, r"\[63\]"),
-        ({f"exp_avg_sq.{NAME}": torch.zeros(64, dtype=torch.float16)}, "F16"),
-        ({"exp_avg.model.norm.bias": torch.zeros(64)}, "norm.bias"),
-        ({f"step.{NAME}": torch.tensor(-1.0)}, "no count of steps"),
-        ({f"step.{NAME}": torch.tensor(math.nan)}, "no count of steps"),
-        ({f"step.{NAME}": torch.zeros(1)}, r"step.*\[1\]"),
+        ({f"exp_avg.{NAME}": torch.zeros(63)}, r"float32 \[63\], in the model it is torch.float32 \[64\]"),
+        ({f"exp_avg_sq.{NAME}": torch.zeros(64, dtype=torch.float16)}, r"float16 \[64\], in the model it is"),
     ],
 )
 def test_optimizer_tensors_that_do_not_fit_are_named(
@@ -799,11 +784,9 @@ def test_optimizer_tensors_that_do_not_fit_are_named(
 
 @pytest.mark.parametrize(
     "metadata",
-    [None, {"format": "2"}, {"format": "1"}, {"format": "1", "parameters": "{}", "stepped": "[]"},
-     {"format": "1", "parameters": "[" * 9999, "stepped": "[]"}, {"format": "1", "parameters": "[1]", "stepped": "[]"},
-     {"format": "1", "parameters": '["a","a"]', "stepped": "[]"}],
-)  # fmt: skip
-def test_optimizer_metadata_beyond_reason_is_refused(
+    [None, {"format": "2"}, {"format": "1"}, {"format": "1", "parameters": '["a"]', "stepped": "[]"}],
+)
+def test_an_optimizer_file_of_another_origin_or_version_is_refused(
     folder: Path, model: PreTrainedModel, metadata: dict[str, str] | None
 ) -> None:
     checkpoint, tensors, _ = trained(folder, model)

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from io import BufferedReader
 from pathlib import Path
-from typing import NoReturn, cast
+from typing import Any, NoReturn
 
 from ludic.storage.inert import inert
 
@@ -201,7 +201,7 @@ def open_regular(path: Path) -> BufferedReader:
     return os.fdopen(descriptor, "rb")
 
 
-def read_json(path: Path) -> dict[str, object]:
+def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`: UTF-8, finite numbers, not nested beyond reason.
 
     Raises:
@@ -222,7 +222,7 @@ def read_json(path: Path) -> dict[str, object]:
         raise CheckpointError(f"{path} cannot be read: {_reason(error)}") from error
     if not isinstance(record, dict):
         raise CheckpointError(f"{path} cannot be read: a JSON object was expected, not {type(record).__name__}")
-    return cast("dict[str, object]", record)
+    return record
 
 
 def _refuse_constant(name: str) -> NoReturn:
