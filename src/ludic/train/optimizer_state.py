@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ludic.storage.manifest import CheckpointError, open_regular
+from ludic.storage.manifest import CheckpointError
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -59,10 +59,7 @@ def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, *, model: tor
     path = folder / OPTIMIZER_FILE
     names = [name for name, _ in model.named_parameters()]
     try:
-        open_regular(path).close()
         state = _read_optimizer(path, _parameters(optimizer), names)
-    except CheckpointError:
-        raise
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise CheckpointError(f"{path} is damaged or does not fit this model: {error}") from error
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
