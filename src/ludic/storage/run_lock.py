@@ -64,9 +64,7 @@ class RunLock:
     def __enter__(self) -> "RunLock":
         try:
             # Not truncated before it is ours: another run's identity may be in it.
-            descriptor = os.open(
-                self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644
-            )
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise OSError(error.errno, f"cannot open {self.path}: {error.strerror}") from error
         try:
@@ -139,7 +137,7 @@ os.register_at_fork(after_in_child=_forget_all)
 def _read_record(descriptor: int) -> Mapping[str, object]:
     """What the holder wrote; empty if it did not, or not yet."""
     for _ in range(5):  # between taking the lock and having written lies a moment
-        with contextlib.suppress(ValueError, RecursionError, OSError):
+        with contextlib.suppress(ValueError, OSError):
             record = json.loads(os.pread(descriptor, _MAX_BYTES, 0))
             return record if isinstance(record, dict) else {}
         time.sleep(0.02)
