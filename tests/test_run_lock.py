@@ -131,7 +131,7 @@ def test_a_full_disk_does_not_keep_a_run_from_locking(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "pwrite", full)
+        patch.setattr(Path, "write_text", full)
         first = lock(tmp_path).__enter__()
     with pytest.raises(FolderInUseError, match="has not said which"), lock(tmp_path):
         pass
