@@ -4,16 +4,13 @@ import errno
 import functools
 import hashlib
 import json
-import math
 import os
-import random
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -27,6 +24,7 @@ from transformers import (
 )
 
 from ludic.config import GRPOConfig
+from ludic.storage.manifest import write_manifest
 from ludic.survival.changed_settings import _HARMLESS, changed_settings
 from ludic.task.pretrained import load_model, serving_files
 from ludic.train import checkpoint as checkpoint_module
@@ -48,8 +46,6 @@ from ludic.train.checkpoint import (
 from ludic.train.model_folder import _name_dtype
 from ludic.train.optimizer_state import save_optimizer
 from tests.vllm_helpers import make_tiny_model, make_tiny_tokenizer
-
-CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -157,7 +153,7 @@ def test_weights_in_float32_are_not_stored_twice(folder: Path, model: PreTrained
 def test_no_loader_meets_what_is_not_the_model(folder: Path, model: PreTrainedModel) -> None:
     checkpoint = save(folder, model, 1, dtype=torch.bfloat16)
     assert {path.name for path in checkpoint.glob("*.safetensors")} == {"model.safetensors"}  # what vLLM reads
-    training = {"trainer_state.json", "optimizer.safetensors", "generators.json", "masters"}
+    training = {"trainer_state.json", "optimizer.safetensors", "masters"}
     assert set(names(checkpoint / "training")) == training
     assert not training & set(names(checkpoint))
 
@@ -295,6 +291,7 @@ def save_in_the_old_form(
     config = json.loads((checkpoint / "config.json").read_text())
     (checkpoint / "config.json").write_text(json.dumps(config | {"dtype": str(dtype).removeprefix("torch.")}))
     save_optimizer(checkpoint, optimizer, [name for name, _ in model.named_parameters()])
+    (checkpoint / "generators.json").write_text('{"torch_cpu": "00"}')  # which nothing reads any more
     (checkpoint / "trainer_state.json").write_text(json.dumps(asdict(state_at(1))))
     content = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
     entries = {name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in content.items()}
@@ -311,7 +308,7 @@ def test_a_checkpoint_of_the_old_form_is_found_verified_and_resumed_exactly(
     assert find_checkpoint(folder).path == old and read_state(old) == state_at(1)
     again = AutoModelForCausalLM.from_pretrained(masters_folder(old), dtype=torch.float32)
     restored = adamw(again)
-    load_optimizer(training_folder(old), restored, CPU, model=again)
+    load_optimizer(training_folder(old), restored, model=again)
     for name, tensor in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
     torch.manual_seed(3)
@@ -337,12 +334,13 @@ def test_training_that_goes_on_from_a_checkpoint_takes_the_very_same_step(
     optimizer = adamw(model)
     train_one_step(model, optimizer)
     checkpoint = save(folder, model, 1, optimizer=optimizer, dtype=dtype)
-    train_one_step(model, optimizer)  # draws its data from the global generator, which is restored too
+    torch.manual_seed(12345)  # which draws the data
+    train_one_step(model, optimizer)
 
     again = AutoModelForCausalLM.from_pretrained(masters_folder(checkpoint), dtype=torch.float32)
     torch.manual_seed(12345)
     restored = adamw(again)
-    load_optimizer(training_folder(checkpoint), restored, CPU, model=again)
+    load_optimizer(training_folder(checkpoint), restored, model=again)
     train_one_step(again, restored)
 
     for name, tensor in model.state_dict().items():
@@ -507,26 +505,15 @@ def make_a_folder(path: Path) -> None:
     path.mkdir()
 
 
-def make_a_link(path: Path) -> None:
-    path.rename(path.with_name("elsewhere"))
-    path.symlink_to("elsewhere")
-
-
-def make_a_pipe(path: Path) -> None:
-    path.unlink()
-    os.mkfifo(path)
-
-
 DAMAGES: list[Callable[[Path], None]] = [
-    *(remove, empty, cut_short, fill_with_noise, flip_one_bit, empty_the_object, make_a_folder, make_a_link),
-    make_a_pipe,
+    *(remove, empty, cut_short, fill_with_noise, flip_one_bit, empty_the_object, make_a_folder),
 ]
 
 
 def test_any_damage_to_any_file_is_found_and_the_file_is_named(folder: Path, model: PreTrainedModel) -> None:
     whole = save(folder, model, 1, dtype=torch.bfloat16)
     verify_checkpoint(whole)
-    ours = {"training/optimizer.safetensors", "training/generators.json", "training/masters/model.safetensors"}
+    ours = {"training/optimizer.safetensors", "training/masters/model.safetensors"}
     assert {"model.safetensors", "config.json"} | ours <= files(whole)
     for name in files(whole):
         for damage in DAMAGES:
@@ -539,6 +526,22 @@ def test_any_damage_to_any_file_is_found_and_the_file_is_named(folder: Path, mod
             if name != "manifest.json":
                 assert str(copy / name) in str(refusal.value), damage
             shutil.rmtree(copy)
+
+
+def test_no_bit_of_a_manifest_can_flip_unseen(folder: Path) -> None:
+    (folder / "training").mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "training" / "optimizer.safetensors").write_bytes(b"state")
+    write_manifest(folder)
+    path = folder / "manifest.json"
+    whole = path.read_bytes()
+    for bit in range(8 * len(whole)):
+        changed = bytearray(whole)
+        changed[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(changed)
+        with pytest.raises(CheckpointError) as refusal:
+            verify_checkpoint(folder)
+        assert str(folder) in str(refusal.value) and str(refusal.value).isprintable()
 
 
 @pytest.mark.parametrize(
@@ -567,35 +570,6 @@ def test_a_file_that_would_change_what_is_loaded_counts_as_damage_and_a_note_doe
     added.unlink()
     (checkpoint / "adapter_config.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"adapter_config\.json was added"):
-        verify_checkpoint(checkpoint)
-
-
-@pytest.mark.parametrize(
-    "name", ["../outside.json", "/etc/passwd", "a/../../b", "", "..", "a\\b", "a\0b", "\ud800", "x" * 5000]
-)
-def test_no_name_in_a_manifest_leaves_the_folder(folder: Path, model: PreTrainedModel, name: str) -> None:
-    checkpoint = save(folder, model, 1)
-    (folder / "outside.json").write_text("{}")
-    manifest = json.loads((checkpoint / "manifest.json").read_text())
-    manifest["files"][name] = {"size": 2, "sha256": "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"}
-    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(CheckpointError) as refusal:
-        verify_checkpoint(checkpoint)
-    assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 2500
-
-
-def test_a_link_to_a_folder_inside_a_checkpoint_is_not_followed(folder: Path, model: PreTrainedModel) -> None:
-    checkpoint = save(folder, model, 1)
-    (folder / "outside").mkdir()
-    (folder / "outside" / "a.txt").write_text("{}")
-    (checkpoint / "inside").symlink_to(folder / "outside")
-    manifest = json.loads((checkpoint / "manifest.json").read_text())
-    manifest["files"]["inside/a.txt"] = {
-        "size": 2,
-        "sha256": "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a",
-    }
-    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(CheckpointError, match="inside is no folder"):
         verify_checkpoint(checkpoint)
 
 
@@ -652,9 +626,7 @@ def test_tidying_up_leaves_alone_what_is_not_ours(folder: Path, model: PreTraine
 # -- the state ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "damage", [remove, empty, cut_short, fill_with_noise, empty_the_object, make_a_folder, make_a_pipe]
-)
+@pytest.mark.parametrize("damage", [remove, empty, cut_short, fill_with_noise, empty_the_object, make_a_folder])
 def test_a_damaged_state_is_an_error_in_one_line_with_the_path(
     folder: Path, model: PreTrainedModel, damage: Callable[[Path], None]
 ) -> None:
@@ -665,8 +637,6 @@ def test_a_damaged_state_is_an_error_in_one_line_with_the_path(
     assert str(checkpoint) in str(refusal.value) and "\n" not in str(refusal.value)
 
 
-NO_LIST: Any = []
-STRANGE: list[Any] = [-1, 1.5, True, "3", None, 2**60, [], {}]
 EVALUATION: dict[str, Any] = {
     **{"step": 0, "num_problems": 8, "accuracy": 0.5, "strict_accuracy": 0.5, "parse_err_rate": 0.0},
     **{"truncation_rate": 0.0, "avg_completion_length": 9.5, "accuracy_ci95": [0.2, 0.8], "model": "tiny"},
@@ -687,38 +657,8 @@ def test_every_field_of_a_state_is_read_back(folder: Path, model: PreTrainedMode
 
 
 @pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        *[("step", value) for value in STRANGE],
-        *[("seconds", value) for value in (-0.5, "1", None, 10**30)],
-        *[("model", value) for value in ("", None, 3)],
-        *[("wandb_run_id", value) for value in ("", "../x", "a b", 3, "x" * 200)],
-        *[("config", value) for value in (NO_LIST, None, "x")],
-        *[("task", value) for value in (NO_LIST, 3)],
-        *[("skipped_updates", value) for value in (-1, "0")],
-        ("evaluations", {}),
-        ("evaluations", [1]),
-        *[("evaluations", [{**EVALUATION, **change}]) for change in (
-            {"step": 99}, {"step": None}, {"accuracy": "high"}, {"accuracy_ci95": 3}, {"accuracy_ci95": [1, "x"]},
-            {"num_problems": -1}, {"avg_completion_length": None})],
-    ],
-)  # fmt: skip
-def test_a_state_with_a_field_of_another_type_or_range_is_refused_by_its_name(
-    folder: Path, field: str, value: object
-) -> None:
-    (folder / "trainer_state.json").write_text(json.dumps({**asdict(state_at(3)), field: value}))
-    with pytest.raises(CheckpointError, match=field.removesuffix("s")):
-        read_state(folder)
-
-
-@pytest.mark.parametrize(
     "text",
     [
-        '{"step": ' + "[" * 100_000 + "]" * 100_000 + "}",
-        '{"step": ' * 500 + "1" + "}" * 500,
-        '{"step": ' + "9" * 10_000 + "}",
-        '{"step": NaN}',
-        '{"seconds": 1e999}',
         '{"step": 1} trailing',
         "\ufeff{}",
         "[]",
@@ -726,7 +666,7 @@ def test_a_state_with_a_field_of_another_type_or_range_is_refused_by_its_name(
         '{"\x1b[2J\\u001b": 1}',
     ],
 )
-def test_json_beyond_reason_is_refused_in_one_line(folder: Path, text: str) -> None:
+def test_a_state_that_is_no_json_object_is_refused_in_one_line(folder: Path, text: str) -> None:
     (folder / "trainer_state.json").write_text(text)
     with pytest.raises(CheckpointError) as refusal:
         read_state(folder)
@@ -750,19 +690,19 @@ def test_unknown_and_missing_fields_are_named(folder: Path) -> None:
             read_state(folder)
 
 
-# -- the optimizer and the generators -------------------------------------------------------------------------------
+# -- the optimizer -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("damage", [remove, empty, cut_short, fill_with_noise, make_a_folder, make_a_link, make_a_pipe])
-@pytest.mark.parametrize("name", ["optimizer.safetensors", "generators.json"])
+@pytest.mark.parametrize("damage", [remove, empty, cut_short, fill_with_noise, make_a_folder])
 def test_a_damaged_optimizer_file_is_an_error_with_the_path(
-    folder: Path, model: PreTrainedModel, damage: Callable[[Path], None], name: str
+    folder: Path, model: PreTrainedModel, damage: Callable[[Path], None]
 ) -> None:
     checkpoint = save(folder, model, 1)
-    damage(training_folder(checkpoint) / name)
+    path = training_folder(checkpoint) / "optimizer.safetensors"
+    damage(path)
     with pytest.raises(CheckpointError) as refusal:
-        load_optimizer(training_folder(checkpoint), adamw(model), CPU, model=model)
-    assert str(training_folder(checkpoint) / name) in str(refusal.value) and "\n" not in str(refusal.value)
+        load_optimizer(training_folder(checkpoint), adamw(model), model=model)
+    assert str(path) in str(refusal.value) and "\n" not in str(refusal.value)
 
 
 def trained(folder: Path, model: PreTrainedModel) -> tuple[Path, dict[str, torch.Tensor], dict[str, str]]:
@@ -781,12 +721,8 @@ NAME = "model.norm.weight"
     ("change", "says"),
     [
         ({f"exp_avg.{NAME}": None}, f"exp_avg.{NAME}"),
-        ({f"exp_avg.{NAME}": torch.zeros(63)}, r"\[63\]"),
-        ({f"exp_avg_sq.{NAME}": torch.zeros(64, dtype=torch.float16)}, "F16"),
-        ({"exp_avg.model.norm.bias": torch.zeros(64)}, "norm.bias"),
-        ({f"step.{NAME}": torch.tensor(-1.0)}, "no count of steps"),
-        ({f"step.{NAME}": torch.tensor(math.nan)}, "no count of steps"),
-        ({f"step.{NAME}": torch.zeros(1)}, r"step.*\[1\]"),
+        ({f"exp_avg.{NAME}": torch.zeros(63)}, r"float32 \[63\], in the model it is torch.float32 \[64\]"),
+        ({f"exp_avg_sq.{NAME}": torch.zeros(64, dtype=torch.float16)}, r"float16 \[64\], in the model it is"),
     ],
 )
 def test_optimizer_tensors_that_do_not_fit_are_named(
@@ -796,22 +732,20 @@ def test_optimizer_tensors_that_do_not_fit_are_named(
     changed = {name: tensor for name, tensor in {**tensors, **change}.items() if tensor is not None}
     save_file(changed, checkpoint / "training" / "optimizer.safetensors", metadata=metadata)
     with pytest.raises(CheckpointError, match=says):
-        load_optimizer(training_folder(checkpoint), adamw(model), CPU, model=model)
+        load_optimizer(training_folder(checkpoint), adamw(model), model=model)
 
 
 @pytest.mark.parametrize(
     "metadata",
-    [None, {"format": "2"}, {"format": "1"}, {"format": "1", "parameters": "{}", "stepped": "[]"},
-     {"format": "1", "parameters": "[" * 9999, "stepped": "[]"}, {"format": "1", "parameters": "[1]", "stepped": "[]"},
-     {"format": "1", "parameters": '["a","a"]', "stepped": "[]"}],
-)  # fmt: skip
-def test_optimizer_metadata_beyond_reason_is_refused(
+    [None, {"format": "2"}, {"format": "1"}, {"format": "1", "parameters": '["a"]', "stepped": "[]"}],
+)
+def test_an_optimizer_file_of_another_origin_or_version_is_refused(
     folder: Path, model: PreTrainedModel, metadata: dict[str, str] | None
 ) -> None:
     checkpoint, tensors, _ = trained(folder, model)
     save_file(tensors, checkpoint / "training" / "optimizer.safetensors", metadata=metadata)
     with pytest.raises(CheckpointError, match=r"optimizer\.safetensors is damaged"):
-        load_optimizer(training_folder(checkpoint), adamw(model), CPU, model=model)
+        load_optimizer(training_folder(checkpoint), adamw(model), model=model)
 
 
 def test_parameters_in_another_order_are_not_given_one_anothers_moments(folder: Path, model: PreTrainedModel) -> None:
@@ -820,48 +754,14 @@ def test_parameters_in_another_order_are_not_given_one_anothers_moments(folder: 
     metadata["parameters"] = json.dumps(order[::-1])
     save_file(tensors, checkpoint / "training" / "optimizer.safetensors", metadata=metadata)
     with pytest.raises(CheckpointError, match=f"parameter 0 is {order[-1]}, in the model it is {order[0]}"):
-        load_optimizer(training_folder(checkpoint), adamw(model), CPU, model=model)
+        load_optimizer(training_folder(checkpoint), adamw(model), model=model)
 
 
 def test_the_optimizer_of_another_model_is_refused(folder: Path, model: PreTrainedModel) -> None:
     checkpoint = save(folder, model, 1)
     other = make_tiny_model(folder.parent / "other", tie_word_embeddings=False)
     with pytest.raises(CheckpointError, match="does not fit this model"):
-        load_optimizer(training_folder(checkpoint), adamw(other), CPU, model=other)
-
-
-def test_all_generators_go_on_where_they_were(folder: Path, model: PreTrainedModel) -> None:
-    def draw() -> tuple[float, ...]:
-        numpy_draws = (np.random.standard_normal(), np.random.random())
-        return (torch.rand(1).item(), torch.randn(1).item(), random.random(), random.gauss(), *numpy_draws)
-
-    random.gauss()  # which keeps half of what it drew
-    np.random.standard_normal()
-    checkpoint = save(folder, model, 1)
-    drawn = draw()
-    assert draw() != drawn
-    load_optimizer(training_folder(checkpoint), adamw(model), CPU, model=model)
-    assert draw() == drawn
-
-
-@pytest.mark.parametrize(
-    "change",
-    [{"torch_cpu": "00"}, {"torch_cpu": "xyz"}, {"torch_cpu": 3}, {"python": []}, {"python": {}}, {"more": 1},
-     {"python": {"version": 3, "words": [0] * 624, "gauss": None}},
-     {"python": {"version": 3, "words": [0] * 624 + [9999], "gauss": None}},
-     {"python": {"version": 3, "words": [2**32] * 625, "gauss": None}},
-     {"numpy": {"name": "MT19937", "words": [0] * 624, "position": 10**6, "has_gauss": 0, "gauss": 0.0}},
-     {"numpy": {"name": "PCG64", "words": [0] * 624, "position": 1, "has_gauss": 0, "gauss": 0.0}},
-     {"numpy": {"name": "MT19937", "words": [0] * 624, "position": 1, "has_gauss": 0, "gauss": "x"}}],
-)  # fmt: skip
-def test_generator_states_that_are_none_are_refused(
-    folder: Path, model: PreTrainedModel, change: dict[str, object]
-) -> None:
-    checkpoint = save(folder, model, 1)
-    path = checkpoint / "training" / "generators.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    with pytest.raises(CheckpointError, match=r"generators\.json is damaged"):
-        load_optimizer(training_folder(checkpoint), adamw(model), CPU, model=model)
+        load_optimizer(training_folder(checkpoint), adamw(other), model=other)
 
 
 def test_nothing_of_a_checkpoint_is_pickled(folder: Path, model: PreTrainedModel) -> None:
@@ -912,4 +812,3 @@ def test_every_setting_is_thought_about_and_a_tuple_is_the_list_that_json_made_o
     assert _HARMLESS.keys() - {"concurrency", "out_dir", "logger", "verbose"} <= asdict(GRPOConfig()).keys()
     assert changed_settings({"a": [1, 2]}, {"a": (1, 2)}) == []
     assert changed_settings({"a": 1}, {"a": True}) == ["--a was 1, is on"]
-    assert changed_settings({"lr_schedule": [], "train_steps": "x", "warmup_steps": {}}, STORED) != []

@@ -1,4 +1,4 @@
-"""What holds of any bytes: the JSON lines reader and the checkpoint loader, by the properties that the fuzzers check too."""
+"""What holds of any bytes: the JSON lines reader, by the properties that its fuzzer checks too, and what is shown."""
 
 import logging
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ludic.storage.inert import inert, inert_lines
 from ludic.storage.jsonl import JsonlFile, encode_line, read_jsonl
-from tests.fuzz import fuzz_checkpoint, fuzz_jsonl
+from tests.fuzz import fuzz_jsonl
 
 FEW = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 WORDS = st.dictionaries(st.text(max_size=8), st.recursive(
@@ -25,11 +25,6 @@ def quiet() -> Iterator[None]:
     logging.disable(logging.WARNING)
     yield
     logging.disable(logging.NOTSET)
-
-
-@pytest.fixture(scope="module")
-def sandbox(tmp_path_factory: pytest.TempPathFactory) -> fuzz_checkpoint.Sandbox:
-    return fuzz_checkpoint.Sandbox(tmp_path_factory.mktemp("checkpoint"))
 
 
 @FEW
@@ -66,32 +61,6 @@ def test_what_is_appended_is_read_back_and_is_harmless_to_print(
     content = path.read_bytes()
     assert content.count(b"\n") == len(records)
     assert all(32 <= byte < 127 for byte in content.replace(b"\n", b""))
-
-
-@settings(FEW, max_examples=150)
-@given(st.binary(min_size=2, max_size=12))
-@example(b"\x00\x02\x03\x14")
-@example(b"\x02\x02\xff\x12")
-@example(b"\x01\x00" + b"[" * 3_000)
-def test_a_checkpoint_in_which_anything_was_changed_is_refused_in_one_line_and_opens_no_other_file(
-    sandbox: fuzz_checkpoint.Sandbox, data: bytes
-) -> None:
-    fuzz_checkpoint.check(data, sandbox)
-
-
-@pytest.mark.parametrize("seed", fuzz_checkpoint.SEEDS)
-def test_the_fuzzers_seeds_for_checkpoints_hold(sandbox: fuzz_checkpoint.Sandbox, seed: bytes) -> None:
-    fuzz_checkpoint.check(seed, sandbox)
-
-
-@pytest.mark.parametrize("name", fuzz_checkpoint.FILES)
-def test_every_byte_of_a_checkpoint_counts(sandbox: fuzz_checkpoint.Sandbox, name: str) -> None:
-    whole = sandbox.whole[name]
-    which = fuzz_checkpoint.FILES.index(name)
-    for place in range(0, len(whole), max(1, len(whole) // 12)):
-        spliced = bytes([which, 1]) + place.to_bytes(2, "big") + b"\x01" + bytes([whole[place] ^ 0x20])
-        assert fuzz_checkpoint.changed(spliced, sandbox.whole) != (name, whole)
-        fuzz_checkpoint.check(spliced, sandbox)
 
 
 @FEW

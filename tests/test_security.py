@@ -377,10 +377,10 @@ def _script(name: str) -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize(
-    "content", ["[]", "null", '"x"', "[" * 100_000, '{"model": "\\u001b[2J' + "x" * 10_000 + '"}', "{"]
-)
-def test_a_hostile_settings_file_beside_old_records_is_refused_in_one_short_line(tmp_path: Path, content: str) -> None:
+@pytest.mark.parametrize("content", ["", "{", '{"model": "\\u001b[2J' + "x" * 10_000 + '"}'])
+def test_a_damaged_or_odd_settings_file_beside_old_records_is_refused_in_one_short_line(
+    tmp_path: Path, content: str
+) -> None:
     sidecar = tmp_path / "records.settings.json"
     sidecar.write_text(content)
     with pytest.raises(ValueError, match=r"--overwrite|use another --out") as caught:

@@ -182,11 +182,8 @@ def _is_json(line: bytes) -> bool:
         return False
 
 
-def differences(reference: Path, out_dir: Path, *, generators: bool = True) -> list[str]:
-    """In what a finished run differs from the reference, apart from times; [] if in nothing.
-
-    Torch's global generator is compared if `generators`: forks of one server have it in common, other processes do not.
-    """
+def differences(reference: Path, out_dir: Path) -> list[str]:
+    """In what a finished run differs from the reference, apart from times; [] if in nothing."""
     found = []
     for name in (METRICS, ROLLOUTS):
         ours, theirs = (_without_times(folder / name) for folder in (out_dir, reference))
@@ -199,17 +196,16 @@ def differences(reference: Path, out_dir: Path, *, generators: bool = True) -> l
     if ours != theirs:
         return [*found, f"the checkpoints are {ours}, not {theirs}"]
     for checkpoint in ours:
-        skipped = _NOT_COMPARED if generators else {*_NOT_COMPARED, "generators.json"}
-        found += _differing_files(reference / CHECKPOINTS / checkpoint, out_dir / CHECKPOINTS / checkpoint, skipped)
+        found += _differing_files(reference / CHECKPOINTS / checkpoint, out_dir / CHECKPOINTS / checkpoint)
     return [*found, *damage(out_dir)]
 
 
-def _differing_files(theirs: Path, ours: Path, skipped: set[str]) -> list[str]:
+def _differing_files(theirs: Path, ours: Path) -> list[str]:
     paths = {
         path.relative_to(folder)
         for folder in (theirs, ours)
         for path in folder.rglob("*")
-        if path.is_file() and path.name not in skipped
+        if path.is_file() and path.name not in _NOT_COMPARED
     }
     found = [
         f"{ours.name}/{path} differs" for path in sorted(paths) if _content(ours / path) != _content(theirs / path)
@@ -220,18 +216,13 @@ def _differing_files(theirs: Path, ours: Path, skipped: set[str]) -> list[str]:
 
 
 def _content(path: Path) -> Any:
-    """What is compared of a file: all of it, but for the order in which safetensors happens to write its metadata.
-
-    Of the random generators, torch's: nothing seeds, or draws from, those of Python and numpy, so each process has its own.
-    """
+    """What is compared of a file: all of it, but for the order in which safetensors happens to write its metadata."""
     if not path.is_file():
         return None
     content = path.read_bytes()
     if path.suffix == ".safetensors":
         end = 8 + int.from_bytes(content[:8], "little")
         return json.loads(content[8:end]), content[end:]
-    if path.name == "generators.json":
-        return {name: state for name, state in json.loads(content).items() if name.startswith("torch")}
     return content
 
 

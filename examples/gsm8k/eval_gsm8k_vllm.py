@@ -204,10 +204,8 @@ def check_same_settings(sidecar: Path, settings: dict[str, object]) -> None:
         raise ValueError(
             f"{sidecar} is missing, so what the records were made with is not known: --overwrite"
         ) from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(f"{sidecar} is not valid JSON ({error}): --overwrite") from None
-    if not isinstance(before, dict):
-        raise ValueError(f"{sidecar} does not hold the settings of an evaluation: --overwrite")
     unknown = {"rendered_chat", "rendered_ids"} - before.keys()  # earlier versions did not record them
     changed = [
         "{} {}, now {}".format(key, *shown_apart(before.get(key, "not recorded"), settings[key]))
@@ -224,9 +222,9 @@ def recorded_date(sidecar: Path) -> "datetime | None":
 
     try:
         before = json.loads(sidecar.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         return None
-    return recorded_moment(before) if isinstance(before, dict) else None
+    return recorded_moment(before)
 
 
 def write_json(path: Path, content: dict[str, object]) -> None:

@@ -15,7 +15,6 @@ import itertools
 import json
 import logging
 import os
-import random
 import shutil
 import sys
 import tempfile
@@ -225,10 +224,12 @@ def _prepare(args: argparse.Namespace, config: GRPOConfig, paths: RunPaths) -> _
 
 async def _run(args: argparse.Namespace, config: GRPOConfig, paths: RunPaths, parts: _Parts, started: float) -> None:
     with at_once():
+        from transformers import set_seed
+
         from ludic.train.checkpoint import checkpoint_step, list_checkpoints
         from ludic.train.trainer import GRPOTrainer
 
-        _seed_generators(config.seed)
+        set_seed(config.seed % 2**32)  # nothing of ours draws from these generators; an environment of your own may
     tokenizer, environment, resume_from = parts.tokenizer, parts.environment, parts.resume_from
     first = environment.messages(parts.train_samples[0])
     model = resume_from[1].model if resume_from else args.model
@@ -468,16 +469,6 @@ def _check_prompts(
             raise ValueError(f"{finding.name}: {finding.found}; {finding.fix}")
         if finding.status == "warning":
             _say(str(finding))
-
-
-def _seed_generators(seed: int) -> None:
-    """Nothing of ours draws from the global generators, but checkpoints hold them: they begin alike in every process."""
-    import numpy
-    import torch
-
-    random.seed(seed)
-    numpy.random.seed(seed % 2**32)
-    torch.manual_seed(seed % 2**64)
 
 
 def _check_this_machine(args: argparse.Namespace, config: GRPOConfig, tokenizer: "PreTrainedTokenizerBase") -> None:

@@ -38,18 +38,18 @@ def encode_line(record: Mapping[str, object]) -> bytes:
     try:
         text = json.dumps(record, allow_nan=False)
     except ValueError:
-        text = json.dumps(_finite(record), allow_nan=False)
+        text = json.dumps(finite(record), allow_nan=False)
     return text.encode("ascii").replace(b"\x7f", b"\\u007f") + b"\n"  # DEL, which json lets through
 
 
-def _finite(value: object) -> object:
-    """`value` with every float that JSON cannot hold replaced by None."""
+def finite(value: object) -> object:
+    """`value` with null, which is None, for every float that JSON cannot hold."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return value
 
 

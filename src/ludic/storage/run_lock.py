@@ -1,7 +1,8 @@
 """One run at a time in an --out-dir, and who it is that is there.
 
-The lock is the kernel's (`flock` on `run.lock`), so it ends with the process, however that ends; what the file says is for
-people. It is not handed to child processes, neither forked nor started. Evaluations write files of their own and need none.
+The lock is the kernel's (`flock` on `run.lock`, by filelock), so it ends with the process, however that ends; what the file
+says is for people. It is not handed to child processes, neither forked nor started. Evaluations write files of their own and
+need none.
 
 Left out: runs on two hosts that share a folder through a file system whose `flock` is local to each host. Where there is no
 `flock` at all, the run goes on with a warning.
@@ -9,7 +10,6 @@ Left out: runs on two hosts that share a folder through a file system whose `flo
 
 import contextlib
 import errno
-import fcntl
 import getpass
 import json
 import logging
@@ -18,11 +18,12 @@ import shlex
 import socket
 import sys
 import time
-import weakref
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
+
+from filelock import FileLock, Timeout
 
 from ludic.storage.inert import inert
 
@@ -32,7 +33,6 @@ Identity = dict[str, str | int | float | None]
 
 LOCK_FILE = "run.lock"
 _NO_FLOCK = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}
-_MAX_BYTES = 65_536
 _SECRETS = ("key", "token", "secret", "password")
 
 
@@ -59,88 +59,46 @@ class RunLock:
     def __init__(self, out_dir: Path, identity: Mapping[str, str | int | float | None]) -> None:
         self.path = out_dir / LOCK_FILE
         self._record = {**identity, "command": _command()}
-        self._descriptor: int | None = None
+        # filelock's fallback is a file that means "locked" as long as it is there: a killed run would leave it.
+        self._lock = FileLock(self.path, blocking=False, fallback_to_soft=False)
 
     def __enter__(self) -> "RunLock":
         try:
-            # Not truncated before it is ours: another run's identity may be in it.
-            descriptor = os.open(
-                self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644
-            )
-        except OSError as error:
-            raise OSError(error.errno, f"cannot open {self.path}: {error.strerror}") from error
-        try:
-            self._lock(descriptor)
-        except BaseException:
-            os.close(descriptor)
-            raise
-        self._descriptor = descriptor
-        _held.add(self)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        descriptor, self._descriptor = self._descriptor, None
-        if descriptor is None:
-            return
-        _held.discard(self)
-        # The file stays: were it removed, a third run could lock a new one while a second waits for this. What it says is
-        # taken back; where the folder is gone or its disk fails, nobody reads it.
-        with contextlib.suppress(OSError):
-            os.ftruncate(descriptor, 0)
-        os.close(descriptor)
-
-    def _lock(self, descriptor: int) -> None:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise FolderInUseError(self._refusal(descriptor)) from None
+            self._lock.acquire()
+        except Timeout:
+            raise FolderInUseError(
+                f"{self.path.parent} is in use by another run ({describe(_read_record(self.path))}): wait for it, stop it, "
+                "or choose another --out-dir"
+            ) from None
         except OSError as error:
             if error.errno not in _NO_FLOCK:
-                raise OSError(error.errno, f"cannot lock {self.path}: {error.strerror}") from error
+                raise OSError(error.errno, f"cannot open {self.path}: {error.strerror}") from error
             logger.warning(
                 "%s: this file system has no locks (%s); see to it yourself that no other run writes to this folder",
                 self.path,
                 error.strerror,
             )
         try:
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, json.dumps(self._record).encode("ascii") + b"\n", 0)
+            self.path.write_text(json.dumps(self._record) + "\n")
         except OSError as error:  # the lock holds without it
             logger.warning("cannot write to %s who has this folder: %s", self.path, error.strerror)
+        return self
 
-    def _refusal(self, descriptor: int) -> str:
-        return (
-            f"{self.path.parent} is in use by another run ({describe(_read_record(descriptor))}): wait for it, stop it, "
-            "or choose another --out-dir"
-        )
-
-    def forget(self) -> None:
-        """Close the descriptor without unlocking: for a forked child, whose parent goes on holding the lock."""
-        descriptor, self._descriptor = self._descriptor, None
-        if descriptor is not None:
-            os.close(descriptor)
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # The file stays: were it removed, a third run could lock a new one while a second waits for this. What it says is
+        # taken back; where the folder is gone or its disk fails, nobody reads it.
+        with contextlib.suppress(OSError):
+            os.truncate(self.path, 0)
+        self._lock.release()
 
 
-_held: "weakref.WeakSet[RunLock]" = weakref.WeakSet()
-
-
-def _forget_all() -> None:
-    for lock in list(_held):
-        lock.forget()
-    _held.clear()
-
-
-# A forked child has a copy of the descriptor, which would keep the lock after the run's own end. Started programs have none.
-os.register_at_fork(after_in_child=_forget_all)
-
-
-def _read_record(descriptor: int) -> Mapping[str, object]:
+def _read_record(path: Path) -> Mapping[str, object]:
     """What the holder wrote; empty if it did not, or not yet."""
     for _ in range(5):  # between taking the lock and having written lies a moment
-        with contextlib.suppress(ValueError, RecursionError, OSError):
-            record = json.loads(os.pread(descriptor, _MAX_BYTES, 0))
+        with contextlib.suppress(ValueError, OSError):
+            record = json.loads(path.read_text())
             return record if isinstance(record, dict) else {}
         time.sleep(0.02)
     return {}

@@ -69,17 +69,13 @@ def _alters(name: str, stored: Mapping[str, Any], given: Mapping[str, Any], step
     if name == "train_steps":  # how long a decay takes; a constant rate just goes on
         return not constant
     if name == "warmup_steps":  # where a decay begins, and the rate of the updates before
-        longest = max(_number(settings.get(name)) for settings in (stored, given))
+        longest = max(settings.get(name, 0) for settings in (stored, given))
         return not constant or step < longest
     if name in ("rendered_chat", "rendered_ids"):  # earlier versions did not record them
         return name in stored and name in given
     if name == "rendered_at":  # a template without a date is another template, which is a line of its own
         return name in given
     return name not in _HARMLESS
-
-
-def _number(value: object) -> float:
-    return value if isinstance(value, (int, float)) else 0
 
 
 def _plain(value: Any) -> Any:

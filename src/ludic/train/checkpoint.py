@@ -6,7 +6,7 @@
         manifest.json               size and SHA-256 of all the others (see `manifest`)
         training/                   what only `--resume` reads; vLLM and transformers look at the files above alone
             trainer_state.json      step, policy version, settings, what was measured so far
-            optimizer.safetensors, generators.json      (see `optimizer_state`)
+            optimizer.safetensors       AdamW's state (see `optimizer_state`)
             masters/                the float32 masters, a model folder too; absent where the model is float32 itself
 
 Earlier all of it lay side by side, with the masters as the model; such a checkpoint can still be resumed.
@@ -18,7 +18,6 @@ leaves the earlier ones as they were. `recover_folder` tidies up after a kill; o
 
 import contextlib
 import json
-import math
 import os
 import re
 import shutil
@@ -30,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
+from ludic.storage.jsonl import finite
 from ludic.storage.manifest import (
     MANIFEST_FILE,
     CheckpointError,
@@ -66,7 +66,6 @@ _MASTERS_FOLDER = "masters"
 _STATE_FILE = "trainer_state.json"
 _FOLDER_NAME = re.compile(r"step_(0|[1-9][0-9]{0,11})")
 _HIDDEN_NAME = re.compile(r"\.(step_(?:0|[1-9][0-9]{0,11}))\.(partial|replaced|removed)")
-_MAX_COUNT = 2**53  # what every reader of JSON holds exactly
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,8 +170,6 @@ def _write(
     model_dtype: torch.dtype,
     source_files: Mapping[str, bytes],
 ) -> None:
-    state_text = json.dumps(_without_nan(asdict(state)), indent=2, allow_nan=False) + "\n"
-    _state_from(json.loads(state_text))  # what would be refused on resume must not be written
     training = partial / _TRAINING_FOLDER
     training.mkdir()
     save_model(partial, model, weights, model_dtype)
@@ -183,7 +180,7 @@ def _write(
         if not (partial / name).exists():  # what was just saved is what was trained with
             (partial / name).write_bytes(content)
     save_optimizer(training, optimizer, [name for name, _ in model.named_parameters()])
-    (training / _STATE_FILE).write_text(state_text)
+    (training / _STATE_FILE).write_text(json.dumps(finite(asdict(state)), indent=2, allow_nan=False) + "\n")
 
 
 def _put_in_place(partial: Path, final: Path) -> None:
@@ -288,7 +285,7 @@ def find_checkpoint(folder: Path) -> FoundCheckpoint:
 
 
 def training_folder(checkpoint: Path) -> Path:
-    """Where the trainer's state, the optimizer and the generators lie: the checkpoint itself in those of the old form."""
+    """Where the trainer's state and the optimizer lie: the checkpoint itself in those of the old form."""
     folder = checkpoint / _TRAINING_FOLDER
     return folder if folder.is_dir() else checkpoint
 
@@ -299,89 +296,20 @@ def masters_folder(checkpoint: Path) -> Path:
     return folder if folder.is_dir() else checkpoint
 
 
-# -- the state, read strictly ------------------------------------------------------------------------------------------
-
-
 def read_state(checkpoint: Path) -> TrainerState:
     """The state of a checkpoint, before anything heavy is loaded.
 
     Raises:
-        CheckpointError: it is not a checkpoint of ours, or it is damaged.
+        CheckpointError: it is not a checkpoint of this version, or the file cannot be read.
     """
     path = training_folder(checkpoint) / _STATE_FILE
     record = read_json(path)
-    try:
-        return _state_from(record)
-    except ValueError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-
-
-def _state_from(record: Mapping[str, Any]) -> TrainerState:
-    """Every field, of its type and in its range.
-
-    Raises:
-        ValueError: names the first that is not.
-    """
     names = [setting.name for setting in fields(TrainerState)]
     if unknown := [name for name in record if name not in names]:
-        raise ValueError(f"{unknown[0]!r:.80} is a field that this version does not know")
+        raise CheckpointError(f"{path} cannot be read: {unknown[0]!r:.80} is a field that this version does not know")
     if missing := [name for name in names if name not in record]:
-        raise ValueError(f"the field {missing[0]!r} is missing")
-    for name in ("step", "policy_version", "rollouts", "completion_tokens", "skipped_in_a_row", "skipped_updates"):
-        _check(_is_count(record[name]), name, record[name], "a whole number of at least 0")
-    _check(_is_number(record["seconds"]) and record["seconds"] >= 0, "seconds", record["seconds"], "at least 0")
-    _check(isinstance(record["model"], str) and record["model"] != "", "model", record["model"], "a name")
-    run_id = record["wandb_run_id"]
-    whole_id = isinstance(run_id, str) and re.fullmatch(r"[A-Za-z0-9_-]{1,128}", run_id)  # names a folder at W&B
-    _check(run_id is None or bool(whole_id), "wandb_run_id", run_id, "letters, digits, - and _")
-    for name in ("config", "task"):
-        _check(isinstance(record[name], dict), name, record[name], "an object")
-    _check(isinstance(record["evaluations"], list), "evaluations", record["evaluations"], "a list")
-    for evaluation in record["evaluations"]:
-        _check_evaluation(evaluation, record["step"])
+        raise CheckpointError(f"{path} cannot be read: the field {missing[0]!r} is missing")
     return TrainerState(**record)
-
-
-def _check_evaluation(evaluation: Any, step: int) -> None:
-    """What the report at the end of a run is made from."""
-    if not isinstance(evaluation, dict):
-        raise ValueError(f"an evaluation must be an object, not {evaluation!r:.80}")
-    at, problems = evaluation.get("step"), evaluation.get("num_problems")
-    _check(_is_count(at) and (at or 0) <= step, "step of an evaluation", at, f"a whole number up to {step}")
-    _check(_is_count(problems), "num_problems of an evaluation", problems, "a whole number of at least 0")
-    for name in ("accuracy", "strict_accuracy", "parse_err_rate", "truncation_rate", "avg_completion_length"):
-        value = evaluation.get(name)
-        _check(_is_number(value), f"{name} of an evaluation", value, "a number")
-    for name, value in evaluation.items():
-        if name.endswith("_ci95"):
-            two = isinstance(value, list) and len(value) == 2 and all(map(_is_number, value))
-            _check(two, f"{name} of an evaluation", value, "two numbers")
-
-
-def _check(holds: bool, name: str, value: object, expected: str) -> None:
-    if not holds:
-        raise ValueError(f"{name} must be {expected}, not {value!r:.80}")
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MAX_COUNT
-
-
-def _is_number(value: Any) -> bool:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    return -_MAX_COUNT <= value <= _MAX_COUNT  # false for NaN
-
-
-def _without_nan(value: Any) -> Any:
-    """`value` with null for what JSON has no number for."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(item) for item in value]
-    return value
 
 
 def _one_line(error: Exception) -> str:

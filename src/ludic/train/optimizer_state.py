@@ -1,44 +1,41 @@
-"""AdamW's state and the random generators on disk, without pickle: nothing that is loaded can run.
+"""AdamW's state on disk, without pickle: nothing that is loaded can run.
 
 `optimizer.safetensors` holds `exp_avg.<parameter>`, `exp_avg_sq.<parameter>` and `step.<parameter>` under the model's own
 names, so that a parameter can never be given another one's moments, and in its metadata the names of all parameters in
-the optimizer's order. `generators.json` holds the states of torch's, Python's and numpy's global generators. Learning rate,
-betas and weight decay are not here: they are the run's settings.
+the optimizer's order. Learning rate, betas and weight decay are not here: they are the run's settings. Nor are the states of
+random generators: ludic draws from none that outlives an update (see `schedule` and `local_decoding`). A `generators.json`
+of an earlier version is ignored.
 """
 
 import json
-import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
-from typing import Protocol, cast
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ludic.storage.manifest import CheckpointError, open_regular, read_json
+from ludic.storage.manifest import CheckpointError
 
 OPTIMIZER_FILE = "optimizer.safetensors"
-GENERATORS_FILE = "generators.json"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _PARTS = (*_MOMENTS, "step")
 _FORMAT = "1"
 
 
 def save_optimizer(folder: Path, optimizer: torch.optim.Optimizer, names: Sequence[str]) -> None:
-    """Write AdamW's state and the generators into `folder`.
+    """Write AdamW's state into `folder`.
 
     Args:
         names: of the optimizer's parameters, in their order.
 
     Raises:
-        OSError, SafetensorError: they cannot be written.
+        OSError, SafetensorError: it cannot be written.
     """
-    parameters = _parameters(optimizer)
     tensors: dict[str, torch.Tensor] = {}
     stepped = []
-    for name, parameter in zip(names, parameters, strict=True):
+    for name, parameter in zip(names, _parameters(optimizer), strict=True):
         state = optimizer.state.get(parameter)
         if state:  # none before the first step, and never for a frozen parameter
             assert set(state) == set(_PARTS), sorted(state)
@@ -46,44 +43,26 @@ def save_optimizer(folder: Path, optimizer: torch.optim.Optimizer, names: Sequen
             tensors |= {f"{part}.{name}": state[part].detach().cpu().contiguous() for part in _PARTS}
     metadata = {"format": _FORMAT, "parameters": json.dumps(list(names)), "stepped": json.dumps(stepped)}
     save_file(tensors, folder / OPTIMIZER_FILE, metadata=metadata)
-    (folder / GENERATORS_FILE).write_text(json.dumps(_generator_states(parameters[0].device)) + "\n")
 
 
-def load_optimizer(
-    folder: Path,
-    optimizer: torch.optim.Optimizer,
-    device: torch.device,
-    *,
-    model: torch.nn.Module,
-) -> None:
-    """Restore AdamW's state and the random generators.
+def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, *, model: torch.nn.Module) -> None:
+    """Restore AdamW's state.
 
     Args:
-        folder: that `save_optimizer` wrote into.
+        folder: that `save_optimizer` wrote into, of a checkpoint that was verified.
         optimizer: its learning rate, betas and weight decay stay as they are.
-        device: that trains.
-        model: whose parameters the optimizer has, in their order; the names are compared.
+        model: whose parameters the optimizer has, in their order; names, shapes and dtypes are compared.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or belongs to another model.
+        CheckpointError: the file is missing or damaged, or belongs to another model.
     """
     path = folder / OPTIMIZER_FILE
     names = [name for name, _ in model.named_parameters()]
     try:
-        open_regular(path).close()
         state = _read_optimizer(path, _parameters(optimizer), names)
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    except CheckpointError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged or does not fit this model: {_reason(error)}") from error
-    path = folder / GENERATORS_FILE
-    try:
-        _restore_generators(read_json(path), device)
-    except CheckpointError:
-        raise
-    except (ValueError, KeyError, TypeError, RuntimeError, OverflowError) as error:
-        raise CheckpointError(f"{path} is damaged: {_reason(error)}") from error
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise CheckpointError(f"{path} is damaged or does not fit this model: {error}") from error
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
@@ -94,132 +73,25 @@ def _read_optimizer(
     path: Path, parameters: Sequence[torch.Tensor], names: Sequence[str]
 ) -> dict[int, dict[str, torch.Tensor]]:
     """The state by the place of its parameter, each tensor copied out of the file."""
+    state: dict[int, dict[str, torch.Tensor]] = {}
     with safe_open(path, framework="pt", device="cpu") as file:
         metadata = file.metadata() or {}
         if metadata.get("format") != _FORMAT:
             raise ValueError(f"it is of format {metadata.get('format')!r}, this version reads {_FORMAT}")
-        stored, stepped = _names(metadata["parameters"]), _names(metadata["stepped"])
-        if len(stored) != len(parameters):
-            raise ValueError(f"it has {len(stored)} parameters, the model {len(parameters)}")
-        for place, name in enumerate(names):
-            if stored[place] != name:
-                raise ValueError(f"parameter {place} is {stored[place]}, in the model it is {name}")
-        places = {name: place for place, name in enumerate(stored)}
-        expected = {f"{part}.{name}" for name in stepped for part in _PARTS}
-        wrong = sorted(expected.symmetric_difference(file.keys()))
-        if wrong or not places.keys() >= set(stepped):
-            raise ValueError(f"its tensors are not those that it lists: {wrong[:1] or 'a name is unknown'}")
-        state: dict[int, dict[str, torch.Tensor]] = {}
-        for name in stepped:
-            parameter = parameters[places[name]]
+        stored_names = json.loads(metadata["parameters"])
+        for place, (theirs, ours) in enumerate(zip_longest(stored_names, names, fillvalue="missing")):
+            if theirs != ours:
+                raise ValueError(f"parameter {place} is {theirs}, in the model it is {ours}")
+        stepped = set(json.loads(metadata["stepped"]))
+        for place, (name, like) in enumerate(zip(names, parameters, strict=True)):
+            if name not in stepped:
+                continue
+            stored = {part: file.get_tensor(f"{part}.{name}") for part in _PARTS}
             for part in _MOMENTS:
-                _check_slice(file.get_slice(f"{part}.{name}"), f"{part}.{name}", parameter)
-            _check_slice(file.get_slice(f"step.{name}"), f"step.{name}", torch.empty(()))
-            moments = {part: file.get_tensor(f"{part}.{name}").to(parameter.device, copy=True) for part in _MOMENTS}
+                if (stored[part].shape, stored[part].dtype) != (like.shape, like.dtype):
+                    found = f"{stored[part].dtype} {list(stored[part].shape)}"
+                    raise ValueError(f"{part}.{name} is {found}, in the model it is {like.dtype} {list(like.shape)}")
+            moments = {part: stored[part].to(like.device, copy=True) for part in _MOMENTS}
             # A count of steps stays on the CPU unless AdamW is fused, and `load_state_dict` moves it then.
-            state[places[name]] = {**moments, "step": _checked_step(file.get_tensor(f"step.{name}").clone(), name)}
+            state[place] = {**moments, "step": stored["step"].clone()}
     return state
-
-
-def _names(text: str) -> list[str]:
-    names = json.loads(text)
-    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        raise ValueError("its list of parameters is no list of names")
-    if len(set(names)) != len(names):
-        raise ValueError("its list of parameters names one twice")
-    return names
-
-
-class _Slice(Protocol):
-    """What safetensors tells of a tensor before it is read."""
-
-    def get_shape(self) -> list[int]: ...
-
-    def get_dtype(self) -> str: ...
-
-
-_DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16"}
-
-
-def _check_slice(stored: "_Slice", name: str, like: torch.Tensor) -> None:
-    shape, dtype = list(stored.get_shape()), stored.get_dtype()
-    if shape != list(like.shape) or dtype != _DTYPES[like.dtype]:
-        raise ValueError(
-            f"{name} is {dtype} {shape}, for this model it has to be {_DTYPES[like.dtype]} {list(like.shape)}"
-        )
-
-
-def _checked_step(step: torch.Tensor, name: str) -> torch.Tensor:
-    value = step.item()
-    if not (0 <= value < 2**24 and value == int(value)):
-        raise ValueError(f"step.{name} is {value}, which is no count of steps")
-    return step
-
-
-# -- generators --------------------------------------------------------------------------------------------------------
-
-
-def _generator_states(device: torch.device) -> dict[str, object]:
-    version, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = cast("tuple[str, np.ndarray, int, int, float]", np.random.get_state())
-    return {
-        "torch_cpu": _to_hex(torch.get_rng_state()),
-        "torch_cuda": _to_hex(torch.cuda.get_rng_state(device)) if device.type == "cuda" else None,
-        "python": {"version": version, "words": list(words), "gauss": gauss},
-        "numpy": {
-            "name": name,
-            "words": keys.tolist(),
-            "position": position,
-            "has_gauss": has_gauss,
-            "gauss": cached,
-        },
-    }
-
-
-def _restore_generators(stored: Mapping[str, object], device: torch.device) -> None:
-    if set(stored) != {"torch_cpu", "torch_cuda", "python", "numpy"}:
-        raise ValueError("other generators were expected: torch_cpu, torch_cuda, python, numpy")
-    cpu, cuda = _from_hex(stored["torch_cpu"]), stored["torch_cuda"]
-    python, numpy = stored["python"], stored["numpy"]
-    if not (isinstance(python, dict) and isinstance(numpy, dict)):
-        raise ValueError("a generator's state is no object")
-    if numpy["name"] != "MT19937" or not 0 <= _whole(numpy["position"]) <= 624:  # numpy itself would read out of bounds
-        raise ValueError("numpy's position is out of range")
-    words = np.array(_words(numpy["words"], 624), dtype=np.uint32)
-    numpy_state = ("MT19937", words, numpy["position"], _whole(numpy["has_gauss"]), float(numpy["gauss"]))
-    gauss = None if python["gauss"] is None else float(python["gauss"])
-    python_state = (_whole(python["version"]), tuple(_words(python["words"], 625)), gauss)
-    torch.set_rng_state(cpu)
-    if cuda is not None and device.type == "cuda":
-        torch.cuda.set_rng_state(_from_hex(cuda), device)
-    random.setstate(python_state)
-    np.random.set_state(numpy_state)
-
-
-def _whole(value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError(f"{value!r:.40} is no whole number")
-    return value
-
-
-def _words(values: object, length: int) -> list[int]:
-    """32-bit words of a Mersenne twister."""
-    if not isinstance(values, list) or len(values) != length:
-        raise ValueError(f"{length} words were expected")
-    if not all(0 <= _whole(value) < 2**32 for value in values):
-        raise ValueError("a word is out of range")
-    return values
-
-
-def _to_hex(state: torch.Tensor) -> str:
-    return bytes(state.tolist()).hex()
-
-
-def _from_hex(text: object) -> torch.Tensor:
-    if not isinstance(text, str):
-        raise ValueError("a generator's state is no text")
-    return torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8)
-
-
-def _reason(error: Exception) -> str:
-    return str(error)[:300] or type(error).__name__

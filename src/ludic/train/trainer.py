@@ -162,7 +162,7 @@ class GRPOTrainer(Generic[SampleT]):
             self.last_checkpoint, state = resume_from
             check_same_data_order(state, self._settings)
             optimizer = self.learner.optimizer
-            load_optimizer(training_folder(self.last_checkpoint), optimizer, self.learner.device, model=model)
+            load_optimizer(training_folder(self.last_checkpoint), optimizer, model=model)
             for group in optimizer.param_groups:  # what this run was given, not what the checkpoint was made with
                 group["betas"] = (config.adam_beta1, config.adam_beta2)
                 group["fused"] = optimizer.defaults["fused"]
