@@ -329,6 +329,18 @@ def test_a_run_that_is_done_already_trains_no_more(digit_policy_dir: Path, tmp_p
     assert again.logger.updates() == [] and same_weights(first.model, again.model)
 
 
+def test_a_run_that_was_killed_before_it_removed_old_checkpoints_does_so_when_it_is_resumed(
+    digit_policy_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as killed:
+        killed.setattr("ludic.train.checkpoint.remove_old", lambda last, *, keep: None)
+        Run(digit_policy_dir, tmp_path, train_steps=3, save_every=1, keep_checkpoints=2, eval_limit=0).go()
+    run = Run(digit_policy_dir, tmp_path, train_steps=3, save_every=1, keep_checkpoints=2, eval_limit=0, resume=True)
+    assert len(list_checkpoints(run.paths.checkpoints)) == 3
+    run.go()
+    assert [path.name for path in list_checkpoints(run.paths.checkpoints)] == ["step_2", "step_3"]
+
+
 def test_checkpoints_are_written_at_their_steps_and_the_last_few_stay(digit_policy_dir: Path, tmp_path: Path) -> None:
     run = Run(digit_policy_dir, tmp_path, train_steps=5, save_every=2, keep_checkpoints=2, eval_limit=0)
     run.go()

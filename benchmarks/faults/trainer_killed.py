@@ -227,7 +227,11 @@ def _content(path: Path) -> Any:
 
 
 def _without_times(path: Path) -> list[Any]:
-    return [_untimed(json.loads(line)) for line in path.read_bytes().splitlines()]
+    """The lines of a log, but for times, and for the event that tells of a terminal that was closed."""
+    records = [_untimed(json.loads(line)) for line in path.read_bytes().splitlines()]
+    return [
+        record for record in records if not str(record.get("event", "")).startswith("the log on standard output failed")
+    ]
 
 
 def _untimed(value: Any) -> Any:

@@ -56,6 +56,7 @@ __all__ = [
     "masters_folder",
     "read_state",
     "recover_folder",
+    "remove_old",
     "save_checkpoint",
     "training_folder",
     "verify_checkpoint",
@@ -136,13 +137,20 @@ def save_checkpoint(
         raise CheckpointError(
             f"checkpoint {final} could not be written ({_one_line(error)}); {_last_good(folder)}"
         ) from error
-    checkpoints = list_checkpoints(folder)
-    if final not in checkpoints:
+    if final not in list_checkpoints(folder):
         raise CheckpointError(f"checkpoint {final} was written and is gone again: the folder was removed or replaced")
-    # Those after this one are of another attempt, which a resume from an earlier step left behind: they do not count.
-    for old in checkpoints[: checkpoints.index(final) + 1][:-keep]:
-        _remove(old)
+    remove_old(final, keep=keep)
     return final
+
+
+def remove_old(last: Path, *, keep: int) -> None:
+    """Remove the checkpoints beside `last` but the `keep` newest up to it.
+
+    Those after it are of another attempt, which a resume from an earlier step left behind: they do not count.
+    """
+    step = checkpoint_step(last) or 0
+    for old in [path for path in list_checkpoints(last.parent) if (checkpoint_step(path) or 0) <= step][:-keep]:
+        _remove(old)
 
 
 def _last_good(folder: Path) -> str:

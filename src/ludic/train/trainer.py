@@ -36,6 +36,7 @@ from ludic.train.checkpoint import (
     CheckpointError,
     TrainerState,
     load_optimizer,
+    remove_old,
     save_checkpoint,
     training_folder,
 )
@@ -191,7 +192,7 @@ class GRPOTrainer(Generic[SampleT]):
                     batch.report = await self._sync()
                 await self._evaluate_if_due()
                 await self._checkpoint_if_due()
-            await self._checkpoint_if_due()  # of an evaluation that an earlier run was cut off in
+            await self._checkpoint_if_due()  # of what an earlier run was cut off in
         return self._summary()
 
     @contextlib.asynccontextmanager
@@ -415,6 +416,8 @@ class GRPOTrainer(Generic[SampleT]):
         due = step == config.train_steps or (config.save_every and step % config.save_every == 0)
         if due and self.state is not self._saved:
             await self.save()
+        elif due and self.last_checkpoint is not None:  # a run that was killed may not have come to this
+            await self._policy.call(remove_old, self.last_checkpoint, keep=config.keep_checkpoints)
 
     async def save(self) -> "Path":
         """Write a checkpoint of the last finished update; a cancellation waits until it is there.
