@@ -333,7 +333,8 @@ def test_a_run_that_was_killed_before_it_removed_old_checkpoints_does_so_when_it
     digit_policy_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as killed:
-        killed.setattr("ludic.train.checkpoint.remove_old", lambda last, *, keep: None)
+        for module in ("checkpoint", "trainer"):
+            killed.setattr(f"ludic.train.{module}.remove_old", lambda last, *, keep: None)
         Run(digit_policy_dir, tmp_path, train_steps=3, save_every=1, keep_checkpoints=2, eval_limit=0).go()
     run = Run(digit_policy_dir, tmp_path, train_steps=3, save_every=1, keep_checkpoints=2, eval_limit=0, resume=True)
     assert len(list_checkpoints(run.paths.checkpoints)) == 3
