@@ -458,7 +458,7 @@ async def test_a_server_of_another_trainer_is_a_warning_and_gets_no_weights(
     other = {"host": "node-9", "pid": 77, "pid_started": "1", "user": "eve", "out_dir": "/x", "since": "now"}
     await asyncio.to_thread(handshake.claim, control, "2" * 32, other)
     found = await findings_of(args)
-    assert found["holder"].status == "warning" and "eve on node-9, process 77" in found["holder"].found
+    assert found["holder"].status == "warning" and "eve@node-9, process 77" in found["holder"].found
     assert "not looked at" in found["weight sync"].found
 
 

@@ -15,12 +15,14 @@ from typing import Any
 
 import pytest
 
-from ludic.storage.run_lock import FolderInUseError, RunLock, identity, is_alive
+from ludic.storage.identity import identity, is_alive
+from ludic.storage.run_lock import FolderInUseError, RunLock
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from ludic.storage.run_lock import RunLock, identity
+from ludic.storage.identity import identity
+from ludic.storage.run_lock import RunLock
 folder = Path(sys.argv[1])
 with RunLock(folder, identity(folder)):
     sys.stdout.write("held\\n"); sys.stdout.flush()
@@ -133,7 +135,7 @@ def test_a_full_disk_does_not_keep_a_run_from_locking(
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_text", full)
         first = lock(tmp_path).__enter__()
-    with pytest.raises(FolderInUseError, match="has not said which"), lock(tmp_path):
+    with pytest.raises(FolderInUseError, match="somebody@an unknown host"), lock(tmp_path):
         pass
     first.__exit__(None, None, None)
     assert "No space left" in caplog.text
@@ -168,7 +170,7 @@ def test_an_identity_that_makes_no_sense_is_not_known_to_live(tmp_path: Path, pi
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="zombies are told by /proc")
 def test_a_process_that_nobody_waited_for_is_not_alive(tmp_path: Path) -> None:
-    from ludic.storage.run_lock import _started
+    from ludic.storage.identity import _started
 
     child = subprocess.Popen(["sleep", "600"])
     theirs = {**identity(tmp_path), "pid": child.pid, "pid_started": _started(child.pid)}

@@ -37,8 +37,9 @@ from ludic.inference.server.server_guard import (
     MAX_TRAINER_BODY_BYTES,
     ServerGuard,
 )
-from ludic.inference.server.trainer_lease import MAX_LOST, Holder, Identity, NotHolderError, TrainerLease
+from ludic.inference.server.trainer_lease import MAX_LOST, Holder, NotHolderError, TrainerLease
 from ludic.inference.wire import BOOT_HEADER, LEASE_S, PATH, TRAINER_HEADER, TRAINER_PATH
+from ludic.storage.identity import Identity, describe
 
 if TYPE_CHECKING:
     from ludic.inference.client.server_process import ServerProcess
@@ -205,7 +206,7 @@ def test_a_wall_clock_that_jumps_changes_nothing(monkeypatch: pytest.MonkeyPatch
     )
 )
 def test_whatever_a_trainer_says_of_itself_is_told_on_one_line_that_no_terminal_obeys(identity: dict[str, Any]) -> None:
-    name = Holder(trainer=FIRST, identity=identity, seen=0.0).name()
+    name = describe(identity)
     assert name.isprintable() and len(name) < 5 * 2200
 
 
@@ -681,7 +682,7 @@ async def test_whatever_is_sent_to_the_guard_is_answered(body: bytes, method: st
     answer = await server.ask(method, path, body, headers=[(TRAINER_HEADER.encode(), named)])
     assert answer.status in (200, 400, 405, 409)
     told = server.guard.lease.holder()
-    assert told is None or (told.trainer in (FIRST, SECOND) and told.name().isprintable())
+    assert told is None or (told.trainer in (FIRST, SECOND) and describe(told.identity).isprintable())
 
 
 # --- before vLLM's own routes, without an engine ----------------------------------------------------------------------

@@ -38,9 +38,10 @@ from ludic.commands import given_command
 from ludic.config import GRPOConfig, RunPaths, add_arguments, from_arguments
 from ludic.doctor import check_token_ids, quick_checks
 from ludic.run import open_engine, require_server
+from ludic.storage.identity import identity
 from ludic.storage.inert import InertFormatter
 from ludic.storage.jsonl import drop_steps_after, read_jsonl
-from ludic.storage.run_lock import RunLock, identity
+from ludic.storage.run_lock import RunLock
 from ludic.survival.changed_settings import changed_settings
 from ludic.survival.resumed_model import find_resumed_model, keep_model
 from ludic.survival.signals import at_once

@@ -16,8 +16,8 @@ from ludic.inference.client import handshake
 from ludic.inference.client.server_control import ServerControl
 from ludic.inference.client.server_process import ServerStartError, require_free_port
 from ludic.rollout.errors import EngineError, ServerLostError, ServerUnreachableError
+from ludic.storage.identity import describe, identity
 from ludic.storage.keys import read_api_key
-from ludic.storage.run_lock import describe, identity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -1,4 +1,4 @@
-"""One run at a time in an --out-dir, and who it is that is there.
+"""One run at a time in an --out-dir.
 
 The lock is the kernel's (`flock` on `run.lock`, by filelock), so it ends with the process, however that ends; what the file
 says is for people. It is not handed to child processes, neither forked nor started. Evaluations write files of their own and
@@ -10,26 +10,22 @@ Left out: runs on two hosts that share a folder through a file system whose `flo
 
 import contextlib
 import errno
-import getpass
 import json
 import logging
 import os
 import shlex
-import socket
 import sys
 import time
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 
 from filelock import FileLock, Timeout
 
+from ludic.storage.identity import describe
 from ludic.storage.inert import inert
 
 logger = logging.getLogger(__name__)
-
-Identity = dict[str, str | int | float | None]
 
 LOCK_FILE = "run.lock"
 _NO_FLOCK = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}
@@ -102,73 +98,6 @@ def _read_record(path: Path) -> Mapping[str, object]:
             return record if isinstance(record, dict) else {}
         time.sleep(0.02)
     return {}
-
-
-def describe(record: Mapping[str, object]) -> str:
-    """A holder in words: `ann on node-3, process 812, since 2026-01-31 09:14:02 UTC: train_gsm8k.py --seed 1`."""
-
-    def said(name: str) -> str:
-        return inert(str(record.get(name) or "unknown"), 200)
-
-    if not record:
-        return "it has not said which"
-    where = f"{said('user')} on {said('host')}, process {said('pid')}, since {said('since')}"
-    return f"{where}: {said('command')}" if record.get("command") else where
-
-
-def identity(out_dir: Path) -> Identity:
-    """This process, for people and for `is_alive`: host, pid, pid_started, user, out_dir, since (UTC)."""
-    return {
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "pid_started": _started(os.getpid()),
-        "user": _user(),
-        "out_dir": str(out_dir.absolute()),
-        "since": datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
-    }
-
-
-def is_alive(identity: Mapping[str, object]) -> bool | None:
-    """Whether that process still runs; None where that cannot be told from here (another host or container)."""
-    pid, started = identity.get("pid"), identity.get("pid_started")
-    if identity.get("host") != socket.gethostname() or not isinstance(pid, int) or isinstance(pid, bool):
-        return None
-    if not 0 < pid < 2**31:
-        return None
-    here, found = _started(os.getpid()), _started(pid)
-    if here is not None and (not isinstance(started, str) or started.rpartition(":")[0] != here.rpartition(":")[0]):
-        return None  # another boot, or other process numbers: hosts may share a name
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # somebody else's process
-        pass
-    if here is None:  # a system without /proc: that a process has this number is all that can be seen
-        return True
-    return None if found is None else found == started
-
-
-def _started(pid: int) -> str | None:
-    """When a process started, as `boot:namespace:ticks`, which no clock change moves; None where it is not known.
-
-    Of a process that has ended and was not waited for, an empty text.
-    """
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        namespace = os.stat("/proc/self/ns/pid").st_ino
-        # The name in parentheses may hold anything; the fields that follow it do not.
-        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
-    except OSError:
-        return None
-    return "" if fields[0] in "ZX" else f"{boot}:{namespace}:{fields[19]}"
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError, ImportError):  # a container's user without a name
-        return f"user {os.getuid()}"
 
 
 def _command() -> str:

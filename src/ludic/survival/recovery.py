@@ -35,7 +35,7 @@ from ludic.rollout.errors import (
     ServerUnauthorizedError,
     WeightSyncError,
 )
-from ludic.storage.run_lock import identity, is_alive
+from ludic.storage.identity import identity, is_alive
 from ludic.types import Completion, SamplingParams
 
 if TYPE_CHECKING:

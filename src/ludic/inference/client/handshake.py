@@ -25,7 +25,7 @@ from ludic.rollout.errors import (
     ServerUnauthorizedError,
     ServerUnreachableError,
 )
-from ludic.storage.run_lock import describe
+from ludic.storage.identity import describe
 from ludic.task.prompts import encode_prompt, renders_date
 from ludic.types import ChatMessage
 

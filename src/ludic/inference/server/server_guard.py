@@ -56,9 +56,10 @@ from ludic.inference.server.generate_route import (
     request_path,
     respond,
 )
-from ludic.inference.server.trainer_lease import IDENTITY_FIELDS, Holder, Identity, NotHolderError, TrainerLease
+from ludic.inference.server.trainer_lease import IDENTITY_FIELDS, Holder, NotHolderError, TrainerLease
 from ludic.inference.wire import BOOT_HEADER, LEASE_S, TRAINER_HEADER, TRAINER_PATH
 from ludic.inference.wire import PATH as GENERATE_PATH
+from ludic.storage.identity import Identity, describe
 
 logger = logging.getLogger(f"vllm.{__name__}")  # a child of vLLM's logger: the server has no other handler
 
@@ -210,7 +211,7 @@ class ServerGuard:
             raise self._conflict(error) from error
         holder = self.lease.holder()
         if not renewed and holder is not None:
-            logger.info("the server now belongs to the trainer %s (%s)", trainer, holder.name())
+            logger.info("the server now belongs to the trainer %s (%s)", trainer, describe(holder.identity))
         return state | {"renewed": renewed}
 
     def _identity_of(self, trainer: str | None) -> Identity:

@@ -7,16 +7,15 @@ to notice. Left out: the wall clock, and whether a trainer is who it says it is.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ludic.inference.wire import LEASE_S
+from ludic.storage.identity import Identity, describe
 
 MAX_LOST = 1024
 """Trainers that lost the server, and are remembered for it."""
 IDENTITY_FIELDS = ("host", "pid", "pid_started", "user", "out_dir", "since")
-
-Identity = Mapping[str, str | int | float | None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,21 +23,13 @@ class Holder:
     """The trainer that has, or had, the server.
 
     Example:
-        >>> Holder(trainer="5eed5eed", identity={"user": "ann", "host": "node-3", "pid": 812}, seen=7.5).name()
-        'ann@node-3, process 812'
+        >>> holder = Holder(trainer="5eed5eed", identity={"user": "ann", "host": "node-3", "pid": 812}, seen=7.5)
     """
 
     trainer: str
     identity: Identity
     seen: float
     """When it last kept its lease, in seconds of the lease's clock."""
-
-    def name(self) -> str:
-        """Who it is, in a few words, on one line and without control characters, whatever it says of itself."""
-        said = {field: _printable(self.identity.get(field)) for field in IDENTITY_FIELDS}
-        name = f"{said['user'] or 'somebody'}@{said['host'] or 'an unknown host'}, process {said['pid'] or 'unknown'}"
-        name += f", since {said['since']}" if said["since"] else ""
-        return name + (f", writing {said['out_dir']}" if said["out_dir"] else "")
 
 
 class NotHolderError(Exception):
@@ -150,10 +141,4 @@ class TrainerLease:
         if holder is None:
             return "a client that named no trainer"
         now = self._last if self._last is not None and self._last.trainer == holder.trainer else holder
-        return f"the trainer {now.name()} (last seen {self.seconds_since_seen(now):.0f} s ago)"
-
-
-def _printable(value: object) -> str:
-    """At most 200 characters of `value`, with everything that a terminal might obey written as an escape."""
-    text = "" if value is None else str(value)[:200]
-    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+        return f"the trainer {describe(now.identity)} (last seen {self.seconds_since_seen(now):.0f} s ago)"
