@@ -18,6 +18,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
@@ -29,7 +30,7 @@ from ludic.rollout.groups import GroupStream, Prompt, derive_seed, rollout_metri
 from ludic.storage.jsonl import JsonlWriter
 from ludic.task.environment import Environment
 from ludic.task.pretrained import serving_files
-from ludic.task.prompts import encode_prompt
+from ludic.task.prompts import encode_prompt, load_tokenizer
 from ludic.train.advantages import training_samples
 from ludic.train.checkpoint import (
     CheckpointError,
@@ -41,14 +42,12 @@ from ludic.train.checkpoint import (
 from ludic.train.learner import Learner
 from ludic.train.learner_thread import LearnerThread, to_its_end
 from ludic.train.memory import fit_budget
-from ludic.train.metrics import MetricLogger
+from ludic.train.metrics import JsonlLogger, MetricLogger
 from ludic.train.schedule import DataOrder, check_same_data_order, schedule_factor
 from ludic.train.update_batch import UpdateBatch, named
 from ludic.types import RolloutGroup, SamplingParams, TrainingSample
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
@@ -97,8 +96,13 @@ class GRPOTrainer(Generic[SampleT]):
 
     Args:
         model: the policy, on the device that trains.
-        reference_model: frozen, on the same device; needed if `config.kl_coef` is above 0.
         engine: generates with its own copy of the weights, which every update replaces.
+        model_name: folder or hub name, kept in checkpoints; by default the one that `model` was loaded from.
+        tokenizer: by default that of `model_name`.
+        metric_logger: by default the metrics file alone, without alarms; `make_logger` has both and a terminal.
+        paths: by default files in this folder, named after the environment's class in lower case.
+        train_prompts: the token ids of each training sample's prompt, where they are known already.
+        reference_model: frozen, on the same device; needed if `config.kl_coef` is above 0.
         resume_from: a checkpoint of this run, whose model was already loaded into `model`.
         task: further settings of the run (data set, prompt), kept in its checkpoints so that a resume can compare them.
         wandb_run_id: kept there too, so that a resumed run goes on with it.
@@ -106,7 +110,11 @@ class GRPOTrainer(Generic[SampleT]):
     On a GPU the model computes in bf16 from then on; `learner.masters` has its float32 weights.
 
     Raises:
-        ValueError: a prompt is too long, there is no data, or the model cannot be trained packed.
+        ValueError: a prompt is too long, there is no data, the model has no name, or it cannot be trained packed.
+
+    Example:
+        >>> trainer = GRPOTrainer(config=config, model=model, engine=engine, environment=Sums(), train_samples=sums)
+        >>> summary = asyncio.run(trainer.run())
     """
 
     def __init__(
@@ -114,14 +122,15 @@ class GRPOTrainer(Generic[SampleT]):
         *,
         config: GRPOConfig,
         model: "PreTrainedModel",
-        model_name: str,
-        tokenizer: "PreTrainedTokenizerBase",
         engine: InferenceEngine,
         environment: Environment[SampleT],
         train_samples: Sequence[SampleT],
-        eval_samples: Sequence[SampleT],
-        metric_logger: MetricLogger,
-        paths: RunPaths,
+        eval_samples: Sequence[SampleT] = (),
+        model_name: str | None = None,
+        tokenizer: "PreTrainedTokenizerBase | None" = None,
+        metric_logger: MetricLogger | None = None,
+        paths: RunPaths | None = None,
+        train_prompts: Sequence[list[int]] | None = None,
         eval_concurrency: int = 256,
         eval_max_tokens: int | None = None,
         model_dtype: torch.dtype = torch.float32,
@@ -132,6 +141,8 @@ class GRPOTrainer(Generic[SampleT]):
     ) -> None:
         if not train_samples:
             raise ValueError("there are no samples to train on")
+        model_name = model_name or _name_of(model)
+        tokenizer = load_tokenizer(model_name) if tokenizer is None else tokenizer
         self.config = config
         self.model = model
         self.tokenizer = tokenizer
@@ -139,8 +150,7 @@ class GRPOTrainer(Generic[SampleT]):
         self.environment = environment
         self.train_samples = train_samples
         self.eval_samples = eval_samples
-        self.metric_logger = metric_logger
-        self.paths = paths
+        self.paths = paths or RunPaths(out_dir=Path(), name=type(environment).__name__.lower())
         self._eval_concurrency = eval_concurrency
         self._eval_settings: dict[str, Any] = {
             "problems": problems_digest(eval_samples[: config.eval_limit], environment, tokenizer),
@@ -150,7 +160,7 @@ class GRPOTrainer(Generic[SampleT]):
         }
         self._model_dtype = model_dtype
         self._source_files = serving_files(model_name)
-        self._prompt_token_ids = self._tokenise(train_samples)
+        self._prompt_token_ids = self._tokenise(train_samples, train_prompts)
         self._order = DataOrder(seed=config.seed, num_samples=len(train_samples))
         self._settings = {**dataclasses.asdict(config), "num_train_samples": len(train_samples)}
         self.learner = Learner(config, model, reference_model=reference_model)
@@ -170,6 +180,11 @@ class GRPOTrainer(Generic[SampleT]):
             self.state, task=dict(task or {}), wandb_run_id=wandb_run_id or self.state.wandb_run_id
         )
         self._saved = self.state
+        self._own_logger: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+        if metric_logger is None:
+            metric_logger = JsonlLogger(self.paths.metrics)
+            self._own_logger = contextlib.closing(metric_logger)
+        self.metric_logger: MetricLogger = metric_logger
 
     # -- the loop --------------------------------------------------------------------------------------------------
 
@@ -198,6 +213,7 @@ class GRPOTrainer(Generic[SampleT]):
         """The run's thread, record of rollouts and generation ahead; at an early end, its last checkpoint."""
         self._started, self._seconds_before = time.perf_counter(), self.state.seconds
         with (
+            self._own_logger,
             JsonlWriter(self.paths.rollouts) as self._writer,
             LearnerThread(self.learner, self.state.policy_version) as self._policy,
         ):
@@ -471,15 +487,17 @@ class GRPOTrainer(Generic[SampleT]):
             evaluations=evaluations,
         )
 
-    def _tokenise(self, samples: Sequence[SampleT]) -> list[list[int]]:
-        """Every prompt's token ids, once for the whole run.
+    def _tokenise(self, samples: Sequence[SampleT], given: Sequence[list[int]] | None) -> Sequence[list[int]]:
+        """Every prompt's token ids, once for the whole run, or those that were `given`.
 
         Raises:
             ValueError: one of them is longer than `max_seq_len` allows, with its place and length.
         """
+        if given is not None and len(given) != len(samples):
+            raise ValueError(f"train_prompts holds {len(given)} prompts, train_samples {len(samples)} samples")
         token_ids = []
         for index, sample in enumerate(samples):
-            ids = encode_prompt(self.tokenizer, self.environment.messages(sample))
+            ids = encode_prompt(self.tokenizer, self.environment.messages(sample)) if given is None else given[index]
             if len(ids) > self.config.max_prompt_len:
                 raise ValueError(
                     f"the prompt of training sample {index} is {len(ids)} tokens, more than --max-seq-len "
@@ -487,6 +505,14 @@ class GRPOTrainer(Generic[SampleT]):
                 )
             token_ids.append(ids)
         return token_ids
+
+
+def _name_of(model: "PreTrainedModel") -> str:
+    if not model.name_or_path:
+        raise ValueError(
+            "this model was made in code and has no name: give model_name, the folder or hub name of its files"
+        )
+    return str(model.name_or_path)
 
 
 _EVAL_METRICS = ("accuracy", "strict_accuracy", "qwen_accuracy", "correct_rate", "parse_err_rate", "truncation_rate",
