@@ -20,7 +20,7 @@ from types import SimpleNamespace
 import pytest
 
 from ludic.rollout.errors import ServerUnreachableError
-from ludic.run import require_server
+from ludic.run.engine import require_server
 from ludic.task import hub
 
 REPOSITORY = Path(__file__).parents[1]

@@ -29,7 +29,7 @@ from ludic.cli import (
     server_url,
 )
 from ludic.commands import given_command
-from ludic.run import open_engine, require_server
+from ludic.run.engine import open_engine, require_server
 from ludic.storage.keys import read_api_key
 from ludic.survival.signals import at_once
 from ludic.task.hub import cache_without_hub

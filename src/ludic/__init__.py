@@ -5,7 +5,8 @@ used. `import ludic` alone therefore loads neither PyTorch nor transformers. Wha
 
     from ludic import GRPOConfig, GRPOTrainer, LocalEngine, Score
 
-README.md has a complete example of a task of one's own.
+`GRPOTrainer` is the whole loop; `training_samples`, `pack` and `Learner` are the pieces of a loop of one's own. README.md has
+a complete example of a task of one's own.
 """
 
 import importlib
@@ -25,7 +26,10 @@ if TYPE_CHECKING:
     from ludic.task.parsers import boxed_parser, last_number_parser
     from ludic.task.prompts import load_tokenizer
     from ludic.telemetry.loggers import make_logger
+    from ludic.train.advantages import training_samples
+    from ludic.train.learner import Learner
     from ludic.train.metrics import MetricLogger
+    from ludic.train.packing import pack
     from ludic.train.trainer import GRPOTrainer, TrainingSummary
     from ludic.types import (
         ChatMessage,
@@ -48,6 +52,7 @@ __all__ = [
     "GRPOTrainer",
     "Grader",
     "InferenceEngine",
+    "Learner",
     "LocalEngine",
     "MetricLogger",
     "ParseResult",
@@ -71,7 +76,9 @@ __all__ = [
     "last_number_parser",
     "load_tokenizer",
     "make_logger",
+    "pack",
     "start_server",
+    "training_samples",
 ]
 
 _HOMES = {
@@ -84,6 +91,7 @@ _HOMES = {
     "GRPOTrainer": "train.trainer",
     "Grader": "task.grading",
     "InferenceEngine": "rollout.engine",
+    "Learner": "train.learner",
     "LocalEngine": "rollout.local",
     "MetricLogger": "train.metrics",
     "ParseResult": "types",
@@ -107,7 +115,9 @@ _HOMES = {
     "last_number_parser": "task.parsers",
     "load_tokenizer": "task.prompts",
     "make_logger": "telemetry.loggers",
+    "pack": "train.packing",
     "start_server": "inference.client.server_process",
+    "training_samples": "train.advantages",
 }
 """The module below `ludic` that defines each public name."""
 
