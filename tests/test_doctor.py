@@ -137,6 +137,15 @@ def test_too_small_a_disk_and_a_folder_that_cannot_be_written_are_found(
     assert finding.status == "failed" and "--keep-checkpoints" in finding.fix
 
 
+def test_a_resumed_run_needs_no_more_room_for_the_checkpoints_that_it_has(
+    args: argparse.Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    empty = SimpleNamespace(num_parameters=lambda: 2**30)
+    monkeypatch.setattr(dry_run, "model_shape", lambda model, trust: (Qwen2Config(dtype="float32"), empty))
+    rooms = [machine.check_disk(args, from_arguments(args), there).found[:8] for there in (0, 1, 2, 9)]
+    assert rooms == ["36.0 GiB", "24.0 GiB", "12.0 GiB", "12.0 GiB"]
+
+
 @pytest.mark.parametrize(
     ("dtype", "said"), [("float32", "36.0 GiB"), ("bfloat16", "42.0 GiB"), ("float16", "42.0 GiB")]
 )
@@ -301,7 +310,7 @@ def test_a_port_that_is_taken_is_found_before_a_server_is_started(args: argparse
 
 
 FAKE_VLLM = {
-    "starts": ("__version__ = '0.32.0'", "device_type = 'cuda'", "", "ok", "0.32.0 can start machine, on cuda"),
+    "starts": ("__version__ = '0.32.0'", "device_type = 'cuda'", "", "ok", "0.32.0 can start here, on cuda"),
     "no device": ("__version__ = '0.32.0'", "device_type = ''", "", "failed", "finds no device"),
     "no library": ("raise ImportError('libcudart.so.13: not found')", "", "", "failed", "libcudart.so.13: not found"),
     "no kernels": (
@@ -338,7 +347,7 @@ def test_a_vllm_that_cannot_start_here_has_failed_with_the_reason(
 @pytest.mark.vllm
 def test_a_real_vllm_that_starts_is_said_to_start_with_its_device() -> None:
     finding = vllm_probe.check_vllm()
-    assert finding.status == "ok" and "can start machine, on " in finding.found
+    assert finding.status == "ok" and "can start here, on " in finding.found
 
 
 # --- the server -------------------------------------------------------------------------------------------------------

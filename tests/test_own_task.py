@@ -14,6 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ludic import GRPOConfig, GRPOTrainer, LocalEngine
+from ludic.config import RunPaths, from_arguments
+from ludic.run import preparation
 from ludic.task import prompts
 from ludic.train import trainer as trainer_module
 
@@ -94,6 +96,25 @@ def test_a_second_task_is_resumed_and_its_own_settings_are_compared(
     assert "changed since" not in resumed.stdout and "the whole run: 3 updates, 48 rollouts" in resumed.stdout
 
 
+def test_the_checks_of_a_resumed_run_count_the_checkpoints_of_its_own_name(
+    sums: SimpleNamespace, finished: tuple[Path, str], digit_policy_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = []
+
+    def quick_checks(*given: Any, num_checkpoints: int) -> list[Any]:
+        counted.append(num_checkpoints)
+        return []
+
+    monkeypatch.setattr(preparation, "quick_checks", quick_checks)
+    out_dir = finished[0] / "out"
+    task = sums.Task(environment=sums.Sums(), load_samples=sums.load_samples)
+    for more in ([], ["--resume"]):
+        words = ["--model", str(digit_policy_dir), "--out-dir", str(out_dir), *FLAGS, *more]
+        args = sums.build_parser().parse_args(words)
+        preparation.prepare(args, from_arguments(args), RunPaths(out_dir=out_dir, name=task.file_name), task)
+    assert counted == [0, len(list((out_dir / "checkpoints_sums").iterdir()))] and counted[1] > 0
+
+
 def test_a_task_without_samples_is_refused_in_one_line(digit_policy_dir: Path, tmp_path: Path) -> None:
     refused = train(digit_policy_dir, tmp_path, "--largest", "0")
     assert (refused.returncode, refused.stderr) == (2, "sums.py: error: there are no samples to train on\n")
@@ -102,8 +123,6 @@ def test_a_task_without_samples_is_refused_in_one_line(digit_policy_dir: Path, t
 def test_every_training_prompt_is_tokenised_once(
     sums: SimpleNamespace, digit_policy_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ludic.run import preparation
-
     encoded: list[str] = []
 
     def encode(tokenizer: Any, messages: Any, **more: Any) -> list[int]:

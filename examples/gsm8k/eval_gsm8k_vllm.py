@@ -26,6 +26,7 @@ from ludic.cli import (
     hide_loading_bars,
     prepare_out_dir,
     run_script,
+    say,
     server_url,
 )
 from ludic.commands import given_command
@@ -233,11 +234,6 @@ def write_json(path: Path, content: dict[str, object]) -> None:
     partial = Path(f"{path}.partial")
     partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     os.replace(partial, path)
-
-
-def say(line: str) -> None:
-    """A line of the script's own, at once even through a pipe."""
-    print(line, flush=True)
 
 
 def prepare(

@@ -70,7 +70,7 @@ def prepare(args: argparse.Namespace, config: GRPOConfig, paths: RunPaths, task:
         for line in changed_settings(stored, given, step=resume_from[1].step):
             say(f"changed since the checkpoint, so this is not the run that was interrupted: {line}")
     if not args.no_checks:
-        _check_this_machine(args, config, tokenizer)
+        _check_this_machine(args, config, tokenizer, paths if resume_from else None)
     return Parts(
         tokenizer=tokenizer,
         environment=environment,
@@ -168,13 +168,18 @@ def _settings(args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase", sa
     }
 
 
-def _check_this_machine(args: argparse.Namespace, config: GRPOConfig, tokenizer: "PreTrainedTokenizerBase") -> None:
+def _check_this_machine(
+    args: argparse.Namespace, config: GRPOConfig, tokenizer: "PreTrainedTokenizerBase", resumed: RunPaths | None
+) -> None:
     """The quick checks of `python -m ludic.doctor`: a warning is said, a failure ends the run before it costs anything.
 
     Raises:
         ValueError: a check failed.
     """
-    for finding in quick_checks(args, config, tokenizer):
+    from ludic.train.checkpoint import list_checkpoints
+
+    there = len(list_checkpoints(resumed.checkpoints)) if resumed else 0
+    for finding in quick_checks(args, config, tokenizer, num_checkpoints=there):
         if finding.status == "failed":
             raise ValueError(f"{finding.name}: {finding.found}; {finding.fix} (--no-checks goes on all the same)")
         if finding.status == "warning":

@@ -105,13 +105,7 @@ async def _train(
     # What takes long is done aside: the event loop tells the server meanwhile that this trainer lives.
     thread = None if args.engine == "local" else device
     policy, dtype, reference = await _aside(thread, _load_models, args, config, parts, device)
-    if parts.resume_from is None:
-        set_earlier_run_aside(paths)  # not before there is a run that takes its place
-    else:
-        step = parts.resume_from[1].step
-        for path in (paths.metrics, paths.rollouts):  # what came after the checkpoint is made again
-            await _aside(thread, drop_steps_after, path, step)
-        set_later_checkpoints_aside(paths, step)
+    await _clear_the_way(paths, parts, thread)  # not before there is a run that takes the earlier one's place
     _write_prompt(paths, parts)
     with contextlib.closing(_logger(args, config, paths, parts)) as metric_logger:
         trainer = await _aside(
@@ -146,6 +140,16 @@ def _load_models(
     start = args.model if parts.resume_from is None else str(parts.resume_from[0])
     policy, dtype = load_policy(start, device, args, resumes=parts.resume_from is not None)
     return policy, dtype, load_policy(args.model, device, args)[0] if config.kl_coef > 0 else None
+
+
+async def _clear_the_way(paths: RunPaths, parts: Parts[Any], thread: Any) -> None:
+    if parts.resume_from is None:
+        set_earlier_run_aside(paths)
+        return
+    step = parts.resume_from[1].step
+    for path in (paths.metrics, paths.rollouts):  # what came after the checkpoint is made again
+        await _aside(thread, drop_steps_after, path, step)
+    set_later_checkpoints_aside(paths, step)
 
 
 def _write_prompt(paths: RunPaths, parts: Parts[Any]) -> None:

@@ -168,14 +168,7 @@ class GRPOTrainer(Generic[SampleT]):
         self.last_checkpoint: Path | None = None
         self._started, self._seconds_before = time.perf_counter(), 0.0
         if resume_from is not None:
-            self.last_checkpoint, state = resume_from
-            check_same_data_order(state, self._settings)
-            optimizer = self.learner.optimizer
-            load_optimizer(training_folder(self.last_checkpoint), optimizer, self.learner.device, model=model)
-            for group in optimizer.param_groups:  # what this run was given, not what the checkpoint was made with
-                group["betas"] = (config.adam_beta1, config.adam_beta2)
-                group["fused"] = optimizer.defaults["fused"]
-            self.state = dataclasses.replace(state, config=self._settings)
+            self._take_up(*resume_from)
         self.state = dataclasses.replace(
             self.state, task=dict(task or {}), wandb_run_id=wandb_run_id or self.state.wandb_run_id
         )
@@ -185,6 +178,17 @@ class GRPOTrainer(Generic[SampleT]):
             metric_logger = JsonlLogger(self.paths.metrics)
             self._own_logger = contextlib.closing(metric_logger)
         self.metric_logger: MetricLogger = metric_logger
+
+    def _take_up(self, checkpoint: Path, state: TrainerState) -> None:
+        """Go on from a checkpoint whose model is loaded already."""
+        check_same_data_order(state, self._settings)
+        optimizer = self.learner.optimizer
+        load_optimizer(training_folder(checkpoint), optimizer, self.learner.device, model=self.model)
+        for group in optimizer.param_groups:  # what this run was given, not what the checkpoint was made with
+            group["betas"] = (self.config.adam_beta1, self.config.adam_beta2)
+            group["fused"] = optimizer.defaults["fused"]
+        self.last_checkpoint = checkpoint
+        self.state = dataclasses.replace(state, config=self._settings)
 
     # -- the loop --------------------------------------------------------------------------------------------------
 
