@@ -17,7 +17,7 @@ from ludic.config import RunPaths, from_arguments
 from ludic.rollout.evaluation import CompletionRecord, ProblemRecord, summarise
 from ludic.survival.signals import SIGNALS
 from ludic.telemetry.alarms import ALARM_NAMES, AlarmThresholds
-from ludic.train.trainer import TrainingSummary
+from ludic.train.summary import TrainingSummary
 from scripts import write_docs
 
 ROOT = write_docs.ROOT

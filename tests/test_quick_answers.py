@@ -38,6 +38,7 @@ HEAVY = {
 PROGRAMS = {
     "train": str(REPOSITORY / "examples" / "gsm8k" / "train_gsm8k.py"),
     "eval": str(REPOSITORY / "examples" / "gsm8k" / "eval_gsm8k_vllm.py"),
+    "own task": str(REPOSITORY / "examples" / "sums.py"),
     "doctor": "ludic.doctor",
 }
 RUN_AND_LIST_IMPORTS = """

@@ -29,7 +29,7 @@ from ludic.run.ending import compare
 from ludic.run.training import load_policy, seed_generators
 from ludic.storage.manifest import write_manifest
 from ludic.train.checkpoint import TrainerState, latest_checkpoint, list_checkpoints, read_state, save_checkpoint
-from ludic.train.trainer import TrainingSummary
+from ludic.train.summary import TrainingSummary
 from tests.conftest import write_digit_problems
 from tests.printed import printed_command
 from tests.vllm_helpers import make_tiny_model, make_tiny_tokenizer, tiny_config

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from ludic.train.learner import Learner
     from ludic.train.metrics import MetricLogger
     from ludic.train.packing import pack
-    from ludic.train.trainer import GRPOTrainer, TrainingSummary
+    from ludic.train.summary import TrainingSummary
+    from ludic.train.trainer import GRPOTrainer
     from ludic.types import (
         ChatMessage,
         Completion,
@@ -105,7 +106,7 @@ _HOMES = {
     "Score": "types",
     "ServerProcess": "inference.client.server_process",
     "TrainingSample": "types",
-    "TrainingSummary": "train.trainer",
+    "TrainingSummary": "train.summary",
     "VLLMEngine": "inference.client.vllm_client",
     "Verdict": "task.grading",
     "WeightSyncReport": "rollout.engine",

@@ -13,7 +13,7 @@ from ludic.telemetry.report import comparison_table, evaluation_rows, reward_cur
 
 if TYPE_CHECKING:
     from ludic.train.checkpoint import TrainerState
-    from ludic.train.trainer import TrainingSummary
+    from ludic.train.summary import TrainingSummary
 
 
 def finish(

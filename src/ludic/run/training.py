@@ -39,7 +39,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ludic.rollout.engine import InferenceEngine
-    from ludic.train.trainer import GRPOTrainer, TrainingSummary
+    from ludic.train.summary import TrainingSummary
+    from ludic.train.trainer import GRPOTrainer
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")

@@ -17,7 +17,6 @@ import dataclasses
 import logging
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -44,6 +43,7 @@ from ludic.train.learner_thread import LearnerThread, to_its_end
 from ludic.train.memory import fit_budget
 from ludic.train.metrics import JsonlLogger, MetricLogger
 from ludic.train.schedule import DataOrder, check_same_data_order, schedule_factor
+from ludic.train.summary import TrainingSummary, summarise
 from ludic.train.update_batch import UpdateBatch, named
 from ludic.types import RolloutGroup, SamplingParams, TrainingSample
 
@@ -59,34 +59,6 @@ for its host, more would be left to do when the last rollout is there."""
 
 MAX_SKIPPED = 3
 """So many updates in a row with a NaN or an infinity end the run: it would not come right by itself."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainingSummary:
-    """What a run did. Accuracies are fractions of 1 under the flexible rule, None where nothing was evaluated.
-
-    `accuracy_before` is None, too, where it was measured on other problems, with another prompt or other sampling.
-    """
-
-    accuracy_before: float | None
-    accuracy_after: float | None
-    eval_problems: int
-    updates: int
-    seconds: float
-    rollouts: int
-    completion_tokens: int
-    last_checkpoint: str | None
-    evaluations: list[dict[str, Any]]
-    """Every evaluation's figures with its `step` and its `settings`."""
-
-    @property
-    def compared(self) -> list[dict[str, Any]]:
-        """The evaluations that can be held against the last one, and itself: those with its settings."""
-        return _comparable(self.evaluations)
-
-
-def _comparable(evaluations: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [one for one in evaluations if one.get("settings") == evaluations[-1].get("settings")]
 
 
 class GRPOTrainer(Generic[SampleT]):
@@ -210,7 +182,7 @@ class GRPOTrainer(Generic[SampleT]):
                 await self._evaluate_if_due()
                 await self._checkpoint_if_due()
             await self._checkpoint_if_due()  # of an evaluation that an earlier run was cut off in
-        return self._summary()
+        return summarise(self.state, self.last_checkpoint)
 
     @contextlib.asynccontextmanager
     async def _running(self) -> AsyncIterator[None]:
@@ -474,22 +446,6 @@ class GRPOTrainer(Generic[SampleT]):
     def _log(self, batch: UpdateBatch) -> None:
         figures = batch.figures() | {"policy_version": self.state.policy_version} | self.engine.counts()
         self.metric_logger.log(self.state.step, figures)
-
-    def _summary(self) -> TrainingSummary:
-        evaluations: list[dict[str, Any]] = self.state.evaluations
-        before = next((one for one in _comparable(evaluations) if one["step"] == 0), None)
-        after = evaluations[-1] if evaluations and evaluations[-1]["step"] == self.state.step > 0 else None
-        return TrainingSummary(
-            accuracy_before=before["accuracy"] if before else None,
-            accuracy_after=after["accuracy"] if after else None,
-            eval_problems=evaluations[-1]["num_problems"] if evaluations else 0,
-            updates=self.state.step,
-            seconds=self.state.seconds,
-            rollouts=self.state.rollouts,
-            completion_tokens=self.state.completion_tokens,
-            last_checkpoint=str(self.last_checkpoint) if self.last_checkpoint else None,
-            evaluations=evaluations,
-        )
 
     def _tokenise(self, samples: Sequence[SampleT], given: Sequence[list[int]] | None) -> Sequence[list[int]]:
         """Every prompt's token ids, once for the whole run, or those that were `given`.
