@@ -161,11 +161,11 @@ async def open_engine(
 ) -> "AsyncIterator[InferenceEngine]":
     """The engine over the server at `base_url` as the scripts have it, or without one the engine of this process.
 
-    What trains gives a `probe`, as in `ludic.run.open_engine`.
+    What trains gives a `probe`, as in `ludic.run.engine.open_engine`.
     """
     from ludic.inference.client.vllm_client import VLLMEngine
     from ludic.rollout.local import LocalEngine
-    from ludic.run import connected
+    from ludic.run.engine import connected
     from ludic.task.prompts import load_tokenizer
 
     if base_url is None:

@@ -23,7 +23,7 @@ from environments.gsm8k import GSM8KSample, load
 from ludic.cli import add_engine_arguments, check_engine_arguments, hide_loading_bars, run_script
 from ludic.config import GRPOConfig, RunPaths, add_arguments, from_arguments
 from ludic.rollout.engine import InferenceEngine
-from ludic.run import open_engine
+from ludic.run.engine import open_engine
 from ludic.task.prompts import encode_prompt, load_tokenizer
 from ludic.train.trainer import GRPOTrainer
 

@@ -18,7 +18,7 @@ from ludic.rollout.evaluation import summarise
 from ludic.rollout.problems import CompletionRecord, ProblemRecord
 from ludic.survival.signals import SIGNALS
 from ludic.telemetry.alarms import ALARM_NAMES, AlarmThresholds
-from ludic.train.trainer import TrainingSummary
+from ludic.train.summary import TrainingSummary
 from scripts import write_docs
 
 ROOT = write_docs.ROOT
@@ -82,7 +82,7 @@ def example_run(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) 
 
 def test_the_example_task_trains_two_updates_and_leaves_a_checkpoint(example_run: ExampleRun) -> None:
     assert "right before: 0.0, after: 0.0" in example_run.output
-    assert str(example_run.checkpoint) in example_run.output
+    assert f"checkpoints_sums/{example_run.checkpoint.name}" in example_run.output
     assert (example_run.checkpoint / "model.safetensors").is_file()
     assert [row["step"] for row in example_run.metrics if "reward_mean" in row] == [1, 2]
 

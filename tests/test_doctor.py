@@ -137,6 +137,15 @@ def test_too_small_a_disk_and_a_folder_that_cannot_be_written_are_found(
     assert finding.status == "failed" and "--keep-checkpoints" in finding.fix
 
 
+def test_a_resumed_run_needs_no_more_room_for_the_checkpoints_that_it_has(
+    args: argparse.Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    empty = SimpleNamespace(num_parameters=lambda: 2**30)
+    monkeypatch.setattr(dry_run, "model_shape", lambda model, trust: (Qwen2Config(dtype="float32"), empty))
+    rooms = [machine.check_disk(args, from_arguments(args), there).found[:8] for there in (0, 1, 2, 9)]
+    assert rooms == ["36.0 GiB", "24.0 GiB", "12.0 GiB", "12.0 GiB"]
+
+
 @pytest.mark.parametrize(
     ("dtype", "said"), [("float32", "36.0 GiB"), ("bfloat16", "42.0 GiB"), ("float16", "42.0 GiB")]
 )

@@ -9,7 +9,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from ludic.config import GRPOConfig
 from ludic.inference.client import handshake
-from ludic.run import _server_flags
+from ludic.run.engine import _server_flags
 from ludic.train.learner import Learner
 from ludic.train.lm_head import Head, head_stats
 from ludic.train.logprobs import token_logprobs

@@ -20,8 +20,8 @@ ROOMS = (
     "survival",
     "telemetry",
     "cli",
-    "run",
     "doctor",
+    "run",
 )
 """From the bottom up: each may import those before it."""
 

@@ -20,7 +20,7 @@ from types import SimpleNamespace
 import pytest
 
 from ludic.rollout.errors import ServerUnreachableError
-from ludic.run import require_server
+from ludic.run.engine import require_server
 from ludic.task import hub
 
 REPOSITORY = Path(__file__).parents[1]
@@ -38,6 +38,7 @@ HEAVY = {
 PROGRAMS = {
     "train": str(REPOSITORY / "examples" / "gsm8k" / "train_gsm8k.py"),
     "eval": str(REPOSITORY / "examples" / "gsm8k" / "eval_gsm8k_vllm.py"),
+    "own task": str(REPOSITORY / "examples" / "sums.py"),
     "doctor": "ludic.doctor",
 }
 RUN_AND_LIST_IMPORTS = """

@@ -11,7 +11,9 @@ from types import ModuleType
 
 import pytest
 
+from environments.gsm8k import GSM8K
 from ludic.config import RunPaths, from_arguments
+from ludic.run.preparation import prepare
 from ludic.survival.resumed_model import find_resumed_model, keep_model
 from ludic.train.checkpoint import read_state
 from tests.vllm_helpers import make_tiny_model
@@ -172,14 +174,14 @@ def test_a_server_of_its_own_gets_a_folder_that_stays_and_another_keeps_the_name
     hidden = first.rename(first.with_name("elsewhere"))
     words = ["--dataset", str(digit_problems), "--model", str(first), "--max-seq-len", "160", "--no-checks", "--resume"]
 
-    def prepare(*more: str) -> tuple[str, str]:
+    def files_and_name(*more: str) -> tuple[str, str]:
         args = script.parse_arguments([*words, *more])
-        parts = script._prepare(args, from_arguments(args), RunPaths(out_dir=run / "out"))
+        parts = prepare(args, from_arguments(args), RunPaths(out_dir=run / "out"), script.task_of(args, GSM8K()))
         return args.model, parts.served_as
 
     try:
         kept = str(run / "out" / "resumed_model")
-        assert prepare("--start-server") == (kept, kept)
-        assert prepare() == (str(run / "out" / "checkpoints_gsm8k" / "step_1"), str(first))
+        assert files_and_name("--start-server") == (kept, kept)
+        assert files_and_name() == (str(run / "out" / "checkpoints_gsm8k" / "step_1"), str(first))
     finally:
         hidden.rename(first)

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from ludic import run
 from ludic.cli import add_engine_arguments
 from ludic.inference.client import vllm_client
 from ludic.inference.client.server_process import ServerProcess, free_port, start_server
 from ludic.inference.client.vllm_client import VLLMEngine
 from ludic.rollout.errors import EngineError, ServerLostError, ServerUnreachableError
+from ludic.run import engine as run
 from ludic.survival import recovery
 from ludic.types import SamplingParams
 from tests.vllm_helpers import make_tiny_tokenizer

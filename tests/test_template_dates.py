@@ -15,10 +15,12 @@ from types import ModuleType
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from environments.gsm8k import GSM8K
 from ludic.config import RunPaths, from_arguments
 from ludic.inference.client.handshake import check_chat_template
 from ludic.rollout.errors import ServerMismatchError
 from ludic.rollout.problems import read_records
+from ludic.run.preparation import prepare
 from ludic.survival.changed_settings import changed_settings
 from ludic.task.prompts import encode_prompt, load_tokenizer, recorded_moment, rendering
 from ludic.train.checkpoint import read_state
@@ -223,9 +225,9 @@ async def test_a_run_that_is_resumed_days_later_trains_on_the_prompts_of_its_fir
     assert state.task == read_state(checkpoint).task
 
     args = script.parse_arguments([*words, "--resume"])
-    parts = script._prepare(args, from_arguments(args), RunPaths(out_dir=tmp_path / "out"))
-    ids = encode_prompt(parts.tokenizer, parts.environment.messages(parts.train_samples[0]))
-    assert "Tuesday, 06 May 2031, 12:34:56.000000" in parts.tokenizer.decode(ids)
+    task = script.task_of(args, GSM8K(system_prompt="Answer."))
+    parts = prepare(args, from_arguments(args), RunPaths(out_dir=tmp_path / "out"), task)
+    assert "Tuesday, 06 May 2031, 12:34:56.000000" in parts.tokenizer.decode(parts.train_prompts[0])
 
 
 async def test_an_evaluation_is_finished_days_later_and_a_change_of_the_prompts_is_said_to_be_one(

@@ -23,11 +23,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config
 
 from environments.gsm8k import DEFAULT_SYSTEM_PROMPT
-from ludic.cli import run_script
+from ludic.cli import expand_home, run_script
 from ludic.config import from_arguments
+from ludic.run.ending import compare
+from ludic.run.training import load_policy
 from ludic.storage.manifest import write_manifest
 from ludic.train.checkpoint import TrainerState, latest_checkpoint, list_checkpoints, read_state, save_checkpoint
-from ludic.train.trainer import TrainingSummary
+from ludic.train.summary import TrainingSummary
 from tests.conftest import write_digit_problems
 from tests.printed import printed_command
 from tests.vllm_helpers import make_tiny_model, make_tiny_tokenizer, tiny_config
@@ -270,7 +272,7 @@ def test_a_resumed_run_loads_the_masters_and_a_new_one_what_is_served(script: Mo
     args = script.build_parser().parse_args([])
     masters = model.get_parameter("model.norm.weight"), model.get_parameter("model.embed_tokens.weight")
     for resumes in (True, False):
-        policy, dtype = script.load_policy(str(checkpoint), torch.device("cpu"), args, resumes)
+        policy, dtype = load_policy(str(checkpoint), torch.device("cpu"), args, resumes)
         loaded = policy.get_parameter("model.norm.weight"), policy.get_parameter("model.embed_tokens.weight")
         assert dtype == torch.bfloat16 and {tensor.dtype for tensor in loaded} == {torch.float32}
         for tensor, master in zip(loaded, masters, strict=True):
@@ -360,7 +362,6 @@ def evaluated(step: int, accuracy: float, **settings: object) -> dict[str, Any]:
     ids=["the first with the last", "the same prompt only", "of the middle", "nothing comparable", "one"],
 )
 def test_the_end_of_a_run_compares_evaluations_that_measured_the_same_and_says_of_which_updates(
-    script: ModuleType,
     capsys: pytest.CaptureFixture[str],
     evaluations: list[dict[str, Any]],
     shown: list[str],
@@ -377,7 +378,7 @@ def test_the_end_of_a_run_compares_evaluations_that_measured_the_same_and_says_o
         last_checkpoint=None,
         evaluations=evaluations,
     )
-    script._compare(summary)
+    compare(summary)
     printed = capsys.readouterr().out
     assert all(piece in printed for piece in shown) and bool(shown) == ("strict accuracy" in printed)
     assert ("not compared: 1" in printed) == said
@@ -468,12 +469,14 @@ def test_a_home_that_the_shell_left_alone_is_expanded_in_paths_only(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", "/home/ann")
-    args = script.parse_arguments(
-        ["--model=~/policy", "--dataset=~/gsm8k", "--out-dir=~/run", "--resume=~/run/step_3", "--system-prompt=~/x"]
+    args = expand_home(
+        script.parse_arguments(
+            ["--model=~/policy", "--dataset=~/gsm8k", "--out-dir=~/run", "--resume=~/run/step_3", "--system-prompt=~/x"]
+        )
     )
     assert (args.model, args.dataset, args.out_dir) == ("/home/ann/policy", "/home/ann/gsm8k", "/home/ann/run")
     assert (args.resume, args.system_prompt) == ("/home/ann/run/step_3", "~/x")
-    assert script.parse_arguments(["--model=me/~model"]).model == "me/~model"
+    assert expand_home(script.parse_arguments(["--model=me/~model"])).model == "me/~model"
 
 
 @pytest.mark.parametrize(

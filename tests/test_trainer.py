@@ -27,7 +27,8 @@ from ludic.train.checkpoint import (
 )
 from ludic.train.losses import LOSSES
 from ludic.train.schedule import schedule_factor
-from ludic.train.trainer import GRPOTrainer, TrainingSummary
+from ludic.train.summary import TrainingSummary
+from ludic.train.trainer import GRPOTrainer
 from ludic.types import ChatMessage, Completion, ParseResult, SamplingParams, Score
 
 SMALL = GRPOConfig(

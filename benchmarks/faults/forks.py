@@ -103,7 +103,7 @@ def serve(folder: Path) -> None:
 
 
 def _import_everything() -> ModuleType:
-    for name in ("matplotlib.pyplot", "transformers.models.qwen2.modeling_qwen2", "ludic.run", "ludic.rollout.local",
+    for name in ("matplotlib.pyplot", "transformers.models.qwen2.modeling_qwen2", "ludic.run.training", "ludic.rollout.local",
                  "ludic.train.trainer"):  # fmt: skip
         importlib.import_module(name)
     spec = importlib.util.spec_from_file_location("train_gsm8k", SCRIPT)

@@ -127,7 +127,7 @@ def be_the_script(
         # As the system hands them over: bytes in UTF-8, whatever this interpreter takes them for.
         sys.argv = [str(SCRIPT), *(os.fsdecode(flag.encode()) for flag in flags)]
         phases = _Phases(kill, shared, ready)
-        _put_hooks_in(script, phases)
+        _put_hooks_in(phases)
         if kill is not None and kill.how != "SIGKILL":
             _start_a_grading_worker()
         from ludic.cli import run_script
@@ -261,8 +261,9 @@ class _Phases:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _put_hooks_in(script: ModuleType, phases: _Phases) -> None:
+def _put_hooks_in(phases: _Phases) -> None:
     from ludic.rollout import local
+    from ludic.run import ending, training
     from ludic.storage import jsonl
     from ludic.train import trainer
     from ludic.train.learner import Learner
@@ -292,8 +293,8 @@ def _put_hooks_in(script: ModuleType, phases: _Phases) -> None:
     wrap(local, "_hand_over", "sync")
     wrap(trainer.GRPOTrainer, "_evaluate", "evaluation")
     wrap(trainer, "save_checkpoint", "checkpoint")
-    wrap(script, "_finish", "end")
-    script.save_reward_curve = lambda *args, **kwargs: None  # type: ignore[attr-defined]  # a picture takes two seconds
+    wrap(training, "finish", "end")
+    ending.save_reward_curve = lambda *args, **kwargs: None  # type: ignore[attr-defined]  # a picture takes two seconds
     append = jsonl.JsonlFile.append
 
     def append_or_tear(self: jsonl.JsonlFile, record: Mapping[str, object]) -> None:

@@ -26,11 +26,12 @@ from ludic.cli import (
     hide_loading_bars,
     prepare_out_dir,
     run_script,
+    say,
     server_url,
 )
 from ludic.commands import given_command
 from ludic.config import DEFAULT_MODEL
-from ludic.run import open_engine, require_server
+from ludic.run.engine import open_engine, require_server
 from ludic.storage.keys import read_api_key
 from ludic.survival.signals import at_once
 from ludic.task.hub import cache_without_hub
@@ -232,11 +233,6 @@ def write_json(path: Path, content: dict[str, object]) -> None:
     partial = Path(f"{path}.partial")
     partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     os.replace(partial, path)
-
-
-def say(line: str) -> None:
-    """A line of the script's own, at once even through a pipe."""
-    print(line, flush=True)
 
 
 def prepare(

@@ -5,7 +5,8 @@ used. `import ludic` alone therefore loads neither PyTorch nor transformers. Wha
 
     from ludic import GRPOConfig, GRPOTrainer, LocalEngine, Score
 
-docs/api.md has a complete program with a task of its own.
+`GRPOTrainer` is the whole loop; `training_samples`, `pack` and `Learner` are the pieces of a loop of one's own. docs/api.md
+has a complete program with a task of its own.
 """
 
 import importlib
@@ -25,8 +26,12 @@ if TYPE_CHECKING:
     from ludic.task.parsers import boxed_parser, last_number_parser
     from ludic.task.prompts import load_tokenizer
     from ludic.telemetry.loggers import make_logger
+    from ludic.train.advantages import training_samples
+    from ludic.train.learner import Learner
     from ludic.train.metrics import MetricLogger
-    from ludic.train.trainer import GRPOTrainer, TrainingSummary
+    from ludic.train.packing import pack
+    from ludic.train.summary import TrainingSummary
+    from ludic.train.trainer import GRPOTrainer
     from ludic.types import (
         ChatMessage,
         Completion,
@@ -48,6 +53,7 @@ __all__ = [
     "GRPOTrainer",
     "Grader",
     "InferenceEngine",
+    "Learner",
     "LocalEngine",
     "MetricLogger",
     "ParseResult",
@@ -71,7 +77,9 @@ __all__ = [
     "last_number_parser",
     "load_tokenizer",
     "make_logger",
+    "pack",
     "start_server",
+    "training_samples",
 ]
 
 _HOMES = {
@@ -84,6 +92,7 @@ _HOMES = {
     "GRPOTrainer": "train.trainer",
     "Grader": "task.grading",
     "InferenceEngine": "rollout.engine",
+    "Learner": "train.learner",
     "LocalEngine": "rollout.local",
     "MetricLogger": "train.metrics",
     "ParseResult": "types",
@@ -97,7 +106,7 @@ _HOMES = {
     "Score": "types",
     "ServerProcess": "inference.client.server_process",
     "TrainingSample": "types",
-    "TrainingSummary": "train.trainer",
+    "TrainingSummary": "train.summary",
     "VLLMEngine": "inference.client.vllm_client",
     "Verdict": "task.grading",
     "WeightSyncReport": "rollout.engine",
@@ -107,7 +116,9 @@ _HOMES = {
     "last_number_parser": "task.parsers",
     "load_tokenizer": "task.prompts",
     "make_logger": "telemetry.loggers",
+    "pack": "train.packing",
     "start_server": "inference.client.server_process",
+    "training_samples": "train.advantages",
 }
 """The module below `ludic` that defines each public name."""
 

@@ -141,6 +141,12 @@ def prepare_out_dir(path: str) -> Path:
     return folder
 
 
+def say(line: str) -> None:
+    """A line of a script's own on standard output, at once even through a pipe."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
 def hide_loading_bars() -> None:
     """No bars of transformers' own while it loads and saves: they write over our display, also when piped."""
     from transformers.utils import logging as transformers_logging

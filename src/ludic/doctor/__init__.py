@@ -21,8 +21,8 @@ __all__ = ["Finding", "check_token_ids", "quick_checks"]
 
 
 def quick_checks(
-    args: argparse.Namespace, config: GRPOConfig, tokenizer: "PreTrainedTokenizerBase"
+    args: argparse.Namespace, config: GRPOConfig, tokenizer: "PreTrainedTokenizerBase", *, num_checkpoints: int = 0
 ) -> Iterator[Finding]:
     """What every training run looks at before it loads its model: versions, GPUs, memory, disk, and a dry run of an update
-    and a checkpoint."""
-    return run_checks(quick_local_checks(args, config, lambda: tokenizer))
+    and a checkpoint. A resumed run has `num_checkpoints` already."""
+    return run_checks(quick_local_checks(args, config, lambda: tokenizer, num_checkpoints=num_checkpoints))

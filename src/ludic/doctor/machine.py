@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from ludic.cli import server_url
-from ludic.config import GRPOConfig, RunPaths
+from ludic.config import GRPOConfig
 from ludic.doctor.dry_run import check_architecture, check_saving, check_token_ids
 from ludic.doctor.findings import Check, Finding, failed, ok, warning
 from ludic.inference.server.server_help import VLLM_RANGE
@@ -57,14 +57,18 @@ def local_checks(args: argparse.Namespace, config: GRPOConfig) -> list[tuple[str
 
 
 def quick_local_checks(
-    args: argparse.Namespace, config: GRPOConfig, tokenizer: "Callable[[], PreTrainedTokenizerBase]"
+    args: argparse.Namespace,
+    config: GRPOConfig,
+    tokenizer: "Callable[[], PreTrainedTokenizerBase]",
+    *,
+    num_checkpoints: int = 0,
 ) -> list[tuple[str, Check]]:
     """Those that take seconds at most, which every training run makes."""
     return [
         ("versions", check_versions),
         ("GPUs", lambda: check_gpus(args)),
         ("memory", lambda: check_memory(args, config)),
-        ("disk", lambda: check_disk(args, config)),
+        ("disk", lambda: check_disk(args, config, num_checkpoints)),
         ("architecture", lambda: check_architecture(args, config)),
         ("saving", lambda: check_saving(args, config, tokenizer())),
     ]
@@ -333,11 +337,10 @@ def _free_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def check_disk(args: argparse.Namespace, config: GRPOConfig) -> Finding:
-    """Is there room for the checkpoints that stay, and the one that is being written?"""
+def check_disk(args: argparse.Namespace, config: GRPOConfig, num_checkpoints: int = 0) -> Finding:
+    """Is there room for the checkpoints that stay, beside the `num_checkpoints` that are there, and the one being written?"""
     from ludic.doctor.dry_run import model_shape
     from ludic.task.pretrained import stored_dtype
-    from ludic.train.checkpoint import list_checkpoints
 
     folder = Path(args.out_dir)
     while not folder.exists():
@@ -346,8 +349,7 @@ def check_disk(args: argparse.Namespace, config: GRPOConfig) -> Finding:
     parameters = empty.num_parameters()
     dtype = stored_dtype(shape)
     size = CHECKPOINT_BYTES + (0 if dtype.itemsize == 4 else dtype.itemsize)
-    there = len(list_checkpoints(RunPaths(out_dir=Path(args.out_dir)).checkpoints)) if vars(args).get("resume") else 0
-    need = (1 + max(0, config.keep_checkpoints - there)) * size * parameters
+    need = (1 + max(0, config.keep_checkpoints - num_checkpoints)) * size * parameters
     free = shutil.disk_usage(folder).free
     said = f"{_gib(need)} for the checkpoints that stay and the next one, {_gib(free)} free in {args.out_dir}"
     if not os.access(folder, os.W_OK):

@@ -12,7 +12,6 @@ import importlib.util
 import io
 import os
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,12 +20,12 @@ from typing import TYPE_CHECKING, TextIO
 from rich.console import Console
 
 from ludic.storage.inert import inert
-from ludic.storage.jsonl import JsonlFile, read_jsonl
+from ludic.storage.jsonl import read_jsonl
 from ludic.survival.signals import write_failure
 from ludic.telemetry.alarms import Alarms
 from ludic.telemetry.formatting import format_step, format_step_line
 from ludic.telemetry.live import LiveLogger
-from ludic.train.metrics import MetricLogger
+from ludic.train.metrics import JsonlLogger, MetricLogger
 
 if TYPE_CHECKING:
     from wandb import Run
@@ -202,28 +201,6 @@ class PrintLogger:
     def _write(self, line: str) -> None:
         self._stream.write(inert(line, _LINE_LIMIT) + "\n")
         self._stream.flush()  # a pipe is block-buffered, and a line that comes an hour late is of no use
-
-
-class JsonlLogger:
-    """`{"step": 3, "time": ..., "loss": ...}`, one line a call, written before the call returns.
-
-    `time` is Unix time in seconds. An event is `{"step": 3, "time": ..., "event": "..."}`.
-    """
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._file = JsonlFile(path)
-
-    def log(self, step: int, metrics: Mapping[str, float], /) -> None:
-        """Append the metrics of `step`."""
-        self._file.append({"step": step, "time": time.time(), **metrics})
-
-    def event(self, step: int, message: str, /) -> None:
-        """Append the message."""
-        self._file.append({"step": step, "time": time.time(), "event": message})
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
 
 
 class WandbLogger:

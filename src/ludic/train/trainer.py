@@ -17,7 +17,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
@@ -30,7 +30,7 @@ from ludic.rollout.problems import problems_digest
 from ludic.storage.jsonl import JsonlWriter
 from ludic.task.environment import Environment
 from ludic.task.pretrained import serving_files
-from ludic.task.prompts import encode_prompt
+from ludic.task.prompts import encode_prompt, load_tokenizer
 from ludic.train.advantages import training_samples
 from ludic.train.checkpoint import (
     CheckpointError,
@@ -43,14 +43,13 @@ from ludic.train.checkpoint import (
 from ludic.train.learner import Learner
 from ludic.train.learner_thread import LearnerThread, to_its_end
 from ludic.train.memory import fit_budget
-from ludic.train.metrics import MetricLogger
+from ludic.train.metrics import JsonlLogger, MetricLogger
 from ludic.train.schedule import DataOrder, check_same_data_order, schedule_factor
+from ludic.train.summary import TrainingSummary, summarise
 from ludic.train.update_batch import UpdateBatch, named
 from ludic.types import RolloutGroup, SamplingParams, TrainingSample
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
@@ -64,34 +63,6 @@ MAX_SKIPPED = 3
 """This many consecutive updates with a NaN or an infinity end the run: it would not recover."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainingSummary:
-    """What a run did. Accuracies are fractions of 1 under the flexible rule, None where nothing was evaluated.
-
-    `accuracy_before` is None, too, where it was measured on other problems, with another prompt or other sampling.
-    """
-
-    accuracy_before: float | None
-    accuracy_after: float | None
-    eval_problems: int
-    updates: int
-    seconds: float
-    rollouts: int
-    completion_tokens: int
-    last_checkpoint: str | None
-    evaluations: list[dict[str, Any]]
-    """Every evaluation's figures with its `step` and its `settings`."""
-
-    @property
-    def compared(self) -> list[dict[str, Any]]:
-        """The evaluations that can be held against the last one, and itself: those with its settings."""
-        return _comparable(self.evaluations)
-
-
-def _comparable(evaluations: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [one for one in evaluations if one.get("settings") == evaluations[-1].get("settings")]
-
-
 class GRPOTrainer(Generic[SampleT]):
     """Trains `model` with GRPO on the samples of one environment.
 
@@ -99,8 +70,13 @@ class GRPOTrainer(Generic[SampleT]):
 
     Args:
         model: the policy, on the device that trains.
-        reference_model: frozen, on the same device; needed if `config.kl_coef` is above 0.
         engine: generates with its own copy of the weights, which every update replaces.
+        model_name: folder or hub name, kept in checkpoints; by default the one that `model` was loaded from.
+        tokenizer: by default that of `model_name`.
+        metric_logger: by default the metrics file alone, without alarms; `make_logger` has both and a terminal.
+        paths: by default files in this folder, named after the environment's class in lower case.
+        train_prompts: the token ids of each training sample's prompt, where they are known already.
+        reference_model: frozen, on the same device; needed if `config.kl_coef` is above 0.
         resume_from: a checkpoint of this run, whose model was already loaded into `model`.
         task: further settings of the run (data set, prompt), kept in its checkpoints so that a resume can compare them.
         wandb_run_id: kept there too, so that a resumed run goes on with it.
@@ -108,7 +84,11 @@ class GRPOTrainer(Generic[SampleT]):
     On a GPU the model computes in bf16 from then on; `learner.masters` has its float32 weights.
 
     Raises:
-        ValueError: a prompt is too long, there is no data, or the model cannot be trained packed.
+        ValueError: a prompt is too long, there is no data, the model has no name, or it cannot be trained packed.
+
+    Example:
+        >>> trainer = GRPOTrainer(config=config, model=model, engine=engine, environment=Sums(), train_samples=sums)
+        >>> summary = asyncio.run(trainer.run())
     """
 
     def __init__(
@@ -116,14 +96,15 @@ class GRPOTrainer(Generic[SampleT]):
         *,
         config: GRPOConfig,
         model: "PreTrainedModel",
-        model_name: str,
-        tokenizer: "PreTrainedTokenizerBase",
         engine: InferenceEngine,
         environment: Environment[SampleT],
         train_samples: Sequence[SampleT],
-        eval_samples: Sequence[SampleT],
-        metric_logger: MetricLogger,
-        paths: RunPaths,
+        eval_samples: Sequence[SampleT] = (),
+        model_name: str | None = None,
+        tokenizer: "PreTrainedTokenizerBase | None" = None,
+        metric_logger: MetricLogger | None = None,
+        paths: RunPaths | None = None,
+        train_prompts: Sequence[list[int]] | None = None,
         eval_concurrency: int = 256,
         eval_max_tokens: int | None = None,
         model_dtype: torch.dtype = torch.float32,
@@ -134,6 +115,8 @@ class GRPOTrainer(Generic[SampleT]):
     ) -> None:
         if not train_samples:
             raise ValueError("there are no samples to train on")
+        model_name = model_name or _name_of(model)
+        tokenizer = load_tokenizer(model_name) if tokenizer is None else tokenizer
         self.config = config
         self.model = model
         self.tokenizer = tokenizer
@@ -141,8 +124,7 @@ class GRPOTrainer(Generic[SampleT]):
         self.environment = environment
         self.train_samples = train_samples
         self.eval_samples = eval_samples
-        self.metric_logger = metric_logger
-        self.paths = paths
+        self.paths = paths or RunPaths(out_dir=Path(), name=type(environment).__name__.lower())
         self._eval_concurrency = eval_concurrency
         self._eval_settings: dict[str, Any] = {
             "problems": problems_digest(eval_samples[: config.eval_limit], environment, tokenizer),
@@ -152,7 +134,7 @@ class GRPOTrainer(Generic[SampleT]):
         }
         self._model_dtype = model_dtype
         self._source_files = serving_files(model_name)
-        self._prompt_token_ids = self._tokenise(train_samples)
+        self._prompt_token_ids = self._tokenise(train_samples, train_prompts)
         self._order = DataOrder(seed=config.seed, num_samples=len(train_samples))
         self._settings = {**dataclasses.asdict(config), "num_train_samples": len(train_samples)}
         self.learner = Learner(config, model, reference_model=reference_model)
@@ -160,18 +142,27 @@ class GRPOTrainer(Generic[SampleT]):
         self.last_checkpoint: Path | None = None
         self._started, self._seconds_before = time.perf_counter(), 0.0
         if resume_from is not None:
-            self.last_checkpoint, state = resume_from
-            check_same_data_order(state, self._settings)
-            optimizer = self.learner.optimizer
-            load_optimizer(training_folder(self.last_checkpoint), optimizer, model=model)
-            for group in optimizer.param_groups:  # what this run was given, not what the checkpoint was made with
-                group["betas"] = (config.adam_beta1, config.adam_beta2)
-                group["fused"] = optimizer.defaults["fused"]
-            self.state = dataclasses.replace(state, config=self._settings)
+            self._take_up(*resume_from)
         self.state = dataclasses.replace(
             self.state, task=dict(task or {}), wandb_run_id=wandb_run_id or self.state.wandb_run_id
         )
         self._saved = self.state
+        self._own_logger: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+        if metric_logger is None:
+            metric_logger = JsonlLogger(self.paths.metrics)
+            self._own_logger = contextlib.closing(metric_logger)
+        self.metric_logger: MetricLogger = metric_logger
+
+    def _take_up(self, checkpoint: Path, state: TrainerState) -> None:
+        """Go on from a checkpoint whose model is loaded already."""
+        check_same_data_order(state, self._settings)
+        optimizer = self.learner.optimizer
+        load_optimizer(training_folder(checkpoint), optimizer, model=self.model)
+        for group in optimizer.param_groups:  # what this run was given, not what the checkpoint was made with
+            group["betas"] = (self.config.adam_beta1, self.config.adam_beta2)
+            group["fused"] = optimizer.defaults["fused"]
+        self.last_checkpoint = checkpoint
+        self.state = dataclasses.replace(state, config=self._settings)
 
     # -- the loop --------------------------------------------------------------------------------------------------
 
@@ -193,13 +184,14 @@ class GRPOTrainer(Generic[SampleT]):
                 await self._evaluate_if_due()
                 await self._checkpoint_if_due()
             await self._checkpoint_if_due()  # of what an earlier run was cut off in
-        return self._summary()
+        return summarise(self.state, self.last_checkpoint)
 
     @contextlib.asynccontextmanager
     async def _running(self) -> AsyncIterator[None]:
         """The run's thread, record of rollouts and generation ahead; at an early end, its last checkpoint."""
         self._started, self._seconds_before = time.perf_counter(), self.state.seconds
         with (
+            self._own_logger,
             JsonlWriter(self.paths.rollouts) as self._writer,
             LearnerThread(self.learner, self.state.policy_version) as self._policy,
         ):
@@ -459,31 +451,17 @@ class GRPOTrainer(Generic[SampleT]):
         figures = batch.figures() | {"policy_version": self.state.policy_version} | self.engine.counts()
         self.metric_logger.log(self.state.step, figures)
 
-    def _summary(self) -> TrainingSummary:
-        evaluations: list[dict[str, Any]] = self.state.evaluations
-        before = next((one for one in _comparable(evaluations) if one["step"] == 0), None)
-        after = evaluations[-1] if evaluations and evaluations[-1]["step"] == self.state.step > 0 else None
-        return TrainingSummary(
-            accuracy_before=before["accuracy"] if before else None,
-            accuracy_after=after["accuracy"] if after else None,
-            eval_problems=evaluations[-1]["num_problems"] if evaluations else 0,
-            updates=self.state.step,
-            seconds=self.state.seconds,
-            rollouts=self.state.rollouts,
-            completion_tokens=self.state.completion_tokens,
-            last_checkpoint=str(self.last_checkpoint) if self.last_checkpoint else None,
-            evaluations=evaluations,
-        )
-
-    def _tokenise(self, samples: Sequence[SampleT]) -> list[list[int]]:
-        """Every prompt's token ids, once for the whole run.
+    def _tokenise(self, samples: Sequence[SampleT], given: Sequence[list[int]] | None) -> Sequence[list[int]]:
+        """Every prompt's token ids, once for the whole run, or those that were `given`.
 
         Raises:
             ValueError: one of them is longer than `max_seq_len` allows, with its place and length.
         """
+        if given is not None and len(given) != len(samples):
+            raise ValueError(f"train_prompts holds {len(given)} prompts, train_samples {len(samples)} samples")
         token_ids = []
         for index, sample in enumerate(samples):
-            ids = encode_prompt(self.tokenizer, self.environment.messages(sample))
+            ids = encode_prompt(self.tokenizer, self.environment.messages(sample)) if given is None else given[index]
             if len(ids) > self.config.max_prompt_len:
                 raise ValueError(
                     f"the prompt of training sample {index} is {len(ids)} tokens, more than --max-seq-len "
@@ -491,6 +469,14 @@ class GRPOTrainer(Generic[SampleT]):
                 )
             token_ids.append(ids)
         return token_ids
+
+
+def _name_of(model: "PreTrainedModel") -> str:
+    if not model.name_or_path:
+        raise ValueError(
+            "this model was made in code and has no name: give model_name, the folder or hub name of its files"
+        )
+    return str(model.name_or_path)
 
 
 _EVAL_METRICS = ("accuracy", "strict_accuracy", "qwen_accuracy", "correct_rate", "parse_err_rate", "truncation_rate",
