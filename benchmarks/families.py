@@ -33,6 +33,7 @@ from benchmarks.make_policy import build_tokenizer
 from benchmarks.processes import PartError, ludic_server, required, run_and_write, serving
 from ludic.rollout.engine import PolicyWeights
 from ludic.rollout.errors import EngineError
+from ludic.train.model_folder import save_model
 from ludic.types import SamplingParams
 
 if TYPE_CHECKING:
@@ -64,7 +65,12 @@ FAMILIES: dict[str, Record] = {
     "gpt_neox": {"num_key_value_heads": 2},
     "starcoder2": {"residual_dropout": 0.0, "embedding_dropout": 0.0},
     "mixtral": {"num_local_experts": 4},
-    "phimoe": {"num_local_experts": 4},
+    "phimoe": {
+        "num_local_experts": 4,
+        "attention_bias": True,
+        "lm_head_bias": True,
+        "architectures": ["PhiMoEForCausalLM"],
+    },  # as the hub and vLLM spell it
     "qwen3_moe": _EXPERTS,
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2},
     "qwen2_moe": {**_EXPERTS, "shared_expert_intermediate_size": 64},
@@ -201,7 +207,8 @@ def measure_family(args: argparse.Namespace, family: str) -> Record:
     if args.no_server:
         return row
     folder = args.out / "models" / family
-    random_model(family, seed=0).save_pretrained(folder)
+    model = random_model(family, seed=0)
+    save_model(folder, model, model.state_dict(), torch.float32)
     build_tokenizer([], SHAPE["vocab_size"]).save_pretrained(folder)
     settings = {"max_model_len": CONTEXT, "dtype": "float32", "enforce_eager": True, "max_num_seqs": 8}
     spec = ludic_server(folder, settings, gpu=None, name=family)

@@ -122,6 +122,19 @@ def test_a_checkpoint_is_a_model_folder_that_transformers_loads(folder: Path, mo
     assert tokenizer.chat_template == make_tiny_tokenizer().chat_template
 
 
+@pytest.mark.parametrize(
+    ("loaded", "written"),
+    [("QWEN2forCausalLM", "QWEN2forCausalLM"), ("Qwen2Model", "Qwen2ForCausalLM"), (None, "Qwen2ForCausalLM")],
+)
+def test_every_checkpoint_names_the_architecture_in_the_spelling_that_it_was_loaded_with(
+    folder: Path, model: PreTrainedModel, loaded: str | None, written: str
+) -> None:
+    model.config.architectures = None if loaded is None else [loaded]
+    for step in (1, 2):
+        config = json.loads((save(folder, model, step) / "config.json").read_text())
+        assert config["architectures"] == [written]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_the_model_is_stored_in_the_dtype_that_its_config_names_and_the_masters_exactly(
     folder: Path, model: PreTrainedModel, dtype: torch.dtype
@@ -588,6 +601,24 @@ def test_a_resume_takes_the_newest_whole_checkpoint_and_says_what_it_passed_over
     remove(folder / "step_1" / "training" / "trainer_state.json")
     assert find_checkpoint(folder).path is None and len(find_checkpoint(folder).passed_over) == 3
     assert find_checkpoint(folder / "nowhere").path is None
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"format": 1, "files": {"config.json": {"size": 1e999, "sha256": "00"}}}',
+        '{"format": 1, "files": {"\\u0000": {"size": 1, "sha256": "00"}}}',
+        "[" * 100_000,
+    ],
+    ids=["a size beyond all numbers", "a name that no file can have", "nested without end"],
+)
+def test_a_checkpoint_with_a_damaged_manifest_is_passed_over(
+    folder: Path, model: PreTrainedModel, content: str
+) -> None:
+    whole, damaged = save(folder, model, 1), save(folder, model, 2)
+    (damaged / "manifest.json").write_text(content)
+    found = find_checkpoint(folder)
+    assert found.path == whole and len(found.passed_over) == 1 and "step_2" in found.passed_over[0]
 
 
 def test_a_checkpoint_without_a_manifest_is_unfinished(folder: Path, model: PreTrainedModel) -> None:

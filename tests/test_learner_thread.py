@@ -108,3 +108,20 @@ async def test_an_error_of_work_that_is_done_to_its_end_comes_before_the_cancell
     go_on.set()
     with pytest.raises(OSError, match="the disk is full"):
         await task
+
+
+async def test_a_call_that_has_not_begun_is_taken_back_at_once_when_it_is_cancelled() -> None:
+    learner: Any = StandIn()
+    with LearnerThread(learner, 0) as thread:
+        step = asyncio.create_task(thread.step(learning_rate=0.5))
+        await asyncio.to_thread(learner.in_the_middle.wait, 20)
+        called: list[int] = []
+        queued = asyncio.create_task(thread.call(called.append, 1))
+        await asyncio.sleep(0.05)
+        queued.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.wait_for(queued, 1.0)
+        assert not step.done()
+        learner.go_on.set()
+        await step
+    assert called == []

@@ -322,25 +322,35 @@ def test_a_resumed_run_gives_the_engine_its_weights_before_the_first_rollout(
     assert handed_over == [(2, True), (3, False)]
 
 
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ({"data": Path("x")}, "the task's setting 'data' cannot be kept in a checkpoint: .*PosixPath"),
+        ({"temperature": 2.0}, "the task has a setting 'temperature', and so has GRPOConfig"),
+    ],
+)
+def test_a_setting_of_a_task_that_no_checkpoint_could_keep_is_refused_at_once(
+    digit_policy_dir: Path, tmp_path: Path, task: dict[str, Any], message: str
+) -> None:
+    run = Run(digit_policy_dir, tmp_path)
+    with pytest.raises(ValueError, match=message):
+        GRPOTrainer(
+            config=run.config,
+            model=run.model,
+            engine=run.engine,
+            environment=AlwaysSeven(),
+            train_samples=range(5),
+            task=task,
+        )
+    asyncio.run(run.engine.aclose())
+
+
 def test_a_run_that_is_done_already_trains_no_more(digit_policy_dir: Path, tmp_path: Path) -> None:
     first = Run(digit_policy_dir, tmp_path, train_steps=2)
     summary = first.go()
     again = Run(digit_policy_dir, tmp_path, train_steps=2, resume=True)
     assert dataclasses.replace(again.go(), seconds=summary.seconds) == summary
     assert again.logger.updates() == [] and same_weights(first.model, again.model)
-
-
-def test_a_run_that_was_killed_before_it_removed_old_checkpoints_does_so_when_it_is_resumed(
-    digit_policy_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as killed:
-        for module in ("checkpoint", "trainer"):
-            killed.setattr(f"ludic.train.{module}.remove_old", lambda last, *, keep: None)
-        Run(digit_policy_dir, tmp_path, train_steps=3, save_every=1, keep_checkpoints=2, eval_limit=0).go()
-    run = Run(digit_policy_dir, tmp_path, train_steps=3, save_every=1, keep_checkpoints=2, eval_limit=0, resume=True)
-    assert len(list_checkpoints(run.paths.checkpoints)) == 3
-    run.go()
-    assert [path.name for path in list_checkpoints(run.paths.checkpoints)] == ["step_2", "step_3"]
 
 
 def test_checkpoints_are_written_at_their_steps_and_the_last_few_stay(digit_policy_dir: Path, tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def _read_manifest(checkpoint: Path) -> dict[str, tuple[int, str]]:
         raise CheckpointError(f"{path} is of format {record.get('format')!r:.40}, this version reads {_FORMAT}")
     try:
         return {name: (int(entry["size"]), entry["sha256"]) for name, entry in sorted(record["files"].items())}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{path} cannot be read: a size and a SHA-256 for every file were expected") from error
 
 
@@ -123,8 +123,8 @@ def _check_file(path: Path, size: int, digest: str) -> None:
         raise
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing") from None
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        raise CheckpointError(f"{path!s:.200} cannot be read: {error}") from error
 
 
 def _check_nothing_added(checkpoint: Path, files: Mapping[str, object]) -> None:
@@ -147,7 +147,7 @@ def read_json(path: Path) -> dict[str, Any]:
         record = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if not isinstance(record, dict):
         raise CheckpointError(f"{path} cannot be read: a JSON object was expected, not {type(record).__name__}")

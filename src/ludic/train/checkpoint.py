@@ -56,7 +56,6 @@ __all__ = [
     "masters_folder",
     "read_state",
     "recover_folder",
-    "remove_old",
     "save_checkpoint",
     "training_folder",
     "verify_checkpoint",
@@ -132,25 +131,18 @@ def save_checkpoint(
         _write(partial, model, weights, tokenizer, optimizer, state, model_dtype, source_files)
         write_manifest(partial)
         _put_in_place(partial, final)
-    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
+    except (OSError, SafetensorError, ValueError, TypeError, RuntimeError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
             f"checkpoint {final} could not be written ({_one_line(error)}); {_last_good(folder)}"
         ) from error
-    if final not in list_checkpoints(folder):
+    checkpoints = list_checkpoints(folder)
+    if final not in checkpoints:
         raise CheckpointError(f"checkpoint {final} was written and is gone again: the folder was removed or replaced")
-    remove_old(final, keep=keep)
-    return final
-
-
-def remove_old(last: Path, *, keep: int) -> None:
-    """Remove the checkpoints beside `last` but the `keep` newest up to it.
-
-    Those after it are of another attempt, which a resume from an earlier step left behind: they do not count.
-    """
-    step = checkpoint_step(last) or 0
-    for old in [path for path in list_checkpoints(last.parent) if (checkpoint_step(path) or 0) <= step][:-keep]:
+    # Those after this one are of another attempt, which a resume from an earlier step left behind: they do not count.
+    for old in checkpoints[: checkpoints.index(final) + 1][:-keep]:
         _remove(old)
+    return final
 
 
 def _last_good(folder: Path) -> str:

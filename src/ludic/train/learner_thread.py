@@ -58,14 +58,29 @@ class LearnerThread:
     async def call(
         self, function: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
     ) -> Result:
-        """The result of `function`. A cancellation waits for its end and is raised then."""
-        return await to_its_end(self._run(lambda: function(*args, **kwargs)))
+        """The result of `function`. A cancellation takes back a call that has not begun; another is waited for."""
+        future = self._executor.submit(function, *args, **kwargs)
+        result, cancelled = asyncio.wrap_future(future), None
+        while not result.done():
+            try:
+                await asyncio.wait([result])
+            except asyncio.CancelledError as error:
+                if future.cancel():
+                    raise
+                cancelled = error
+        if cancelled is not None and result.exception() is None:
+            raise cancelled
+        return result.result()
 
     async def read(self, reader: Callable[[torch.nn.Module, int], Result]) -> Result:
         """The result of `reader(model, version)`."""
         if self._closed:  # nobody changes the model any more
             return await asyncio.to_thread(self._read, reader)
         return await self.call(self._read, reader)
+
+    async def turn(self) -> None:
+        """Until the thread is free. What begins then, and cannot be taken back, waits for nobody else."""
+        await self.call(lambda: None)
 
     async def step(self, *, learning_rate: float, num_without_loss: int = 0) -> dict[str, float]:
         """`Learner.step`, which makes the next version, also where it skips the update. Raises what that raises."""
@@ -74,9 +89,6 @@ class LearnerThread:
     async def skip_step(self) -> None:
         """The next version has the same weights: there was nothing to train on."""
         await self.call(self._next_version)
-
-    async def _run(self, function: Callable[[], Result]) -> Result:
-        return await asyncio.wrap_future(self._executor.submit(function))
 
     def _read(self, reader: Callable[[torch.nn.Module, int], Result]) -> Result:
         if self.version is None:

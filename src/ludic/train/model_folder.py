@@ -1,7 +1,8 @@
 """Writes a model as the folder that `from_pretrained` and vLLM load, in the dtype that its config.json names.
 
 transformers writes what it is given and names the dtype that the model computes in; here the weights are cast on the way,
-and config.json names the dtype of the file, nested configurations (of a text or vision part) included.
+and config.json names the dtype of the file, nested configurations (of a text or vision part) included. The architecture keeps
+the spelling that it was loaded with: vLLM knows PhiMoEForCausalLM, which transformers would write as PhimoeForCausalLM.
 """
 
 import json
@@ -16,9 +17,12 @@ if TYPE_CHECKING:
 
 def save_model(folder: Path, model: "PreTrainedModel", weights: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
     """Write `weights` in `dtype` with the configurations of `model`; `weights` itself is left alone."""
-    model.save_pretrained(folder, state_dict=_cast(model, weights, dtype))
+    spelling = {name.lower(): name for name in model.config.architectures or ()}
+    model.save_pretrained(folder, state_dict=_cast(model, weights, dtype))  # sets `architectures` to the class's name
+    name = type(model).__name__
+    model.config.architectures = [spelling.get(name.lower(), name)]
     path = folder / "config.json"
-    config = json.loads(path.read_text())
+    config = json.loads(path.read_text()) | {"architectures": model.config.architectures}
     _name_dtype(config, str(dtype).removeprefix("torch."))
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 

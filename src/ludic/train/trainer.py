@@ -14,6 +14,7 @@ of its prompts. With a server, what is trained on in which micro-batch depends o
 import asyncio
 import contextlib
 import dataclasses
+import json
 import logging
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -36,7 +37,6 @@ from ludic.train.checkpoint import (
     CheckpointError,
     TrainerState,
     load_optimizer,
-    remove_old,
     save_checkpoint,
     training_folder,
 )
@@ -117,6 +117,7 @@ class GRPOTrainer(Generic[SampleT]):
             raise ValueError("there are no samples to train on")
         model_name = model_name or _name_of(model)
         tokenizer = load_tokenizer(model_name) if tokenizer is None else tokenizer
+        _check_task(task or {}, config)
         self.config = config
         self.model = model
         self.tokenizer = tokenizer
@@ -179,6 +180,7 @@ class GRPOTrainer(Generic[SampleT]):
                 self._submit_rollouts()
                 batch = await self._collect()  # trains on groups as they arrive
                 async with self._logged(batch):
+                    await self._policy.turn()
                     await to_its_end(self._step(batch))
                     batch.report = await self._sync()
                 await self._evaluate_if_due()
@@ -207,6 +209,7 @@ class GRPOTrainer(Generic[SampleT]):
             except CheckpointError:
                 raise
             except BaseException:
+                await self._rollouts.aclose()  # with it a recovery's sync, which would hold up the save
                 # Weights whose version is not the counted one belong to an update that failed half way.
                 if self.state.step > self._saved.step and self._policy.version == self.state.policy_version:
                     logger.warning("stopping at update %d; writing a checkpoint first", self.state.step)
@@ -408,8 +411,6 @@ class GRPOTrainer(Generic[SampleT]):
         due = step == config.train_steps or (config.save_every and step % config.save_every == 0)
         if due and self.state is not self._saved:
             await self.save()
-        elif due and self.last_checkpoint is not None:  # a run that was killed may not have come to this
-            await self._policy.call(remove_old, self.last_checkpoint, keep=config.keep_checkpoints)
 
     async def save(self) -> "Path":
         """Write a checkpoint of the last finished update; a cancellation waits until it is there.
@@ -477,6 +478,21 @@ def _name_of(model: "PreTrainedModel") -> str:
             "this model was made in code and has no name: give model_name, the folder or hub name of its files"
         )
     return str(model.name_or_path)
+
+
+def _check_task(task: Mapping[str, Any], config: GRPOConfig) -> None:
+    """A task's settings stand beside the run's, and are kept in checkpoints.
+
+    Raises:
+        ValueError: one of them has the name of a setting of the run, or cannot be written as JSON.
+    """
+    for name, value in task.items():
+        if hasattr(config, name):
+            raise ValueError(f"the task has a setting {name!r}, and so has GRPOConfig: give the task's another name")
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"the task's setting {name!r} cannot be kept in a checkpoint: {error}") from error
 
 
 _EVAL_METRICS = ("accuracy", "strict_accuracy", "qwen_accuracy", "correct_rate", "parse_err_rate", "truncation_rate",

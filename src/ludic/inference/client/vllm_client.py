@@ -44,6 +44,7 @@ from ludic.rollout.errors import (
     ServerRestartedError,
     ServerUnauthorizedError,
     ServerUnreachableError,
+    WeightSyncError,
 )
 from ludic.task.pretrained import load_config
 from ludic.types import Completion, SamplingParams
@@ -139,6 +140,8 @@ class VLLMEngine:
         self._boot: str | None = None
         self._num_syncs = 0
         self._sync: WeightSync | None = None
+        self._given_up: WeightSync | None = None
+        """That of a server that was lost: what still waits to begin a sync with it must not."""
 
     @property
     def policy_version(self) -> int:
@@ -189,6 +192,7 @@ class VLLMEngine:
             handshake.check_head_dtype(info, self._fp32_head)
         if self._sync is not None:
             await asyncio.to_thread(self._sync.close)  # NCCL may take seconds to let go of a server that is gone
+        self._given_up = None
         self._sync = WeightSync(
             self.control,
             transport=info["transfer_backend"],
@@ -371,6 +375,7 @@ class VLLMEngine:
     def abort_sync(self, reason: str) -> None:
         """End a weight sync that still waits for a server that is known to be lost."""
         if self._sync is not None:
+            self._given_up = self._sync
             self._sync.abort(reason)
 
     async def update_weights(self, policy: Policy) -> WeightSyncReport:
@@ -393,7 +398,7 @@ class VLLMEngine:
     async def _to_its_end(self, sync: WeightSync, policy: Policy) -> WeightSyncReport:
         """Run the sync. A cancellation leaves it some seconds: one that is broken off leaves a paused server."""
         syncing = asyncio.ensure_future(
-            policy.read(lambda model, version: sync.sync(cast("PreTrainedModel", model), version))
+            policy.read(lambda model, version: self._send(sync, cast("PreTrainedModel", model), version))
         )
         try:
             return await asyncio.shield(syncing)
@@ -406,6 +411,11 @@ class VLLMEngine:
                 if syncing.done():
                     syncing.exception()  # retrieved, so that asyncio does not report it
             raise
+
+    def _send(self, sync: WeightSync, model: "PreTrainedModel", policy_version: int) -> WeightSyncReport:
+        if sync is self._given_up or sync is not self._sync:  # while this waited for its turn on the policy's thread
+            raise WeightSyncError(f"weight sync {policy_version} was given up before it began: the server was lost")
+        return sync.sync(model, policy_version)
 
     async def aclose(self) -> None:
         if self._session is not None:

@@ -49,6 +49,8 @@ if TYPE_CHECKING:
 POLL_S = 0.25
 REFUSAL_GRACE_S = 5.0
 """How long a transfer may take to notice by itself that the server has refused it."""
+LEAVE_S = 10.0
+"""For a transport to leave a transfer that failed."""
 SETTLE_S = 3.0
 """For the one call by which a server is left paused, or running, after a sync that failed."""
 STAYS_PAUSED = (
@@ -281,7 +283,8 @@ class WeightSync:
 def _cut_off(talk: _Talk, control: ServerControl) -> str:
     """End what is left of a conversation, and leave the server as it should be; says how, for the end of an error."""
     talk.control.give_up()
-    talk.transport.abort()
+    with contextlib.suppress(TimeoutError):  # NCCL may never let go of a link
+        BackgroundCall(talk.transport.abort).result(LEAVE_S)
     if not talk.transport.touched:
         if talk.pausing and not talk.found_paused:
             with contextlib.suppress(EngineError):
