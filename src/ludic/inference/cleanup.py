@@ -201,7 +201,7 @@ def _parent_ends_first(parent_pid: int, group: int) -> bool:
 
 
 def _pidfd(pid: int) -> int | None:
-    """A descriptor of a process that need not be a child of this one; None where there is no such thing."""
+    """A descriptor of a process that need not be a child of this one; None where the system has no such descriptors."""
     try:
         return os.pidfd_open(pid)
     except (AttributeError, OSError):  # another system, a sandbox without this call, or the process is gone

@@ -279,7 +279,9 @@ class RequireApiKey:
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
-        hashes: list[str] = json.loads(os.environ[KEY_HASHES_VARIABLE])  # never open for want of it
+        hashes: list[str] = json.loads(
+            os.environ[KEY_HASHES_VARIABLE]
+        )  # a missing variable is an error, never an open server
         self._keys = [bytes.fromhex(one) for one in hashes]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -146,7 +146,7 @@ def _set_attention(model: PreTrainedModel) -> None:
 @torch.inference_mode()
 def _trial_gap(model: PreTrainedModel) -> float:
     """How far the log-probs of a completion behind a padded prompt are from those of a plain forward pass; 0 where the
-    weights give no numbers, of which the first request will tell."""
+    weights give no finite numbers, which the first request reports."""
     vocabulary: int = model.config.get_text_config().vocab_size
     prompts = [tuple(token % vocabulary for token in range(1, length)) for length in (4, 7)]
     ids = torch.tensor([prompts[0]], device=model.device)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def finish(
     paths: RunPaths, summary: "TrainingSummary", *, model: str, seconds: float, before: "TrainerState | None"
 ) -> None:
-    """Write the summary and the curve, and say what came of a run that took this process `seconds` since `before`."""
+    """Write the summary and the curve, and print the result of a run that took this process `seconds` since `before`."""
     own = {
         name: getattr(summary, name) - (getattr(before, counted) if before else 0)
         for name, counted in (

@@ -1,4 +1,4 @@
-"""One training run as the flags describe it: prepare, open the engine, load the policy, train, say what came of it.
+"""One training run as the flags describe it: prepare, open the engine, load the policy, train, print the result.
 
 What it raises is a user's mistake in one line, as `ludic.cli.run_script` says it; everything else is a bug. An early end
 leaves a checkpoint, and the command that continues it on standard error.

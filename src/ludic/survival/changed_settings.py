@@ -1,7 +1,7 @@
-"""Which settings of a resumed run are others than its checkpoint's, and would make it another run.
+"""Which settings of a resumed run differ from its checkpoint's in a way that changes the run.
 
 A setting alters a run if it changes what is sampled, the loss, an optimizer step, or what its evaluations are compared
-with. The others are listed here with the reason why they do not; a setting that nobody has thought about alters it.
+with. Settings that do not are listed here with the reason; a setting that is not listed counts as altering the run.
 """
 
 import itertools
@@ -79,7 +79,7 @@ def _alters(name: str, stored: Mapping[str, Any], given: Mapping[str, Any], step
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON gives it back, told apart from one of another type that Python calls equal."""
+    """A value as JSON returns it, tagged so that equal values of different types (1 and True) stay different."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

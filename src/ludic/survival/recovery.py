@@ -98,7 +98,7 @@ class RecoveringEngine:
         self._max_seq_len: int | None = None
         self._probe: list[int] | None = None
         self._policy: Policy | None = None
-        """Whose weights the server is to hold."""
+        """The policy whose weights the server must hold."""
         self._syncing = asyncio.Lock()
         self._proven = asyncio.Event()
         """Not set while a sync is under way: the server may compute with new weights that are not proven yet."""

@@ -264,8 +264,8 @@ class Learner:
                 learning_rate=learning_rate,
                 other=broken,
             )
-            if found.weights:  # no update of ours does that, and none mends it
-                self.stepped = True  # in the sense that matters: they belong to no update, and must not be saved
+            if found.weights:  # damaged from outside: no update here does that, and none repairs it
+                self.stepped = True  # the weights belong to no update, so they must not be saved
                 self.nonfinite = found
                 raise FloatingPointError(found.describe())
             return figures, found

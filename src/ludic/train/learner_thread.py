@@ -58,7 +58,7 @@ class LearnerThread:
     async def call(
         self, function: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
     ) -> Result:
-        """The result of `function`. A cancellation takes back a call that has not begun; another is waited for."""
+        """The result of `function`. A cancellation withdraws a call that has not begun; a running call is waited for."""
         future = self._executor.submit(function, *args, **kwargs)
         result, cancelled = asyncio.wrap_future(future), None
         while not result.done():

@@ -231,7 +231,7 @@ class GRPOTrainer(Generic[SampleT]):
         """Start the rollouts of the next update, and of as many after it as the staleness allows.
 
         An engine whose runs repeat bit for bit does not generate beyond the next checkpoint: what is resumed from it has
-        nothing but the policy of that moment, and has to come to the same.
+        nothing but the policy of that moment, and must give the same result.
         """
         step, config = self.state.step + 1, self.config
         last = min(step + config.max_staleness, config.train_steps)

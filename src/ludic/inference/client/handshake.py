@@ -47,7 +47,7 @@ _PROBE_CHAT: list[ChatMessage] = [
 _PROBE_TEXT = "Tom has 3 boxes of 12 eggs. He sells 5, so 3 * 12 - 5 = 31 are left: \\boxed{31}. Überraschung!"
 
 _PASS_ON = (ServerLostError, ServerUnauthorizedError, ServerInUseError)
-"""What is an answer to no question of ours."""
+"""Errors that end the handshake: the server is gone, or is not to be used by this caller."""
 
 
 def start_command(base_url: str, model: str) -> str:
@@ -253,7 +253,7 @@ class ServerState:
     boot: str | None
     """Names this start of it; None for one that is not ludic's."""
     weights: Mapping[str, Any] | None
-    """Whose weights it holds, as `server_guard` says it; None for those that it was started with."""
+    """The owner of its weights, as `server_guard` reports it; None for the weights that it was started with."""
 
     @property
     def policy_version(self) -> int:

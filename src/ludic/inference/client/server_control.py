@@ -193,7 +193,7 @@ class ServerControl:
         """`request`, whose answer must be an object with these names.
 
         Raises:
-            ServerLostError: it is something else, so that what answers there is no server of ours, or none that works.
+            ServerLostError: it is anything else, so the address is not served by a working ludic server.
         """
         answer = self.request(method, path, **options)
         if not isinstance(answer, dict) or not answer.keys() >= set(names):

@@ -73,7 +73,7 @@ WARN_EVERY_S = 5.0
 SYNC_GRACE_S = 2.5
 """What a weight sync may still take once the run is interrupted, and again what tearing it down may take."""
 TRANSIENT_STATUS = frozenset({408, 425, 429})
-"""Of those from 400 to 499, which blame the request. Any other is a server's, or somebody's between, who may think again."""
+"""Statuses from 400 to 499 that may change on another attempt. Other 4xx blame the request; 5xx are always tried again."""
 
 
 class VLLMEngine:

@@ -1,4 +1,4 @@
-"""Which weights an evaluation scores: whose they are, in words, and a fingerprint by which two passes can be compared.
+"""Which weights an evaluation scores: their owner in words, and a fingerprint to compare two passes.
 
 A server of ours says both: its guard knows the run that sent them, and its workers digest what they hold. Of plain vLLM, and
 of a model that is decoded in this process, the files' sizes, times and headers stand in, which differ where a folder was

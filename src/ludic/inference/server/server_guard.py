@@ -1,4 +1,4 @@
-"""Guards ludic's vLLM server: which start of it this is, which trainer it belongs to, and how large a body may be.
+"""Guards ludic's vLLM server: it names each start, leases the server to one trainer at a time, and limits bodies.
 
 `ServerGuard` is an ASGI middleware in front of all routes, and behind the check of the API key. It does three things.
 
@@ -124,7 +124,7 @@ class ServerGuard:
         self.boot = os.environ.get(BOOT_VARIABLE) or new_boot()
         self.lease = TrainerLease(clock)
         self._weights: dict[str, Any] | None = None
-        """Whose weights the server holds, as `GET` says it; None for those that it was started with."""
+        """The owner of the weights, as `GET` reports it; None for the weights that the server was started with."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":

@@ -11,7 +11,7 @@ kind, then at every tenth (`probe_every`), and at each sync where the server's m
 see what digests cannot, once the two policies differ by more than `sync_probe.PROBE_GAP_LIMIT`.
 
 Everything has a deadline, and the server's own words are in the error. A sync that fails before anything was sent lets the
-server go on; after that it stays paused, since half replaced weights serve nobody, and the next sync of whichever trainer
+server go on; after that it stays paused, since its weights may be half replaced, and the next sync of any trainer
 sets it right. Whatever a failed sync leaves behind, a thread in a call that does not end included, is cut off: it can reach
 neither the server nor the GPU any more.
 
@@ -52,7 +52,7 @@ REFUSAL_GRACE_S = 5.0
 LEAVE_S = 10.0
 """For a transport to leave a transfer that failed."""
 SETTLE_S = 3.0
-"""For the one call by which a server is left paused, or running, after a sync that failed."""
+"""Timeout of the one call that pauses or resumes the server after a failed sync."""
 STAYS_PAUSED = (
     "the server stays paused, because its weights may be half replaced: the next sync sets it right, or a restart"
 )
