@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 
 import pytest
-from datasets import Dataset
 
 from ludic.task.datafiles import read_rows, split_files
 
@@ -57,6 +56,8 @@ def test_a_file_is_read_by_its_name_and_unpacked_by_its_content(tmp_path: Path, 
     if "csv" in name:
         path.write_bytes(b"\xef\xbb\xbfquestion,answer\r\nHow many?,#### 18\r\n")
     elif "parquet" in name:
+        from datasets import Dataset  # not in the environment of the tests marked `vllm`, which collect this file too
+
         Dataset.from_list([ROW]).to_parquet(path)
     else:
         path.write_bytes(LINE)
