@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import hypothesis
 import pytest
 import torch
 
@@ -32,6 +33,10 @@ if TYPE_CHECKING:
 for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(_number) is signal.SIG_IGN:
         signal.signal(_number, _handler)
+
+# How long it takes to draw inputs depends on what else the machine does; the first draw of a text also makes tables.
+hypothesis.settings.register_profile("ludic", suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("ludic")
 
 TARGET = 7
 """The answer to every question of the digit problems."""

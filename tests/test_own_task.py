@@ -17,7 +17,7 @@ from ludic import GRPOConfig, GRPOTrainer, LocalEngine
 from ludic.config import RunPaths, from_arguments
 from ludic.run import preparation
 from ludic.task import prompts
-from ludic.train import trainer as trainer_module
+from ludic.train import inputs
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "sums.py"
 FLAGS = [
@@ -129,7 +129,7 @@ def test_every_training_prompt_is_tokenised_once(
         encoded.append(messages[-1]["content"])
         return prompts.encode_prompt(tokenizer, messages, **more)
 
-    for module in (preparation, trainer_module):
+    for module in (preparation, inputs):
         monkeypatch.setattr(module, "encode_prompt", encode)
     words = ["--model", str(digit_policy_dir), "--out-dir", str(tmp_path), *FLAGS, "--train-steps", "1", "--no-checks"]
     args = sums.build_parser().parse_args([*words, "--eval-limit", "0"])

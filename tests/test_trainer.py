@@ -623,6 +623,34 @@ async def test_a_cancelled_run_saves_its_last_finished_update(
         assert same_weights(load(checkpoint), run.model)
 
 
+async def test_a_second_cancellation_while_generation_is_ended_does_not_cost_the_checkpoint(
+    digit_policy_dir: Path, tmp_path: Path
+) -> None:
+    class EndsSlowly(StopsInUpdate):
+        async def generate(
+            self, prompt_token_ids: Sequence[int], *, num_completions: int, sampling: SamplingParams
+        ) -> list[Completion]:
+            try:
+                return await super().generate(prompt_token_ids, num_completions=num_completions, sampling=sampling)
+            except asyncio.CancelledError:
+                ending.set()
+                await asyncio.sleep(0.3)
+                raise
+
+    ending = asyncio.Event()
+    run = Run(digit_policy_dir, tmp_path, train_steps=5, eval_limit=0)
+    run.trainer.engine = engine = EndsSlowly(run.engine, 2)
+    training = asyncio.create_task(run.trainer.run())
+    await engine.reached.wait()
+    training.cancel()
+    await ending.wait()
+    training.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await training
+    await engine.aclose()
+    assert [path.name for path in list_checkpoints(run.paths.checkpoints)] == ["step_2"]
+
+
 async def test_a_checkpoint_that_is_there_already_is_not_written_again_by_a_cancelled_run(
     digit_policy_dir: Path, tmp_path: Path
 ) -> None:

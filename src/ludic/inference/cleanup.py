@@ -190,7 +190,7 @@ def _parent_ends_first(parent_pid: int, group: int) -> bool:
     while exists(parent_pid):
         if not _group_exists(group):
             return False
-        # Linux: readable at the end of a process, even while nobody has reaped it.
+        # Linux: readable at the end of a process, even before it is reaped.
         descriptors = [descriptor for descriptor in watched if descriptor is not None]
         ended, _, _ = select.select(descriptors, [], [], 1.0 if len(descriptors) == 2 else POLL_S)
         if watched[0] in ended:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 from ludic.cli import check_engine_arguments, expand_home, prepare_out_dir, say
 from ludic.commands import given_command
 from ludic.config import GRPOConfig, RunPaths, from_arguments
+from ludic.doctor.machine import trainer_device
 from ludic.run.ending import finish
 from ludic.run.engine import open_engine, require_server
 from ludic.run.preparation import Parts, prepare
@@ -210,8 +211,7 @@ def training_device(args: argparse.Namespace) -> Any:
 
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    shared = args.start_server and not args.server_gpu and torch.cuda.device_count() > 1
-    device = torch.device("cuda", 1 if shared else 0)
+    device = torch.device("cuda", trainer_device(args))
     torch.cuda.set_device(device)
     return device
 

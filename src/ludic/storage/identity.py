@@ -57,7 +57,7 @@ def is_alive(identity: Mapping[str, object]) -> bool | None:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # somebody else's process
+    except PermissionError:  # another user's process
         pass
     if here is None:  # a system without /proc: that a process has this number is all that can be seen
         return True

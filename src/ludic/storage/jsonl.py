@@ -176,7 +176,7 @@ class JsonlWriter:
 
     def _work(self) -> None:
         while (record := self._queue.get()) is not None:
-            if self._error is None:  # after an error the queue is still emptied, so that nobody waits for ever
+            if self._error is None:  # after an error the queue is still emptied, so that no caller waits for ever
                 try:
                     self._file.append(record)
                 except (OSError, TypeError, ValueError, RecursionError, MemoryError) as error:

@@ -58,7 +58,7 @@ def read_key_file(path: str) -> list[str]:
     others may write is refused, since they would choose the key.
 
     Raises:
-        ValueError: there is no key in it, or something that is none; it cannot be read, or others may write it. One line
+        ValueError: it holds no key, or a line that is not a key; it cannot be read, or others may write it. One line
             with the fix.
     """
     source = f"--api-key-file {path}"

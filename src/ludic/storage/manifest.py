@@ -3,7 +3,7 @@
 A folder without it is unfinished. One with it is whole if every file is there, as long as it was and with the same bytes;
 a file beside them that a model loader would read counts as damage too, since it could change what is loaded.
 
-Left out: a signature, and every defence against whoever can write into the folder, which SECURITY.md declares trusted. A
+Left out: a signature, and every defence against a user who can write into the folder, which SECURITY.md declares trusted. A
 checksum finds what a disk, a copy or a person changed by accident.
 """
 

@@ -84,7 +84,7 @@ class RunLock:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         # The file stays: were it removed, a third run could lock a new one while a second waits for this. What it says is
-        # taken back; where the folder is gone or its disk fails, nobody reads it.
+        # taken back; where the folder is gone or its disk fails, it does not matter.
         with contextlib.suppress(OSError):
             os.truncate(self.path, 0)
         self._lock.release()

@@ -275,9 +275,9 @@ class _Forgiving(io.RawIOBase):
         while left:
             try:
                 left = left[os.write(self._descriptor, left) :]
-            except BlockingIOError:  # somebody made it non-blocking
+            except BlockingIOError:  # the stream was made non-blocking
                 select.select([], [self._descriptor], [])
-            except OSError as error:  # the terminal was closed, nobody reads the pipe, the disk is full
+            except OSError as error:  # the terminal or the pipe was closed, the disk is full
                 self.failure = error
                 break
         return size
@@ -297,7 +297,7 @@ def keep_standard_streams() -> None:
     """Let no write to standard output or error end the script, whatever becomes of the terminal, the pipe or the disk.
 
     Streams that were closed are opened on /dev/null, so that no file of ours takes their numbers. Characters that the
-    locale's encoding lacks are escaped. Streams that somebody put in place of Python's own are left alone.
+    locale's encoding lacks are escaped. Streams that replace Python's own are left alone.
     """
     while True:
         descriptor = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)

@@ -95,7 +95,7 @@ class _Process:
 
     def kill(self) -> None:
         """Its forks too. Safe to call again, from any thread."""
-        if self.popen.returncode is None:  # Until then its id, and with it the group's, is nobody else's.
+        if self.popen.returncode is None:  # Until it is reaped, no other process or group can have its id.
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.popen.pid, signal.SIGKILL)
 
@@ -177,7 +177,7 @@ class GradingPool:
         self._fail_all(_CLOSED)
 
     def _run_a_process(self) -> None:
-        """Until it ends, whoever ends it. Raises RuntimeError or OSError where it cannot be started."""
+        """Until it ends. Raises RuntimeError or OSError where it cannot be started."""
         with self._lock:
             if self._closed:
                 return
@@ -192,7 +192,7 @@ class GradingPool:
 
     def _talk(self, process: _Process) -> None:
         outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        # A thread of its own: whoever asks must not wait for a full socket, and neither must who reads the replies.
+        # A thread of its own: neither the caller nor the reader of replies must wait for a full socket.
         writer = threading.Thread(target=_write, args=(process, outbox), name="ludic-grader-out", daemon=True)
         with self._lock:
             crashed = [number for number, asked in self._open.items() if asked.num_starts >= MAX_STARTS_PER_QUESTION]

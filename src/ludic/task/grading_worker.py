@@ -292,7 +292,7 @@ class _Keeper:
         return child
 
     def _end(self, child: _Child) -> None:
-        """Kill it, and wait for that: until then nobody else can have its process id."""
+        """Kill it and reap it: until then no other process can have its id."""
         del self.children[child.connection]
         os.kill(child.pid, signal.SIGKILL)
         os.waitpid(child.pid, 0)

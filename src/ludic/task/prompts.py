@@ -34,7 +34,7 @@ _TEMPLATE_ERRORS = (
     AttributeError,
     RecursionError,
 )
-"""What a template that somebody else wrote can end with. transformers renders it in jinja2's sandbox."""
+"""What a chat template can raise. transformers renders it in jinja2's sandbox."""
 
 _USER_TURN: ChatMessage = {"role": "user", "content": "1 + 1"}
 _CHATS: list[list[ChatMessage]] = [[{"role": "system", "content": "Be brief."}, _USER_TURN], [_USER_TURN]]

@@ -64,7 +64,7 @@ def comparison_table(
 
 
 def _table(title: str) -> Table:
-    """An empty table. Its title may hold the name of somebody's model, so it is text and not markup."""
+    """An empty table. Its title may hold a model's name, so it is text and not markup."""
     heading = Text(inert(title)) if title else None
     return Table(title=heading, box=box.SIMPLE_HEAD, title_style="bold", title_justify="left")
 

@@ -74,12 +74,12 @@ class LearnerThread:
 
     async def read(self, reader: Callable[[torch.nn.Module, int], Result]) -> Result:
         """The result of `reader(model, version)`."""
-        if self._closed:  # nobody changes the model any more
+        if self._closed:  # the model does not change any more
             return await asyncio.to_thread(self._read, reader)
         return await self.call(self._read, reader)
 
     async def turn(self) -> None:
-        """Until the thread is free. What begins then, and cannot be taken back, waits for nobody else."""
+        """Wait until the thread is free, so that a call that cannot be withdrawn begins at once."""
         await self.call(lambda: None)
 
     async def step(self, *, learning_rate: float, num_without_loss: int = 0) -> dict[str, float]:

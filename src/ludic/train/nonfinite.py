@@ -1,6 +1,6 @@
 """What was not finite in an update that had to be skipped, and what a person can do about it.
 
-Looked at only once a skip is certain, when nobody minds another wait for the device. It finds where the numbers broke;
+Looked at only once a skip is certain, when another wait for the device does not matter. It finds where the numbers broke;
 left out is why they did: that takes the samples of the update, which are in the rollouts file.
 """
 

@@ -14,7 +14,6 @@ of its prompts. With a server, what is trained on in which micro-batch depends o
 import asyncio
 import contextlib
 import dataclasses
-import json
 import logging
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -31,7 +30,7 @@ from ludic.rollout.problems import problems_digest
 from ludic.storage.jsonl import JsonlWriter
 from ludic.task.environment import Environment
 from ludic.task.pretrained import serving_files
-from ludic.task.prompts import encode_prompt, load_tokenizer
+from ludic.task.prompts import load_tokenizer
 from ludic.train.advantages import training_samples
 from ludic.train.checkpoint import (
     CheckpointError,
@@ -40,6 +39,7 @@ from ludic.train.checkpoint import (
     save_checkpoint,
     training_folder,
 )
+from ludic.train.inputs import check_task, name_of, prompt_token_ids
 from ludic.train.learner import Learner
 from ludic.train.learner_thread import LearnerThread, to_its_end
 from ludic.train.memory import fit_budget
@@ -115,9 +115,9 @@ class GRPOTrainer(Generic[SampleT]):
     ) -> None:
         if not train_samples:
             raise ValueError("there are no samples to train on")
-        model_name = model_name or _name_of(model)
+        model_name = model_name or name_of(model)
         tokenizer = load_tokenizer(model_name) if tokenizer is None else tokenizer
-        _check_task(task or {}, config)
+        check_task(task or {}, config)
         self.config = config
         self.model = model
         self.tokenizer = tokenizer
@@ -135,7 +135,14 @@ class GRPOTrainer(Generic[SampleT]):
         }
         self._model_dtype = model_dtype
         self._source_files = serving_files(model_name)
-        self._prompt_token_ids = self._tokenise(train_samples, train_prompts)
+        self._prompt_token_ids = prompt_token_ids(
+            train_samples,
+            train_prompts,
+            environment,
+            tokenizer,
+            max_len=config.max_prompt_len,
+            max_seq_len=config.max_seq_len,
+        )
         self._order = DataOrder(seed=config.seed, num_samples=len(train_samples))
         self._settings = {**dataclasses.asdict(config), "num_train_samples": len(train_samples)}
         self.learner = Learner(config, model, reference_model=reference_model)
@@ -185,7 +192,7 @@ class GRPOTrainer(Generic[SampleT]):
                     batch.report = await self._sync()
                 await self._evaluate_if_due()
                 await self._checkpoint_if_due()
-            await self._checkpoint_if_due()  # of what an earlier run was cut off in
+            await self._checkpoint_if_due()  # of an evaluation that an earlier run was cut off in
         return summarise(self.state, self.last_checkpoint)
 
     @contextlib.asynccontextmanager
@@ -209,14 +216,19 @@ class GRPOTrainer(Generic[SampleT]):
             except CheckpointError:
                 raise
             except BaseException:
-                await self._rollouts.aclose()  # with it a recovery's sync, which would hold up the save
-                # Weights whose version is not the counted one belong to an update that failed half way.
-                if self.state.step > self._saved.step and self._policy.version == self.state.policy_version:
-                    logger.warning("stopping at update %d; writing a checkpoint first", self.state.step)
-                    await self.save()
+                try:
+                    await self._rollouts.aclose()  # with it a recovery's sync, which would hold up the save
+                finally:  # also where a second cancellation cuts that short
+                    await self._save_last_update()
                 raise
             finally:
                 await self._rollouts.aclose()
+
+    async def _save_last_update(self) -> None:
+        # Weights whose version is not the counted one belong to an update that failed half way.
+        if self.state.step > self._saved.step and self._policy.version == self.state.policy_version:
+            logger.warning("stopping at update %d; writing a checkpoint first", self.state.step)
+            await self.save()
 
     # -- one update ------------------------------------------------------------------------------------------------
 
@@ -451,48 +463,6 @@ class GRPOTrainer(Generic[SampleT]):
     def _log(self, batch: UpdateBatch) -> None:
         figures = batch.figures() | {"policy_version": self.state.policy_version} | self.engine.counts()
         self.metric_logger.log(self.state.step, figures)
-
-    def _tokenise(self, samples: Sequence[SampleT], given: Sequence[list[int]] | None) -> Sequence[list[int]]:
-        """Every prompt's token ids, once for the whole run, or those that were `given`.
-
-        Raises:
-            ValueError: one of them is longer than `max_seq_len` allows, with its place and length.
-        """
-        if given is not None and len(given) != len(samples):
-            raise ValueError(f"train_prompts holds {len(given)} prompts, train_samples {len(samples)} samples")
-        token_ids = []
-        for index, sample in enumerate(samples):
-            ids = encode_prompt(self.tokenizer, self.environment.messages(sample)) if given is None else given[index]
-            if len(ids) > self.config.max_prompt_len:
-                raise ValueError(
-                    f"the prompt of training sample {index} is {len(ids)} tokens, more than --max-seq-len "
-                    f"{self.config.max_seq_len} allows with one token for an answer"
-                )
-            token_ids.append(ids)
-        return token_ids
-
-
-def _name_of(model: "PreTrainedModel") -> str:
-    if not model.name_or_path:
-        raise ValueError(
-            "this model was made in code and has no name: give model_name, the folder or hub name of its files"
-        )
-    return str(model.name_or_path)
-
-
-def _check_task(task: Mapping[str, Any], config: GRPOConfig) -> None:
-    """A task's settings stand beside the run's, and are kept in checkpoints.
-
-    Raises:
-        ValueError: one of them has the name of a setting of the run, or cannot be written as JSON.
-    """
-    for name, value in task.items():
-        if hasattr(config, name):
-            raise ValueError(f"the task has a setting {name!r}, and so has GRPOConfig: give the task's another name")
-        try:
-            json.dumps(value)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"the task's setting {name!r} cannot be kept in a checkpoint: {error}") from error
 
 
 _EVAL_METRICS = ("accuracy", "strict_accuracy", "qwen_accuracy", "correct_rate", "parse_err_rate", "truncation_rate",

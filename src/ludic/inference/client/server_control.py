@@ -170,7 +170,7 @@ class ServerControl:
         """Send once, and once more where a kept connection turned out to be closed before any answer.
 
         A server closes connections that were idle for some seconds, and all of them when it restarts; it has then not read
-        the request. Were it to die over a request instead, nobody would be there for the second attempt.
+        the request. If the request itself hit the dead connection, there would be no second attempt.
         """
 
         def send() -> requests.Response:
@@ -301,7 +301,7 @@ class ServerControl:
         body = {"trainer": trainer, "policy_version": policy_version}
         try:
             self.request("PUT", TRAINER_PATH, json_body=body)
-        except RouteMissingError:  # vLLM with ludic's worker extension alone: nobody can ask it either
+        except RouteMissingError:  # vLLM with ludic's worker extension alone has no such route either
             return
 
     def prompt_logprobs(self, model: str, token_ids: list[int], *, cache_salt: str) -> list[float]:

@@ -326,7 +326,7 @@ class VLLMEngine:
         ) as response:
             if response.status == 200:
                 boot = response.headers.get(BOOT_HEADER)
-                if boot is None and self._boot is not None:  # not our server's words, whoever's they are
+                if boot is None and self._boot is not None:  # the reply does not come from ludic's server
                     raise BadReplyError("it does not say which start of the server it comes from")
                 self.check_boot(boot)
                 body = await _read(response, route.max_reply_bytes(request))

@@ -1,7 +1,7 @@
 """Which trainer has the server: the lease that `server_guard` keeps, without a word of HTTP.
 
 A trainer replaces the server's weights, so a server has one at a time. A lease ends when it was not kept for `LEASE_S`
-seconds; the trainer then still finds the server its own where nobody has claimed or changed it meanwhile. A trainer that
+seconds; the trainer still has the server then if no other client has claimed or changed it meanwhile. A trainer that
 another one has replaced never gets this start of the server back: the weights are no longer its own, and it may be the last
 to notice. Left out: the wall clock, and whether a trainer is who it says it is.
 """
@@ -52,9 +52,9 @@ class TrainerLease:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._last: Holder | None = None
-        """Who had it last, where nobody else has changed the server since."""
+        """The last holder, while no other client has changed the server since."""
         self._lost: dict[str, Holder | None] = {}
-        """Of each trainer that did not notice it yet: who changed the server behind its back, None for somebody unnamed."""
+        """Of each trainer that did not notice it yet: the client that changed the server, None for one without a name."""
 
     def holder(self) -> Holder | None:
         """Who has the server now."""
@@ -75,8 +75,8 @@ class TrainerLease:
     def keep(self, trainer: str, *, changes: bool) -> None:
         """Note a request of `trainer`, which `changes` the server or only generates.
 
-        It need not come in time: where nobody else has changed the server since, it is this trainer's again. A trainer that
-        never claimed the server does not get it by this, and may use it as long as nobody has it.
+        It need not come in time: if no other client has changed the server since, it is this trainer's again. A trainer that
+        never claimed the server does not get it by this, and may use it as long as no trainer holds it.
 
         Raises:
             NotHolderError: another has it, or has changed it since this one had it.

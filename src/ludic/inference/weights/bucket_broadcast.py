@@ -128,7 +128,7 @@ class BucketReceiver:
                 unpack(buckets[index], self._lane.buffer(index), tensors)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """One round as whole tensors, each in memory that stays its own: whoever takes them may keep them."""
+        """One round as whole tensors, each in memory of its own, which the caller may keep."""
         layout = self.layout
         whole: dict[int, torch.Tensor] = {}
         for bucket in layout.buckets:

@@ -25,7 +25,7 @@ _ID_KEY = "ludic/nccl-unique-id"
 
 
 class LinkLeftError(RuntimeError):
-    """The group was torn down under whoever uses it."""
+    """The group was torn down during a call."""
 
 
 class NoNCCLError(RuntimeError):
@@ -170,7 +170,7 @@ class Watch:
             raise ValueError(f"the transfer was broken off: {self._reason}")
 
     def _look(self) -> None:
-        """On a thread of its own, because a connection that is dead without having ended blocks whoever asks over it."""
+        """On a thread of its own, because a request over a connection that hangs blocks."""
         while not self._over.wait(LOOK_S):
             if self._link.peer_is_gone():
                 self._gone.set()

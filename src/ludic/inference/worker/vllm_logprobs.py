@@ -213,7 +213,7 @@ class LogprobRecorder:
             step.where = Rows(where.rows, np.where(np.isin(where.slots, slots), 0, where.slots), where.indices)
         if self._slot_of:
             self._free.extend(slots)
-        else:  # nobody is left: not even the memory
+        else:  # no request is left: release the memory too
             self._steps.clear()
             self._clear()
 
