@@ -22,8 +22,8 @@ _ERROR_LIMIT = 2_000
 USER_ERRORS: tuple[type[Exception], ...] = (ValueError, EngineError, OSError, FloatingPointError, MemoryError)
 
 
-def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that say who generates, and where."""
+def add_engine_arguments(parser: argparse.ArgumentParser, *, trains: bool = True) -> None:
+    """The flags that say who generates, and where. An evaluation (not `trains`) has one server, and ends when that is lost."""
     group = parser.add_argument_group("engine")
     group.add_argument("--engine", choices=("vllm", "local"), default="vllm",
                        help="vllm: a server; local: this process, with transformers (default: vllm)")  # fmt: skip
@@ -31,9 +31,14 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--port", type=int, default=DEFAULT_PORT, help=f"the server's port (default: {DEFAULT_PORT})")
     group.add_argument("--base-url", default=None, metavar="URL",
                        help="the server's address in place of --host and --port, e.g. https://gpu.example.org/vllm")  # fmt: skip
+    group.add_argument("--server", action="append", metavar="URL",
+                       help="as --base-url; once for each of several servers that training generates with" if trains
+                       else "as --base-url; an evaluation generates with one server")  # fmt: skip
     group.add_argument("--api-key-file", default=None, metavar="FILE",
                        help="file with the server's key, the first of several; else LUDIC_API_KEY or VLLM_API_KEY")  # fmt: skip
-    group.add_argument("--concurrency", type=int, default=1024, help="completions in flight at once (default: 1024)")
+    group.add_argument(
+        "--concurrency", type=int, default=1024, help="completions in flight at once, on each server (default: 1024)"
+    )
     group.add_argument("--seed-requests", action="store_true",
                        help="send a seed with each request; slower, and repeatable only as far as the server is")  # fmt: skip
     group.add_argument(
@@ -42,13 +47,18 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--trust-remote-code", action="store_true",
                        help="run Python code that the model's folder brings along, here and in a started server")  # fmt: skip
     group.add_argument("--start-server", action="store_true",
-                       help="start the server as a child, start it again if it dies, and end it at the end")  # fmt: skip
+                       help="start the server as a child, start it again if it dies, and end it at the end" if trains
+                       else "start the server as a child, and end it at the end; --resume-eval goes on if it dies")  # fmt: skip
     group.add_argument("--server-wait", type=float, default=1800.0, metavar="S",
-                       help="seconds that training waits for a lost server to come back (default: 1800)")  # fmt: skip
+                       help="seconds that training waits for a lost server to come back (default: 1800)" if trains
+                       else "no effect here: an evaluation does not wait for a lost server (default: 1800)")  # fmt: skip
     group.add_argument("--server-gpu", type=int, default=None, metavar="N",
                        help="GPU of a started server, counted among those visible here (default: 0)")  # fmt: skip
     group.add_argument(
-        "--server-args", default="", metavar="'...'", help="more vLLM flags for a started server, in one string"
+        "--server-args",
+        default="",
+        metavar="'...'",
+        help="more vLLM flags for a started server, in one string (default: none)",
     )
     group.add_argument("--server-log", default=None, metavar="FILE",
                        help="log of a started server (default: vllm_server.log in --out-dir)")  # fmt: skip
@@ -66,7 +76,7 @@ def check_engine_arguments(args: argparse.Namespace) -> None:
         raise ValueError(f"--host {args.host}: give a name or an IPv4 address; IPv6 addresses are not supported")
     if not 0 < args.port < 65536:
         raise ValueError(f"--port must be in 1 to 65535, not {args.port}")
-    _check_base_url(args)
+    _check_server_urls(args)
     if args.engine == "local" and args.start_server:
         raise ValueError("--engine local generates in this process: it contradicts --start-server")
     if not args.server_wait >= 0:
@@ -76,45 +86,69 @@ def check_engine_arguments(args: argparse.Namespace) -> None:
             raise ValueError(f"--{flag.replace('_', '-')} is for --start-server, which was not given")
 
 
-def _check_base_url(args: argparse.Namespace) -> None:
-    if args.base_url is None:
-        return
-    if (args.host, args.port) != (DEFAULT_HOST, DEFAULT_PORT):
-        raise ValueError(f"--base-url {args.base_url} is the whole address: it contradicts --host and --port")
-    if args.start_server or args.engine == "local":
-        other = "--start-server" if args.start_server else "--engine local"
-        raise ValueError(f"--base-url {args.base_url} is of a server that runs: it contradicts {other}")
+def _check_server_urls(args: argparse.Namespace) -> None:
+    if args.base_url is not None and args.server:
+        raise ValueError(f"--base-url {args.base_url} contradicts --server: give each server with --server")
+    given = (
+        [("--base-url", args.base_url)]
+        if args.base_url is not None
+        else [("--server", url) for url in args.server or ()]
+    )
+    for flag, url in given:
+        if (args.host, args.port) != (DEFAULT_HOST, DEFAULT_PORT):
+            raise ValueError(f"{flag} {url} is the whole address: it contradicts --host and --port")
+        if args.start_server or args.engine == "local":
+            other = "--start-server" if args.start_server else "--engine local"
+            raise ValueError(f"{flag} {url} is of a server that runs: it contradicts {other}")
+        _check_url(flag, url)
+    urls = server_urls(args)
+    if twice := [url for index, url in enumerate(urls) if url in urls[:index]]:
+        raise ValueError(f"--server {twice[0]} is given twice")
+
+
+def _check_url(flag: str, url: str) -> None:
     try:
-        address = urlsplit(args.base_url)
+        address = urlsplit(url)
         fits = address.scheme in ("http", "https") and address.hostname and (address.port or 1) > 0
-        fits = fits and not (
-            address.query or address.fragment or address.username or args.base_url.split() != [args.base_url]
-        )
+        fits = fits and not (address.query or address.fragment or address.username or url.split() != [url])
     except ValueError:  # a port that is no number
         fits = False
     if not fits:
-        raise ValueError(
-            f"--base-url {args.base_url}: give http://HOST:PORT or https://HOST, with a path if there is one"
-        )
-    if args.base_url.rstrip("/").endswith("/v1"):
-        raise ValueError(f"--base-url {args.base_url}: leave out /v1, which the routes have themselves")
+        raise ValueError(f"{flag} {url}: give http://HOST:PORT or https://HOST, with a path if there is one")
+    if url.rstrip("/").endswith("/v1"):
+        raise ValueError(f"{flag} {url}: leave out /v1, which the routes have themselves")
+
+
+def server_urls(args: argparse.Namespace) -> list[str]:
+    """The addresses of the servers that the flags name, at least one."""
+    urls = args.server or [args.base_url or f"http://{args.host}:{args.port}"]
+    return [str(url).rstrip("/") for url in urls]
 
 
 def server_url(args: argparse.Namespace) -> str:
-    """The address of the server that the flags name."""
-    return str(args.base_url).rstrip("/") if args.base_url else f"http://{args.host}:{args.port}"
+    """The address of the only server, or of the first of several."""
+    return server_urls(args)[0]
+
+
+def total_concurrency(args: argparse.Namespace) -> int:
+    """The most completions in flight over all servers: `--concurrency` is for each."""
+    return int(args.concurrency) * len(server_urls(args))
 
 
 PATH_FLAGS = (
     "model", "tokenizer", "dataset", "eval_dataset", "out_dir", "out", "resume", "chat_template", "api_key_file", "server_log",
+    "checkpoints",
 )  # fmt: skip
 
 
 def expand_home(args: argparse.Namespace) -> argparse.Namespace:
     """`args`, with `~` at the start of a path expanded in place: a shell leaves it alone in `--out-dir=~/run`."""
     for name in PATH_FLAGS:
-        if isinstance(value := getattr(args, name, None), str):
+        value = getattr(args, name, None)
+        if isinstance(value, str):
             setattr(args, name, os.path.expanduser(value))
+        elif value is not None:  # a flag with several values
+            setattr(args, name, [os.path.expanduser(one) for one in value])
     return args
 
 
@@ -163,33 +197,20 @@ def run_script(name: str, main: Callable[[], Coroutine[Any, Any, int]]) -> NoRet
         except (KeyboardInterrupt, asyncio.CancelledError) as error:
             if interrupts.caught is None and isinstance(error, asyncio.CancelledError):
                 raise
-            code = _interrupted(name, interrupts)
+            by = f" by {interrupts.caught.name}" if interrupts.caught is not None else ""
+            sys.stderr.write(f"{name}: interrupted{by}\n")
+            code = interrupts.exit_code
         except BaseExceptionGroup as group:
-            first = _first_user_error(group)
+            first: Exception | None = group.subgroup(USER_ERRORS)
             if first is None:
                 raise
+            while isinstance(first, ExceptionGroup):
+                first = first.exceptions[0]
             code = _complain(name, first)
         except USER_ERRORS as error:
             code = _complain(name, error)
         sys.stdout.flush()
     sys.exit(interrupts.exit_code if code == 2 and interrupts.caught is not None else code)
-
-
-def _interrupted(name: str, interrupts: Interrupts) -> int:
-    caught = interrupts.caught
-    sys.stderr.write(f"{name}: interrupted" + (f" by {caught.name}\n" if caught is not None else "\n"))
-    return interrupts.exit_code
-
-
-def _first_user_error(group: BaseExceptionGroup[Any]) -> Exception | None:
-    for error in group.exceptions:
-        if isinstance(error, BaseExceptionGroup):
-            found = _first_user_error(error)
-            if found is not None:
-                return found
-        elif isinstance(error, USER_ERRORS):
-            return error
-    return None
 
 
 def _complain(name: str, error: Exception) -> int:

@@ -39,11 +39,41 @@ def flag(name: str, value: str) -> list[str]:
 
 def given_command(*more: str, without: Sequence[str]) -> str:
     """The command that this program was started with, and `more`; the flags in `without` (`--resume`) are left out."""
+    return python_command(*_launcher(), sys.argv[0], *left_out(sys.argv[1:], without), *more)
+
+
+def _launcher() -> list[str]:
+    """torchrun, where it started this process among others. Where its nodes meet is not known here: HOST has to be filled in."""
+    if "RANK" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
+        return []
+    nodes = os.environ.get("GROUP_WORLD_SIZE", "1")
+    per_node = os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])
+    return [
+        "-m",
+        "torch.distributed.run",
+        *(["--standalone"] if nodes == "1" else ["--nnodes", nodes, *_meeting()]),
+        "--nproc_per_node",
+        per_node,
+    ]
+
+
+def _meeting() -> list[str]:
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    name = "NAME" if name in ("", "none") else name
+    return ["--rdzv_backend", "c10d", "--rdzv_endpoint", "HOST:29500", "--rdzv_id", name]
+
+
+def left_out(words: Sequence[str], without: Sequence[str]) -> list[str]:
+    """`words` of a command line but for these flags and what was given with them.
+
+    Example:
+        >>> left_out(["--resume", "run/step_4", "--lr", "1e-6"], ["--resume"])
+        ['--lr', '1e-6']
+    """
     hidden = argparse.ArgumentParser(add_help=False)  # abbreviations too, as they were given
     for flag in without:
         hidden.add_argument(flag, nargs="?")
-    flags = hidden.parse_known_args(sys.argv[1:])[1]
-    return python_command(sys.argv[0], *flags, *more)
+    return hidden.parse_known_args(words)[1]
 
 
 def server_command(model: str, *, host: str = "127.0.0.1", port: int = 8000) -> str:

@@ -1,8 +1,4 @@
-"""Metrics as people read them: one line a step, and single figures with their units.
-
-The names of the metrics are fixed here and nowhere else in words: a rate is a fraction of 1 in the metrics and a
-percentage on the screen, a name that ends in `_s` is seconds, `*_length` and `*_tokens` are tokens.
-"""
+"""Metrics as people read them: one line a step, and single figures in the unit that a metric's name says."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -60,17 +56,13 @@ def format_metric(name: str, value: float) -> str:
     return figure(value)
 
 
-def _fixed(digits: int) -> Callable[[float], str]:
-    return lambda value: f"{value:.{digits}f}"
-
-
 _STEP_COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
-    ("reward_mean", "reward", _fixed(3)),
+    ("reward_mean", "reward", "{:.3f}".format),
     ("correct_rate", "correct", percent),
-    ("avg_completion_length", "len", _fixed(0)),
-    ("loss", "loss", _fixed(4)),
+    ("avg_completion_length", "len", "{:.0f}".format),
+    ("loss", "loss", "{:.4f}".format),
     ("grad_norm", "grad", figure),
-    ("logprob_gap", "gap", lambda value: f"{value:.2g}"),
+    ("logprob_gap", "gap", "{:.2g}".format),
     ("tokens_per_s", "tok/s", count),
     ("generation_s", "gen", seconds),
     ("train_s", "train", seconds),
@@ -78,8 +70,13 @@ _STEP_COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
 )
 
 
-def format_step_line(step: int, total_steps: int | None, metrics: Mapping[str, float]) -> str:
+_LEFT_OUT_IF_BRIEF = ("grad_norm", "logprob_gap", "generation_s", "train_s", "sync_s")
+
+
+def format_step_line(step: int, total_steps: int | None, metrics: Mapping[str, float], *, brief: bool = False) -> str:
     """One line for people: what is there of the most telling metrics, in a fixed order, and every `eval/` figure.
+
+    A `brief` one fits 80 columns.
 
     Example:
         >>> format_step_line(3, 40, {"reward_mean": 0.25, "correct_rate": 0.25, "train_s": 1.0})
@@ -87,7 +84,8 @@ def format_step_line(step: int, total_steps: int | None, metrics: Mapping[str, f
         >>> format_step_line(3, 40, {"eval/accuracy": 0.5})
         'step  3/40  eval accuracy 50.0%'
     """
-    parts = [f"{label} {show(metrics[name])}" for name, label, show in _STEP_COLUMNS if name in metrics]
+    names = metrics.keys() - set(_LEFT_OUT_IF_BRIEF if brief else ())
+    parts = [f"{label} {show(metrics[name])}" for name, label, show in _STEP_COLUMNS if name in names]
     evaluation = {name: value for name, value in metrics.items() if name.startswith("eval/")}
     if evaluation:
         parts.append(f"eval {format_evaluation(evaluation)}")
@@ -101,5 +99,6 @@ def format_step(step: int, total_steps: int | None) -> str:
 
 def format_evaluation(metrics: Mapping[str, float]) -> str:
     """The figures of one evaluation, in the order given: `accuracy 49.6%, strict accuracy 31.2%`."""
-    names = {name: name.removeprefix("eval/").replace("_", " ") for name in metrics}
-    return ", ".join(f"{names[name]} {format_metric(name, value)}" for name, value in metrics.items())
+    return ", ".join(
+        f"{name.removeprefix('eval/').replace('_', ' ')} {format_metric(name, metrics[name])}" for name in metrics
+    )

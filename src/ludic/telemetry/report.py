@@ -3,16 +3,15 @@
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
 from ludic.storage.inert import inert
-from ludic.telemetry.formatting import count, figure, percent, seconds
+from ludic.telemetry.formatting import figure, format_metric, percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,111 +23,72 @@ _SMOOTHING = 0.85
 """Weight of the past in the smoothed reward: about the last seven updates count."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ComparisonRow:
-    """One figure before and after training; None where it was not measured.
-
-    Example:
-        >>> ComparisonRow(name="accuracy", before=0.11, after=0.52, kind="rate", before_ci95=(0.07, 0.16))
-        ComparisonRow(name='accuracy', before=0.11, after=0.52, kind='rate', before_ci95=(0.07, 0.16), after_ci95=None)
-    """
-
-    name: str
-    before: float | None
-    after: float | None
-    kind: Literal["rate", "count", "number", "seconds"] = "number"
-    """`rate` is a fraction of 1, shown in percent, with the change in points."""
-    before_ci95: tuple[float, float] | None = None
-    after_ci95: tuple[float, float] | None = None
-
-
 def comparison_table(
-    rows: Sequence[ComparisonRow], *, title: str = "", headings: tuple[str, str] = ("before", "after")
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
+    *,
+    title: str = "",
+    headings: tuple[str, str] = ("before", "after"),
 ) -> Table:
-    """A table of before, after and change, to be printed with a rich `Console`.
+    """The summaries of two evaluations of the same problems and their change, to be printed with a rich `Console`.
 
-    A rate with intervals is shown as `52.0% (45.1 to 58.8)`; its change is in percentage points.
+    A rate with a 95% interval is shown as `52.0% (45.1 to 58.8)`; its change is in percentage points.
     """
-    table = _table(title)
-    table.add_column("")
-    for heading in (*headings, "change"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(
-            Text(inert(row.name)),
-            _value(row.before, row.kind, row.before_ci95),
-            _value(row.after, row.kind, row.after_ci95),
-            _change(row),
-        )
+
+    def rate(summary: Mapping[str, Any], key: str) -> str:
+        low, high = summary.get(f"{key}_ci95", (None, None))
+        return percent(summary[key]) + ("" if low is None else f" ({100 * low:.1f} to {100 * high:.1f})")
+
+    table = _table(title, "", *headings, "change")
+    accuracies = ["accuracy", *(key for key in after if key.endswith("_accuracy") and key in before)]
+    rates = {key.replace("_", " "): key for key in accuracies}
+    for label, key in {**rates, "no answer": "parse_err_rate", "truncated": "truncation_rate"}.items():
+        change = f"{100 * (after[key] - before[key]):+.1f} points"
+        table.add_row(Text(label), rate(before, key), rate(after, key), change)
+    lengths = [summary["avg_completion_length"] for summary in (before, after)]
+    table.add_row("tokens each", *map(figure, lengths), f"{lengths[1] - lengths[0]:+.4g}")
     return table
 
 
-def _table(title: str) -> Table:
-    """An empty table. Its title may hold a model's name, so it is text and not markup."""
-    heading = Text(inert(title)) if title else None
-    return Table(title=heading, box=box.SIMPLE_HEAD, title_style="bold", title_justify="left")
-
-
-def evaluation_rows(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[ComparisonRow]:
-    """The rows of `comparison_table` for the summaries of two evaluations of the same problems."""
-
-    def row(name: str, key: str, kind: Literal["rate", "number"]) -> ComparisonRow:
-        intervals = {f"{when}_ci95": tuple(one[f"{key}_ci95"]) for when, one in (("before", before), ("after", after))
-                     if f"{key}_ci95" in one}  # fmt: skip
-        return ComparisonRow(name=name, before=before[key], after=after[key], kind=kind, **intervals)
-
-    return [
-        row("accuracy", "accuracy", "rate"),
-        row("strict accuracy", "strict_accuracy", "rate"),
-        row("no boxed answer", "parse_err_rate", "rate"),
-        row("truncated", "truncation_rate", "rate"),
-        row("tokens each", "avg_completion_length", "number"),
-    ]
+def _table(title: str, *headings: str) -> Table:
+    # The title may hold a model's name, so it is text and not markup.
+    table = Table(
+        title=Text(inert(title)) if title else None, box=box.SIMPLE_HEAD, title_style="bold", title_justify="left"
+    )
+    for place, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if place else "left", no_wrap=place > 0)
+    return table
 
 
 def evaluation_table(result: "EvaluationResult", *, title: str = "") -> Table:
     """One evaluation's figures, to be printed with a rich `Console`."""
-    table = _table(title)
-    table.add_column("")
-    table.add_column("figure", justify="right", no_wrap=True)
-    table.add_column("95% interval", no_wrap=True)
-    for label, rate, (low, high) in (
-        ("accuracy, flexible (boxed, else last number)", result.accuracy, result.accuracy_ci95),
-        ("accuracy, strict (boxed only)", result.strict_accuracy, result.strict_accuracy_ci95),
-        ("accuracy, Qwen's (last digits)", result.qwen_accuracy, result.qwen_accuracy_ci95),
-    ):
-        table.add_row(label, percent(rate), f"{percent(low)} to {percent(high)}")
-    for k in _telling_ks(len(result.pass_at_k)):
-        table.add_row(f"pass@{k}, flexible", percent(result.pass_at_k[k]), "")
+    table = _table(title, "", "figure", "95% interval")
+    headline, *others = result.rules
+    for rule, found in result.rules.items():
+        low, high = found.ci95
+        label = f"accuracy, {rule}" if others else "accuracy"
+        table.add_row(Text(label), percent(found.accuracy), f"{percent(low)} to {percent(high)}")
+    samples = len(result.pass_at_k)
+    if samples > 1:  # the pass@1 of a single sample is the accuracy
+        for name, shares in (("pass", result.pass_at_k), ("maj", result.maj_at_k)):
+            for k in result.maj_at_k:
+                table.add_row(Text(f"{name}@{k}, {headline}" if others else f"{name}@{k}"), percent(shares[k]), "")
     table.add_section()
-    for label, text in (
-        ("correct_rate", percent(result.correct_rate)),
-        ("parse_err_rate", percent(result.parse_err_rate)),
-        ("truncation_rate", percent(result.truncation_rate)),
-        ("grader_failures", count(result.grader_failures)),
-        ("problems", count(result.num_problems)),
-        ("completions", count(result.num_completions)),
-        ("avg_completion_length, tokens", f"{result.avg_completion_length:,.1f}"),
-        ("total_completion_tokens", count(result.total_completion_tokens)),
-        ("prompt_tokens", count(result.prompt_tokens)),
-        ("time", seconds(result.seconds)),
-        ("completion tokens/s", count(result.tokens_per_s)),
+    for label, name in (
+        ("correct_rate", "correct_rate"),
+        ("parse_err_rate", "parse_err_rate"),
+        ("truncation_rate", "truncation_rate"),
+        ("grader_failures", "grader_failures"),
+        ("problems", "num_problems"),
+        ("completions", "num_completions"),
+        ("avg_completion_length, tokens", "avg_completion_length"),
+        ("total_completion_tokens", "total_completion_tokens"),
+        ("prompt_tokens", "prompt_tokens"),
+        ("time", "seconds"),
+        ("completion tokens/s", "tokens_per_s"),
     ):
-        table.add_row(label, text, "")
+        table.add_row(label, format_metric(name, getattr(result, name)), "")
     return table
-
-
-def _telling_ks(num_samples: int) -> list[int]:
-    """The powers of two up to `num_samples`, and itself; none for a single sample, whose pass@1 is the accuracy."""
-    if num_samples == 1:
-        return []
-    return sorted({2**power for power in range(num_samples.bit_length())} | {num_samples})
-
-
-def rate_with_interval(rate: float, ci95: tuple[float, float]) -> str:
-    """`52.0% (45.1 to 58.8)`: a rate and its 95% interval, both in percent."""
-    low, high = ci95
-    return f"{percent(rate)} ({100 * low:.1f} to {100 * high:.1f})"
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
@@ -146,7 +106,8 @@ def reward_curve_text(steps: Sequence[int], rewards: Sequence[float], *, width: 
     Each update is a dot, the smoothed reward a line. Rewards that are not finite are left out; without any finite
     reward the picture is one sentence.
     """
-    import plotext  # not needed until a run ends, and slow to import
+    import numpy as np  # like plotext not needed until a run ends, and slow to import: --help has no use for it
+    import plotext
 
     steps, rewards = _finite(steps, rewards)
     if not steps:
@@ -158,9 +119,9 @@ def reward_curve_text(steps: Sequence[int], rewards: Sequence[float], *, width: 
     chart.title("mean reward per update (dots) and smoothed (line)")
     chart.draw(chart.signal(steps, rewards, marker="•"))
     chart.draw(chart.signal(steps, smoothed(rewards), marker="braille").lines(True))
-    low, high = _limits(rewards)
-    chart.ruler("y").lim(low, high)
-    ticks = _ticks(steps[0], steps[-1])
+    margin = 0.05 * (max(rewards) - min(rewards)) or 0.5
+    chart.ruler("y").lim(min(rewards) - margin, max(rewards) + margin)
+    ticks = np.unique(np.linspace(steps[0], steps[-1], 7).round().astype(int)).tolist()  # whole numbers, evenly spread
     chart.ruler("x").ticks(ticks, [str(tick) for tick in ticks])
     text = str(chart.build().string(colorless=True))
     chart.clear()
@@ -173,7 +134,6 @@ def save_reward_curve(
     rewards: Sequence[float],
     *,
     evaluations: Sequence[tuple[int, float]] = (),
-    title: str = "Mean reward per update",
 ) -> None:
     """Draw the reward per update, smoothed, with evaluation points, as a PNG.
 
@@ -184,24 +144,21 @@ def save_reward_curve(
         steps: [N] update numbers.
         rewards: [N] mean rewards; those that are not finite are left out.
         evaluations: (update, accuracy as a fraction of 1) points, such as before and after training.
-        title: above the picture.
 
     Raises:
         OSError: the file cannot be written.
     """
     # Not needed until a run ends, and slow to import. A bare Figure, without pyplot, has no state and needs no screen.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     steps, rewards = _finite(steps, rewards)
     picture = Figure(figsize=(8, 4.5), dpi=160, layout="constrained")
-    FigureCanvasAgg(picture)
     axes = picture.add_subplot()
     axes.plot(steps, rewards, color="#9db8d9", linewidth=1, marker="o", markersize=3, label="mean reward of an update")
     if len(steps) > 2:
         axes.plot(steps, smoothed(rewards), color="#1f4e8c", linewidth=2.4, label="smoothed")
-    axes.set_title(inert(title), loc="left", fontsize=13, fontweight="bold", parse_math=False)
+    axes.set_title("Mean reward per update", loc="left", fontsize=13, fontweight="bold")
     axes.set_xlabel("update")
     axes.set_ylabel("mean reward")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 5, 10], integer=True))
@@ -240,39 +197,7 @@ def _draw_evaluations(axes: "Axes", evaluations: Sequence[tuple[int, float]]) ->
     return lines
 
 
-def _value(value: float | None, kind: str, ci95: tuple[float, float] | None) -> str:
-    if value is None:
-        return "-"
-    if kind == "rate":
-        return percent(value) if ci95 is None else rate_with_interval(value, ci95)
-    return {"count": count, "seconds": seconds, "number": figure}[kind](value)
-
-
-def _change(row: ComparisonRow) -> Text:
-    if row.before is None or row.after is None:
-        return Text("-")
-    change = row.after - row.before
-    if row.kind == "rate":
-        return Text(f"{100 * change:+.1f} points")
-    return Text(f"{change:+,.0f}" if row.kind == "count" else f"{change:+.4g}")
-
-
 def _finite(steps: Sequence[int], rewards: Sequence[float]) -> tuple[list[int], list[float]]:
     """The points that can be drawn."""
     points = [(step, reward) for step, reward in zip(steps, rewards, strict=True) if math.isfinite(reward)]
     return [step for step, _ in points], [reward for _, reward in points]
-
-
-def _limits(values: Sequence[float]) -> tuple[float, float]:
-    """The range to draw, a little wider than the values and never empty."""
-    low, high = min(values), max(values)
-    margin = 0.05 * (high - low) or 0.5
-    return low - margin, high + margin
-
-
-def _ticks(first: int, last: int) -> list[int]:
-    """At most seven whole numbers from `first` to `last`, evenly spread."""
-    count_ = min(7, last - first + 1)
-    if count_ < 2:
-        return [first]
-    return sorted({round(first + place * (last - first) / (count_ - 1)) for place in range(count_)})
