@@ -98,7 +98,14 @@ def test_without_flags_the_settings_are_the_defaults_of_the_dataclass() -> None:
 
 
 def test_every_field_has_a_flag_that_sets_it() -> None:
-    other = {"loss": "gspo", "lr_schedule": "cosine", "group_size": "4", "max_seq_len": "512"}
+    other = {"loss": "gspo", "lr_schedule": "cosine", "group_size": "4", "max_seq_len": "512", "ratio_to": "sampler",
+             "normalisation": "prompt_mean", "baseline": "leave_one_out", "advantage_std": "batch", "dual_clip": "3.0",
+             "importance_mask": "token"}  # fmt: skip
+    needs = {
+        "mask_low": ("--importance-mask", "token"),
+        "mask_high": ("--importance-mask", "geometric", "--mask-low", "0"),
+        "overlong_buffer": ("--max-tokens", "16"),
+    }
     for setting in FIELDS:
         flag = "--" + setting.name.replace("_", "-")
         if "bool" in str(setting.type):
@@ -111,7 +118,7 @@ def test_every_field_has_a_flag_that_sets_it() -> None:
             text = str(getattr(GRPOConfig(), setting.name) + 8)
         else:
             text = "0.5"
-        value = getattr(parse(flag, text), setting.name)
+        value = getattr(parse(flag, text, *needs.get(setting.name, ())), setting.name)
         assert str(value) == text and value != setting.default
 
 
@@ -159,7 +166,7 @@ def test_an_update_has_as_many_groups_as_fit_its_rollouts() -> None:
 
 
 def test_a_run_writes_the_files_that_the_readme_names(tmp_path: Path) -> None:
-    paths = RunPaths(out_dir=tmp_path)
+    paths = RunPaths(out_dir=tmp_path, name="gsm8k")
     names = [path.name for path in (paths.rollouts, paths.metrics, paths.summary, paths.checkpoints, paths.curve)]
     assert names == [
         "gsm8k_train_rollouts.jsonl",

@@ -22,10 +22,10 @@ from aiohttp import web
 from transformers import Qwen2Config
 
 from ludic.config import from_arguments
-from ludic.doctor import dry_run, machine, vllm_probe
+from ludic.doctor import dry_run, machine
 from ludic.doctor.__main__ import build_parser, main
 from ludic.doctor.findings import Finding, failed, ok, run_checks
-from ludic.doctor.server import ServerChecks, check_free_port, server_checks
+from ludic.doctor.server import ServerChecks, check_free_port, check_vllm, server_checks
 from ludic.inference.client import handshake
 from ludic.inference.client.server_control import ServerControl
 from ludic.rollout.engine import WeightSyncReport
@@ -34,7 +34,7 @@ from ludic.task import hub
 from ludic.task.grading import Grader, Verdict
 from ludic.task.prompts import load_tokenizer
 from tests.fake_vllm import FakeServer, serving
-from tests.vllm_helpers import make_tiny_tokenizer
+from tests.vllm_helpers import CHAT_TEMPLATE, make_tiny_tokenizer
 
 
 def arguments(*flags: str) -> argparse.Namespace:
@@ -69,8 +69,8 @@ def test_a_machine_with_nothing_wrong_passes_every_local_check(args: argparse.Na
         "disk",
         "architecture",
         "saving",
+        "chat template",
         "token ids",
-        "network",
         "hub",
         "data",
         "grader",
@@ -158,17 +158,26 @@ def test_a_checkpoint_needs_room_for_the_model_beside_its_masters_where_they_are
     assert finding.found.startswith(said)
 
 
-def test_proxy_variables_without_an_exemption_are_a_warning(
-    args: argparse.Namespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.upper(), raising=False)
-    assert machine.check_proxies(args).status == "ok"
-    monkeypatch.setenv("HTTP_PROXY", "http://proxy:3128")
-    assert machine.check_proxies(args).status == "warning"
-    monkeypatch.setenv("NO_PROXY", "localhost, 127.0.0.1")
-    assert machine.check_proxies(args).status == "ok"
+@pytest.mark.parametrize(
+    ("old", "new", "status", "said"),
+    [
+        ("in messages", "in messages if message['role'] != 'system'", "warning", "leaves out the system turn 'Answer"),
+        ("if add_generation_prompt", "if false", "warning", "no generation prompt"),
+        (
+            "{% for",
+            "{{ raise_exception('no') if messages[0].role == 'system' }}{% for",
+            "warning",
+            "--system-prompt ''",
+        ),
+        ("{% for", "{{ raise_exception('no') }}{% for", "failed", "refuses the messages (user)"),
+        ("{% for", "{{ 'You are Lud.' if messages[0].role != 'system' }}{% for", "ok", "it adds 'You are Lud.'"),
+    ],
+)
+def test_what_a_chat_template_leaves_out_refuses_or_adds_is_said(old: str, new: str, status: str, said: str) -> None:
+    tokenizer = make_tiny_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE.replace(old, new, 1)
+    (finding,) = run_checks([("chat template", lambda: machine.check_chat_template(tokenizer))])
+    assert finding.status == status and said in finding.found
 
 
 def forget_the_hub() -> None:
@@ -303,7 +312,7 @@ def test_a_port_that_is_taken_is_found_before_a_server_is_started(args: argparse
     args.start_server = True
     with socket.create_server(("127.0.0.1", 0)) as taken:
         args.port = taken.getsockname()[1]
-        finding = check_free_port(args)
+        (finding,) = run_checks([("port", lambda: check_free_port(args))])
         assert finding.status == "failed" and str(args.port) in finding.found and "--port" in finding.found
     assert check_free_port(args).status == "ok"
     assert [name for name, _ in server_checks(args, from_arguments(args))] == ["port", "vLLM"]
@@ -338,15 +347,15 @@ def test_a_vllm_that_cannot_start_here_has_failed_with_the_reason(
 ) -> None:
     put_vllm_on_the_path(tmp_path, monkeypatch, case)
     if case == "hangs":
-        monkeypatch.setattr(vllm_probe, "DEADLINE_S", 0.5)
-    finding = vllm_probe.check_vllm()
+        monkeypatch.setattr("ludic.doctor.server.PROBE_DEADLINE_S", 0.5)
+    finding = check_vllm()
     *_, status, said = FAKE_VLLM[case]
     assert finding.status == status and said in finding.found
 
 
 @pytest.mark.vllm
 def test_a_real_vllm_that_starts_is_said_to_start_with_its_device() -> None:
-    finding = vllm_probe.check_vllm()
+    finding = check_vllm()
     assert finding.status == "ok" and "can start here, on " in finding.found
 
 
@@ -375,7 +384,7 @@ async def server(args: argparse.Namespace, monkeypatch: pytest.MonkeyPatch) -> A
     monkeypatch.setattr(Sync, "error", None)
     monkeypatch.setattr(handshake, "PAUSED_LOOKS", 1)
     fake = FakeServer(tokenizer=load_tokenizer(args.model), model=args.model)  # type: ignore[arg-type]
-    fake.server_info |= {"vllm_version": "0.32.0", "generation_config": "vllm"}
+    fake.server_info |= {"vllm_version": "0.32.0"}
     async with serving(fake) as running:
         args.port = int(running.base_url.rpartition(":")[2])
         yield running
@@ -409,6 +418,19 @@ async def test_no_server_is_one_failure_with_the_command_that_starts_one(
     assert found["server"].status == "failed" and "ludic.inference.vllm_server --model" in found["server"].found
     assert sum(finding.status == "failed" for finding in found.values()) == 1
     assert "not looked at" in found["same GPU"].found and "vLLM" not in found
+
+
+async def test_of_two_servers_the_one_that_is_down_is_named(
+    args: argparse.Namespace, server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ludic.doctor.server.installed", lambda name: None)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        down = f"http://127.0.0.1:{free.getsockname()[1]}"
+        args.server = [server.base_url, down]
+        found = await findings_of(args)
+    assert [name for name, finding in found.items() if finding.status == "failed"] == [f"server of {down}"]
+    assert found[f"weight sync of {server.base_url}"].status == "ok"
 
 
 async def test_no_server_where_vllm_cannot_start_either_says_both(
@@ -454,18 +476,12 @@ async def test_what_does_not_fit_this_run_has_failed(
     assert finding.status == "failed" and said in str(finding)
 
 
-async def test_a_generation_config_that_is_read_is_a_warning(args: argparse.Namespace, server: FakeServer) -> None:
-    server.server_info["generation_config"] = "auto"
-    finding = (await findings_of(args))["generation_config"]
-    assert finding.status == "warning" and "auto" in finding.found
-
-
 async def test_a_server_of_another_trainer_is_a_warning_and_gets_no_weights(
     args: argparse.Namespace, server: FakeServer
 ) -> None:
-    control = ServerControl(server.base_url, trainer="2" * 32)
+    control = ServerControl(server.base_url)
     other = {"host": "node-9", "pid": 77, "pid_started": "1", "user": "eve", "out_dir": "/x", "since": "now"}
-    await asyncio.to_thread(handshake.claim, control, "2" * 32, other)
+    await asyncio.to_thread(handshake.claim, control, other)
     found = await findings_of(args)
     assert found["holder"].status == "warning" and "eve@node-9, process 77" in found["holder"].found
     assert "not looked at" in found["weight sync"].found
@@ -510,7 +526,7 @@ def test_one_gpu_on_both_sides_is_found(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="GPU-a"))
-    checks = ServerChecks(args, from_arguments(args))
+    checks = ServerChecks(args, from_arguments(args), "http://127.0.0.1:8000")
     checks._info = {"transfer_backend": backend, "device_uuid": theirs}
     assert checks.gpus().status == status
 

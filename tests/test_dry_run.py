@@ -235,10 +235,10 @@ def test_a_template_with_an_id_beyond_the_embedding_is_refused_with_the_token_th
     tokenizer.add_special_tokens({"additional_special_tokens": [f"<|extra_{i}|>" for i in range(300)]})
     tokenizer.chat_template = CHAT_TEMPLATE.replace("<|assistant|>", "<|extra_299|>")
     prompt = encode_prompt(tokenizer, [{"role": "user", "content": "1 + 1"}])
-    (finding,) = check_token_ids(arguments(folder), tokenizer, prompt)
+    finding = check_token_ids(arguments(folder), tokenizer, prompt)
     assert finding.status == "failed"
     assert f"'<|extra_299|>' (id {max(prompt)})" in finding.found and "512 rows" in finding.found
-    (finding,) = check_token_ids(arguments(folder), tokenizer, [5, 6])
+    finding = check_token_ids(arguments(folder), tokenizer, [5, 6])
     assert finding.status == "ok"  # tokens that no prompt holds do no harm
 
 
@@ -252,16 +252,14 @@ def test_a_stop_token_beyond_the_embedding_is_refused_wherever_it_stands(folder:
         settings = json.loads((folder / place).read_text())
         (folder / place).write_text(json.dumps({**settings, "eos_token_id": 600}))
     dry_run.model_shape.cache_clear()
-    (finding,) = check_token_ids(arguments(folder), tokenizer, [5])
+    finding = check_token_ids(arguments(folder), tokenizer, [5])
     assert finding.status == "failed" and "a turn ends with" in finding.found and "512 rows" in finding.found
 
 
-@pytest.mark.parametrize(("engine", "status"), [("vllm", "warning"), ("local", "failed")])
-def test_a_padding_token_beyond_the_embedding_is_refused_where_rows_are_filled_up_with_it(
-    folder: Path, engine: str, status: str
-) -> None:
+@pytest.mark.parametrize("engine", ["vllm", "local"])
+def test_a_padding_token_beyond_the_embedding_does_no_harm(folder: Path, engine: str) -> None:
     tokenizer = load_tokenizer(folder)
     tokenizer.add_special_tokens({"additional_special_tokens": [f"<|extra_{i}|>" for i in range(300)]})
     tokenizer.pad_token = "<|extra_299|>"
-    (finding,) = check_token_ids(arguments(folder, "--engine", engine), tokenizer, [5])
-    assert finding.status == status and "<|extra_299|>" in finding.found and "512 rows" in finding.found
+    finding = check_token_ids(arguments(folder, "--engine", engine), tokenizer, [5])
+    assert finding.status == "ok" and "512 rows" in finding.found

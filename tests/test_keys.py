@@ -292,17 +292,17 @@ async def test_the_training_script_keeps_the_key_out_of_its_files_and_out_of_wan
 
     options = type("Settings", (), {"model_fields": {}})
     spec = importlib.util.spec_from_loader("wandb", None)
-    vars(wandb).update(init=init, Error=RuntimeError, Settings=options, __spec__=spec)
+    vars(wandb).update(init=init, Error=RuntimeError, Settings=options, Table=dict, __spec__=spec)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     for name in ("LUDIC_API_KEY", "VLLM_API_KEY"):
         monkeypatch.setenv(name, KEY)
     words = ["--model", str(digit_policy_dir), "--dataset", str(digit_problems), "--out-dir", str(tmp_path / "run")]
     words += ["--engine", "local", "--rollouts-per-update", "8", "--group-size", "8", "--max-seq-len", "160"]
     words += ["--micro-token-budget", "640", "--max-tokens", "12", "--train-steps", "1", "--eval-limit", "2"]
-    words += ["--logger", "print,wandb", "--verbose", "--api-key-file", key_file(tmp_path)]
+    words += ["--logger", "print,tensorboard,wandb", "--verbose", "--api-key-file", key_file(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["train_gsm8k.py", *words])
     assert await script_named("train_gsm8k").main() == 0
-    assert len(sent) > 1 and any((tmp_path / "run").rglob("trainer_state.json"))
+    assert any("'completion'" in one for one in sent) and any((tmp_path / "run").rglob("trainer_state.json"))
     printed = capsys.readouterr()
     assert_not_written(tmp_path, printed.out, printed.err, caplog.text, *sent)
     assert json.loads((tmp_path / "run" / "gsm8k_train_summary.json").read_text())["updates"] == 1

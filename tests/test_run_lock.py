@@ -10,21 +10,22 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ludic.storage.identity import identity, is_alive
-from ludic.storage.run_lock import FolderInUseError, RunLock
+from ludic.storage.run_lock import FolderInUseError, run_lock
 
 HOLDER = """
 import sys, time
 from pathlib import Path
 from ludic.storage.identity import identity
-from ludic.storage.run_lock import RunLock
+from ludic.storage.run_lock import run_lock
 folder = Path(sys.argv[1])
-with RunLock(folder, identity(folder)):
+with run_lock(folder, identity(folder)):
     sys.stdout.write("held\\n"); sys.stdout.flush()
     time.sleep(600)
 """
@@ -36,8 +37,8 @@ def start_holder(folder: Path, *flags: str) -> "subprocess.Popen[bytes]":
     return process
 
 
-def lock(folder: Path) -> RunLock:
-    return RunLock(folder, identity(folder))
+def lock(folder: Path) -> AbstractContextManager[None]:
+    return run_lock(folder, identity(folder))
 
 
 def test_a_second_run_is_refused_in_one_line_that_names_the_first_and_no_kill_leaves_the_folder_locked(
@@ -134,7 +135,8 @@ def test_a_full_disk_does_not_keep_a_run_from_locking(
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_text", full)
-        first = lock(tmp_path).__enter__()
+        first = lock(tmp_path)
+        first.__enter__()
     with pytest.raises(FolderInUseError, match="somebody@an unknown host"), lock(tmp_path):
         pass
     first.__exit__(None, None, None)
@@ -170,10 +172,10 @@ def test_an_identity_that_makes_no_sense_is_not_known_to_live(tmp_path: Path, pi
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="zombies are told by /proc")
 def test_a_process_that_nobody_waited_for_is_not_alive(tmp_path: Path) -> None:
-    from ludic.storage.identity import _started
+    from ludic.storage.identity import process_started
 
     child = subprocess.Popen(["sleep", "600"])
-    theirs = {**identity(tmp_path), "pid": child.pid, "pid_started": _started(child.pid)}
+    theirs = {**identity(tmp_path), "pid": child.pid, "pid_started": process_started(child.pid)}
     assert is_alive(theirs) is True
     child.kill()
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # ended, and left as it is

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import IO, Any
 
 import pytest
 
+from ludic.cli import run_script
 from ludic.inference.cleanup import exists, group_members
 from ludic.survival.signals import SIGNALS, keep_standard_streams
 
@@ -109,6 +111,23 @@ def test_the_first_signal_ends_the_script_in_good_order_and_shows_in_its_exit_co
     assert (tmp_path / "saved").read_text() == "saved"
     assert said.startswith(f"script.py: caught {number.name}: stopping in good order")
     assert "a second signal leaves at once" in said and "Traceback" not in said
+
+
+def test_outside_the_main_thread_where_python_catches_no_signals_a_script_runs_all_the_same() -> None:
+    codes: list[object] = []
+
+    async def main() -> int:
+        return 3
+
+    def run() -> None:
+        with pytest.raises(SystemExit) as stop:
+            run_script("script.py", main)
+        codes.append(stop.value.code)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert codes == [3]
 
 
 def test_a_signal_that_comes_twice_at_the_same_time_counts_once(tmp_path: Path) -> None:
@@ -225,6 +244,8 @@ BLOCKED = {
     "in a save that goes on and on": "while True: sum(range(1000))",
     "in a regular expression": "import re; re.match('(a+)+$', 'a' * 60 + 'b')",
     "in a power of integers": "9 ** 9 ** 9",
+    "in C code that gives the interpreter away": "import ctypes; lock = ctypes.create_string_buffer(256)\n"
+    "for _ in range(2): ctypes.CDLL(None).pthread_mutex_lock(lock)",
 }
 
 

@@ -11,10 +11,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from ludic.config_checks import check_settings, flag_of
+
 DEFAULT_MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
 Schedule = Literal["constant", "linear", "cosine"]
+ALL_LINEAR = "all-linear"
+"""`lora_target` for every linear layer but the output layer."""
 LOSS_NAMES = ("grpo", "dr_grpo", "dapo", "gspo", "cispo")
 """The names in `ludic.train.losses.LOSSES`, without the seconds that its import takes: --help has to be quick."""
+Normalisation = Literal["token_mean", "sequence_mean", "prompt_mean", "constant"]
+"""What a token's loss is divided by; see `ludic.train.packing`."""
+RatioTo = Literal["update", "sampler"]
+ImportanceMask = Literal["none", "token", "sequence", "geometric"]
+MASK_BOUNDS: dict[ImportanceMask, tuple[float, float]] = {
+    "none": (0.0, math.inf),
+    "token": (0.5, 5.0),  # IcePop's own, arXiv 2510.18855
+    "sequence": (0.0, 2.0),
+    "geometric": (0.99, 1.01),
+}
+"""The band outside of which each mask masks, unless another is given; see `ludic.train.corrections`."""
 
 
 def _setting(default: Any, group: str, help_text: str, *, choices: tuple[str, ...] | None = None) -> Any:
@@ -51,14 +66,30 @@ class GRPOConfig:
         "rollouts",
         "share of groups whose sampler log-probs are asked for, to compare; all where they correct (--tis-cap, --max-staleness)",
     )
+    record_token_logprobs: bool = _setting(
+        False,
+        "rollouts",
+        "record these log-probs for each token, and the trainer's gap to them: the report page shades texts by both",
+    )
+
+    dynamic_sampling: bool = _setting(
+        False,
+        "prompts",
+        "replace groups whose rewards are all alike by further prompts, until the update is full (DAPO)",
+    )
+    max_sampling_factor: int = _setting(
+        8, "prompts", "with --dynamic-sampling: at most this many times an update's groups are generated for it"
+    )
+    drop_solved: int = _setting(
+        0, "prompts", "leave out prompts whose last N groups were all correct, but for one visit in 16; 0: none"
+    )
+    curriculum: bool = _setting(
+        False,
+        "prompts",
+        "prefer prompts solved half the time: taken with a chance of 4p(1-p), p the running solve rate",
+    )
 
     train_steps: int = _setting(100, "optimisation", "updates in this run")
-    loss: str = _setting(
-        "dapo",
-        "optimisation",
-        "policy loss; dapo is the token mean; with one epoch an update gspo is grpo and cispo is dapo",
-        choices=LOSS_NAMES,
-    )
     learning_rate: float = _setting(1e-6, "optimisation", "peak learning rate of AdamW")
     lr_schedule: Schedule = _setting(
         "constant", "optimisation", "after the warm-up", choices=("constant", "linear", "cosine")
@@ -68,22 +99,91 @@ class GRPOConfig:
     adam_beta1: float = _setting(0.9, "optimisation", "AdamW's decay of the first moment")
     adam_beta2: float = _setting(0.99, "optimisation", "AdamW's decay of the second moment")
     max_grad_norm: float = _setting(1.0, "optimisation", "gradients are clipped to this norm; 0 switches it off")
-    epochs_per_update: int = _setting(
-        1, "optimisation", "optimizer steps on the same rollouts; above 1 the clipping acts"
+    epochs_per_update: int = _setting(1, "optimisation", "passes over the same rollouts; above 1 the clipping acts")
+    mini_batches: int = _setting(
+        1,
+        "optimisation",
+        "optimizer steps of one pass, on disjoint parts of the update's groups; above 1 the clipping acts",
     )
-    clip_low: float | None = _setting(None, "optimisation", "clip the ratio at 1 - this; default: the loss's own paper")
-    clip_high: float | None = _setting(
-        None, "optimisation", "clip the ratio at 1 + this; default: the loss's own paper"
+
+    loss: str = _setting(
+        "dapo",
+        "loss",
+        "policy loss; dapo is the token mean; with one step an update and --ratio-to update gspo is grpo, cispo is dapo",
+        choices=LOSS_NAMES,
     )
-    kl_coef: float = _setting(
-        0.0, "optimisation", "weight of the KL penalty to the initial policy; 0: no reference model"
+    ratio_to: RatioTo = _setting(
+        "update",
+        "loss",
+        "the loss's ratio is to the policy at the start of the update, or to the sampler (its recorded log-probs)",
+        choices=("update", "sampler"),
     )
-    tis_cap: float | None = _setting(
-        None, "optimisation", "cap of the truncated importance weight; default: 2 with --max-staleness, else 0 (off)"
+    clip_low: float | None = _setting(None, "loss", "clip the ratio at 1 - this; default: the loss's own paper")
+    clip_high: float | None = _setting(None, "loss", "clip the ratio at 1 + this; default: the loss's own paper")
+    dual_clip: float = _setting(
+        0.0, "loss", "bound the loss at this times |advantage| where that is negative, 3 say; 0 switches it off"
     )
-    mask_truncated: bool = _setting(False, "optimisation", "leave truncated completions out of the loss")
+    normalisation: Normalisation | None = _setting(
+        None,
+        "loss",
+        "what a token's loss is divided by; default: the loss's own paper",
+        choices=("token_mean", "sequence_mean", "prompt_mean", "constant"),
+    )
+    kl_coef: float = _setting(0.0, "loss", "weight of the KL penalty to the initial policy; 0: no reference model")
+    mask_truncated: bool = _setting(False, "loss", "leave truncated completions out of the loss")
+    overlong_buffer: int = _setting(
+        0,
+        "loss",
+        "last N tokens before --max-tokens, which it needs, over which the reward falls by up to 1 (DAPO); 0 switches it off",
+    )
+    baseline: Literal["mean", "leave_one_out"] = _setting(
+        "mean",
+        "loss",
+        "a reward is compared with the mean of its group, or of the others in it (RLOO)",
+        choices=("mean", "leave_one_out"),
+    )
     scale_rewards: bool | None = _setting(
-        None, "optimisation", "divide advantages by the group's standard deviation; default: yes, but not for dr_grpo"
+        None,
+        "loss",
+        "divide advantages by a standard deviation; default: yes, but for dr_grpo or leave_one_out only with "
+        "--advantage-std batch",
+    )
+    advantage_std: Literal["group", "batch"] = _setting(
+        "group",
+        "loss",
+        "whose standard deviation that is: each group's own, or the update's",
+        choices=("group", "batch"),
+    )
+
+    tis_cap: float | None = _setting(
+        None,
+        "correction",
+        "cap of the truncated importance weight; default: 2 with --max-staleness, else 0 (off); off with the ratio to the "
+        "sampler or a mask that weighs itself",
+    )
+    importance_mask: ImportanceMask = _setting(
+        "none",
+        "correction",
+        "mask by old / rollout outside a band: tokens (IcePop), sequences (MIS), or sequences by the geometric mean",
+        choices=("none", "token", "sequence", "geometric"),
+    )
+    mask_low: float | None = _setting(
+        None, "correction", "lower end of the band; default: token 0.5, sequence 0, geometric 0.99"
+    )
+    mask_high: float | None = _setting(
+        None, "correction", "upper end of the band; default: token 5, sequence 2, geometric 1.01"
+    )
+
+    lora_rank: int = _setting(
+        0,
+        "adapter",
+        "train a LoRA adapter of this rank over the frozen model, at about 10 times the learning rate; 0: all weights",
+    )
+    lora_alpha: float = _setting(32.0, "adapter", "what the adapter adds is scaled by this over the rank")
+    lora_target: str = _setting(
+        ALL_LINEAR,
+        "adapter",
+        "names of the linear layers with an adapter, e.g. q_proj,v_proj; all-linear: all but the output layer",
     )
 
     micro_token_budget: int | None = _setting(
@@ -92,6 +192,11 @@ class GRPOConfig:
     share_prompts: bool = _setting(True, "memory", "forward a prompt once for all its completions in a micro-batch")
     gradient_checkpointing: bool = _setting(
         False, "memory", "recompute activations in the backward pass: slower, smaller"
+    )
+    cpu_offload: bool = _setting(
+        False,
+        "memory",
+        "with several ranks (torchrun): weights and AdamW's state in the hosts' memory; slower, smaller",
     )
     compile: bool = _setting(
         True, "memory", "on CUDA: compile layers and log-probs; quicker, but some 20 s more at the first update"
@@ -112,58 +217,21 @@ class GRPOConfig:
     seed: int = _setting(0, "reproducibility", "every other seed derives from (seed, step, prompt, member)")
 
     def __post_init__(self) -> None:
-        for setting in dataclasses.fields(self):
-            value, choices = getattr(self, setting.name), setting.metadata["choices"]
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{_flag(setting.name)} must be a finite number, not {value}")
-            if choices and value not in choices:
-                raise ValueError(f"{_flag(setting.name)} {value} is not one of {', '.join(choices)}")
-        for name in ("rollouts_per_update", "max_seq_len", "train_steps", "epochs_per_update", "logprob_chunk",
-                     "keep_checkpoints"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"{_flag(name)} must be at least 1, not {getattr(self, name)}")
-        for name in ("max_completion_len", "max_staleness", "warmup_steps", "weight_decay", "max_grad_norm", "kl_coef",
-                     "tis_cap", "eval_every", "eval_limit", "eval_temperature", "save_every"):  # fmt: skip
-            if (getattr(self, name) or 0) < 0:
-                raise ValueError(f"{_flag(name)} must not be negative, but is {getattr(self, name)}")
-        if self.group_size < 2:
-            raise ValueError(
-                f"--group-size must be at least 2, not {self.group_size}: GRPO compares completions of one prompt"
-            )
-        if self.rollouts_per_update % self.group_size:
-            raise ValueError(
-                f"--rollouts-per-update {self.rollouts_per_update} is not a multiple of --group-size {self.group_size}"
-            )
-        if not 0 <= self.logprob_share <= 1:
-            raise ValueError(f"--logprob-share must be in 0 to 1, not {self.logprob_share}")
-        if self.micro_token_budget is not None and self.micro_token_budget < 1:
-            raise ValueError(f"--micro-token-budget must be at least 1, or auto, not {self.micro_token_budget}")
-        if self.micro_token_budget is not None and self.micro_token_budget < self.max_seq_len:
-            raise ValueError(
-                f"--micro-token-budget {self.micro_token_budget} is smaller than --max-seq-len {self.max_seq_len}: "
-                "no sequence is split, so the budget must hold the longest one"
-            )
-        if self.temperature <= 0:
-            raise ValueError(
-                f"--temperature must be above 0 for training, not {self.temperature}: greedy groups are all alike"
-            )
-        if self.learning_rate <= 0:
-            raise ValueError(f"--learning-rate must be above 0, not {self.learning_rate}")
-        for name in ("adam_beta1", "adam_beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{_flag(name)} must be at least 0 and below 1, not {getattr(self, name)}")
-        if self.clip_low is not None and not 0 <= self.clip_low <= 1:
-            raise ValueError(f"--clip-low must be in 0 to 1 (1 is no lower clip), not {self.clip_low}")
-        if self.clip_high is not None and self.clip_high < 0:
-            raise ValueError(f"--clip-high must not be negative, but is {self.clip_high}")
-        if self.max_completion_len >= self.max_seq_len:
-            raise ValueError(
-                f"--max-completion-len {self.max_completion_len} leaves no room for a prompt in --max-seq-len {self.max_seq_len}"
-            )
+        check_settings(self)
 
     @property
     def groups_per_update(self) -> int:
         return self.rollouts_per_update // self.group_size
+
+    @property
+    def max_groups_per_update(self) -> int:
+        """How many groups `dynamic_sampling` generates for one update at most."""
+        return self.groups_per_update * self.max_sampling_factor
+
+    @property
+    def keeps_zero_variance(self) -> bool:
+        """Whether groups without variance are trained on: for a KL penalty, which every sampled token owes."""
+        return self.kl_coef > 0 and not self.dynamic_sampling
 
     @property
     def max_prompt_len(self) -> int:
@@ -175,18 +243,39 @@ class GRPOConfig:
         """The cap of the truncated importance weight, None for no correction.
 
         Strictly on-policy rollouts are sampled by the policy that trains, so the ratio needs no correction, and the server
-        need not return log-probs, which cost it more than anything else. Stale ones are corrected.
+        need not return log-probs, which cost it more than anything else. Stale ones are corrected, once: where the ratio is to
+        the sampler, or a mask carries the weight, this one is off.
         """
         if self.tis_cap is None:
-            return 2.0 if self.max_staleness else None
+            weighs_itself = self.ratio_to == "sampler" or self.importance_mask in ("token", "sequence")
+            return 2.0 if self.max_staleness and not weighs_itself else None
         return self.tis_cap or None
 
-    def wants_logprobs(self, group_id: int) -> bool:
-        """Whether the engine is asked for the log-probs of this group: all where they correct, else a share to watch."""
-        if self.importance_cap is not None:
+    @property
+    def mask_band(self) -> tuple[float, float]:
+        """Lower and upper end of what `importance_mask` lets through."""
+        low, high = MASK_BOUNDS[self.importance_mask]
+        return low if self.mask_low is None else self.mask_low, high if self.mask_high is None else self.mask_high
+
+    @property
+    def needs_logprobs(self) -> bool:
+        """Whether a sequence without the sampler's log-probs cannot be trained on."""
+        return self.importance_cap is not None or self.importance_mask != "none" or self.ratio_to == "sampler"
+
+    @property
+    def scales_rewards(self) -> bool:
+        """Whether advantages are divided by a standard deviation."""
+        if self.scale_rewards is None:
+            return self.advantage_std == "batch" or (self.loss != "dr_grpo" and self.baseline == "mean")
+        return self.scale_rewards
+
+    def wants_logprobs(self, slot: int) -> bool:
+        """Whether the engine is asked for the log-probs of this group of an update: all where they correct, else a share to
+        watch. `slot` counts an update's groups from 0; in plain sampling a `group_id` says the same."""
+        if self.needs_logprobs:
             return True
         groups = self.groups_per_update
-        chosen, place = math.ceil(groups * self.logprob_share), group_id % groups
+        chosen, place = math.ceil(groups * self.logprob_share), slot % groups
         return (place + 1) * chosen // groups > place * chosen // groups  # as many of each update, evenly spread
 
     def completion_cap(self, prompt_len: int) -> int:
@@ -196,10 +285,6 @@ class GRPOConfig:
 
 
 _SHORT_NAMES = {"learning_rate": "--lr", "max_completion_len": "--max-tokens"}
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -212,7 +297,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         kind = str(setting.type)
         shown = "" if setting.default is None else f" (default: {setting.default})"
         options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": setting.metadata["help"] + shown}
-        names = [_flag(setting.name)]
+        names = [flag_of(setting.name)]
         if setting.name in _SHORT_NAMES:
             names.append(_SHORT_NAMES[setting.name])
         if "bool" in kind:
@@ -248,7 +333,8 @@ class RunPaths:
     """The files that a training run writes, all in one folder."""
 
     out_dir: Path
-    name: str = "gsm8k"
+    name: str
+    """Begins the names of the files."""
 
     @property
     def rollouts(self) -> Path:
@@ -259,12 +345,34 @@ class RunPaths:
         return self.out_dir / f"{self.name}_train_prompt.json"
 
     @property
+    def start(self) -> Path:
+        return self.out_dir / f"{self.name}_train_start.json"
+
+    @property
+    def config(self) -> Path:
+        return self.out_dir / f"{self.name}_train_config.toml"
+
+    @property
     def metrics(self) -> Path:
         return self.out_dir / f"{self.name}_train_metrics.jsonl"
 
     @property
+    def token_gaps(self) -> Path:
+        return self.out_dir / f"{self.name}_train_token_gaps.jsonl"
+
+    @property
+    def grown(self) -> tuple[Path, ...]:
+        """The JSON lines that every update adds to, each with its `step`."""
+        return (self.metrics, self.rollouts, self.token_gaps)
+
+    @property
     def summary(self) -> Path:
         return self.out_dir / f"{self.name}_train_summary.json"
+
+    @property
+    def forecast(self) -> Path:
+        """Written by `--forecast`; a run leaves it where it is, and compares itself with it."""
+        return self.out_dir / f"{self.name}_forecast.json"
 
     @property
     def checkpoints(self) -> Path:
@@ -273,3 +381,11 @@ class RunPaths:
     @property
     def curve(self) -> Path:
         return self.out_dir / f"{self.name}_train_reward.png"
+
+    @property
+    def report(self) -> Path:
+        return self.out_dir / f"{self.name}_train_report.html"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.out_dir / f"{self.name}_tensorboard"

@@ -1,24 +1,23 @@
 """One update and one checkpoint of a small model of the same architecture, and the ids that a run sends to its server.
 
-An architecture that cannot be trained, a checkpoint that cannot be written, an id that the embedding has no row for: each
-of them otherwise shows minutes or hours later, with a server running. What is tried here is the trainer's own code
-(`Learner`), so its verdict is the trainer's. Left out: what only a GPU's kernels or the real weights can show.
+What is tried here is the trainer's own code (`Learner`), so its verdict is the trainer's, hours earlier. Left out: what only
+a GPU's kernels or the real weights can show.
 """
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ludic.config import GRPOConfig
 from ludic.doctor.findings import Finding, failed, ok, warning
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from ludic.train.learner import Learner
 
@@ -45,12 +44,13 @@ def model_shape(model: str, trust_remote_code: bool) -> "tuple[PretrainedConfig,
 
 @cache
 def _small_learner(model: str, trust_remote_code: bool, config: GRPOConfig) -> "Learner | None":
-    """The trainer's learner on a small model of this architecture, after the gradient of one micro-batch; None where no
-    small model can be built.
+    """The trainer's learner on a small model of this architecture, after one micro-batch; None where there is no small one.
 
     Raises:
         ValueError: this architecture cannot be trained; one line.
     """
+    import torch
+
     from ludic.doctor.tiny_model import DOES_NOT_RUN, tiny_model
     from ludic.train.attention import compile_layers, prepare_packed_attention
     from ludic.train.learner import Learner
@@ -61,27 +61,28 @@ def _small_learner(model: str, trust_remote_code: bool, config: GRPOConfig) -> "
     if small is None:
         prepare_packed_attention(copy.deepcopy(full))
         return None
-    # Sequences that a small model is quick with; a reference model would be another of the same architecture.
+    # Sequences that a small model is quick with; a reference model would be another of the same architecture, and an adapter
+    # is put into layers that the small one may not have.
     short = dataclasses.replace(
-        config, max_seq_len=ROW, max_completion_len=0, micro_token_budget=None, kl_coef=0.0, logprob_chunk=ROW
+        config,
+        max_seq_len=ROW,
+        max_completion_len=0,
+        micro_token_budget=None,
+        kl_coef=0.0,
+        logprob_chunk=ROW,
+        overlong_buffer=0,
+        lora_rank=0,
     )
     try:
         learner = Learner(short, small)
-        learner.accumulate(worst_samples(short, ROW))
-        if config.compile and _has_gpu():
+        learner.add_up(worst_samples(short, ROW))
+        if config.compile and torch.cuda.is_available():
             compile_layers(small)  # only marks them; nothing is forwarded any more
     except ValueError:  # the trainer's own words
         raise
     except DOES_NOT_RUN as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{type(small).__name__} does not run on packed rows ({reason:.200})") from error
+        raise ValueError(f"{type(small).__name__} does not run on packed rows ({_line(error):.200})") from error
     return learner
-
-
-def _has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
 
 
 def check_architecture(args: argparse.Namespace, config: GRPOConfig) -> Finding:
@@ -95,34 +96,29 @@ def check_architecture(args: argparse.Namespace, config: GRPOConfig) -> Finding:
         return failed("architecture", reason, OTHER_FAMILY)
     if learner is None:
         name = type(model_shape(args.model, args.trust_remote_code)[1]).__name__
-        return warning(
-            "architecture",
-            f"no small {name} could be built, so only its settings were looked at",
-            "the trainer proves it on the model itself, once it is loaded",
-        )
+        said = f"no small {name} could be built, so only its settings were looked at"
+        return warning("architecture", said, "the trainer proves it on the model itself, once it is loaded")
     return ok("architecture", f"a small {type(learner.model).__name__} trains on packed rows")
 
 
 def check_saving(args: argparse.Namespace, config: GRPOConfig, tokenizer: "PreTrainedTokenizerBase") -> Finding:
     """Can a checkpoint be written, with these configurations and this tokenizer, and loaded again?"""
+    from transformers import GenerationConfig
+
     shape, _ = model_shape(args.model, args.trust_remote_code)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        saves: dict[str, Callable[[Path], object]] = {
-            "config.json": shape.save_pretrained,
-            "generation_config.json": _generation_config(args.model).save_pretrained,
-            "the tokenizer": tokenizer.save_pretrained,
-        }
-        for what, save in saves.items():
+    settings = GenerationConfig()
+    with contextlib.suppress(OSError):  # there is none: transformers makes it of the configuration's ids
+        settings = GenerationConfig.from_pretrained(args.model)
+    with tempfile.TemporaryDirectory() as folder:
+        for what, part in (("config.json", shape), ("generation_config.json", settings), ("the tokenizer", tokenizer)):
             try:
-                save(folder)
+                part.save_pretrained(folder)
             except (ValueError, TypeError, AttributeError, OSError) as error:
-                reason = " ".join(str(error).split())
-                return failed(
-                    "saving",
-                    f"{what} of {args.model} cannot be saved, so no checkpoint could be written: {reason:.400}",
-                    f"mend it in a copy of the folder, and give that with --model{_MENDS.get(what, '')}",
-                )
+                said = f"{what} of {args.model} cannot be saved, so no checkpoint could be written: {_line(error):.400}"
+                fix = "mend it in a copy of the folder, and give that with --model"
+                if part is settings:
+                    fix += " (set do_sample to true, or take the sampling values out; training reads none)"
+                return failed("saving", said, fix)
     try:
         learner = _small_learner(args.model, args.trust_remote_code, config)
     except ValueError:
@@ -130,18 +126,6 @@ def check_saving(args: argparse.Namespace, config: GRPOConfig, tokenizer: "PreTr
     if learner is None:
         return ok("saving", "configuration, generation config and tokenizer can be saved")
     return _check_round_trip(learner)
-
-
-_MENDS = {"generation_config.json": " (set do_sample to true, or take the sampling values out; training reads none)"}
-
-
-def _generation_config(model: str) -> "GenerationConfig":
-    from transformers import GenerationConfig
-
-    try:
-        return GenerationConfig.from_pretrained(model)
-    except OSError:  # there is none: transformers makes it of the configuration's ids
-        return GenerationConfig()
 
 
 def _check_round_trip(learner: "Learner") -> Finding:
@@ -158,19 +142,19 @@ def _check_round_trip(learner: "Learner") -> Finding:
             learner.model.save_pretrained(folder, state_dict=dict(weights))  # which it empties
             loaded = load_model(folder, dtype=torch.float32).state_dict()
         except DOES_NOT_RUN as error:
-            reason = " ".join(str(error).split())
-            return failed("saving", f"{name} cannot be saved and loaded again: {reason:.300}", "train another model")
-    differing = [key for key, tensor in weights.items() if key not in loaded or not torch.equal(tensor, loaded[key])]
-    if differing:
-        return failed("saving", f"{name} is another one after it was saved and loaded: {differing[0]} differs",
-                      "train another model")  # fmt: skip
+            said = f"{name} cannot be saved and loaded again: {_line(error):.300}"
+            return failed("saving", said, "train another model")
+    for key, tensor in weights.items():
+        if key not in loaded or not torch.equal(tensor, loaded[key]):
+            said = f"{name} is another one after it was saved and loaded: {key} differs"
+            return failed("saving", said, "train another model")
     return ok("saving", f"a small {name} and its tokenizer are the same after they were saved and loaded")
 
 
 def check_token_ids(
     args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase", prompt_token_ids: Iterable[int]
-) -> list[Finding]:
-    """Has the embedding a row for each id of the prompts, and for the tokens that end, begin and fill up a sequence?"""
+) -> Finding:
+    """Has the embedding a row for each id of the prompts, and for the tokens that end a sequence?"""
     import torch
 
     from ludic.inference.client.vllm_client import stop_token_ids
@@ -178,33 +162,19 @@ def check_token_ids(
     shape, full = model_shape(args.model, args.trust_remote_code)
     weight = full.get_input_embeddings().weight
     assert isinstance(weight, torch.Tensor)
+    # No padding token: neither engine sends one to the model.
+    used = {
+        "the prompts hold": set(prompt_token_ids),
+        "a turn ends with": set(stop_token_ids(args.model, tokenizer, shape)),
+    }
     rows = weight.shape[0]
-    fix = "give the tokenizer and the chat template that belong to this model"
-    prompts = set(prompt_token_ids)
-    stops = stop_token_ids(args.model, tokenizer, shape)
-    used = {"the prompts hold": prompts, "a turn ends with": set(stops)}
-    if args.engine == "local" and tokenizer.pad_token_id is not None:
-        used["rows are filled up with"] = {tokenizer.pad_token_id}
     for use, ids in used.items():
         if beyond := [token_id for token_id in ids if not 0 <= token_id < rows]:
-            return [
-                failed("token ids", f"{use} {_named(tokenizer, max(beyond))}, but the embedding has {rows} rows", fix)
-            ]
-    unused = {
-        name: token_id
-        for source, of in (("tokenizer", tokenizer), ("config.json", shape.get_text_config()))
-        for kind in ("pad", "bos")
-        if isinstance(token_id := getattr(of, f"{kind}_token_id", None), int) and token_id >= rows
-        for name in [f"the {kind} token of the {source}"]
-    }
-    findings = [
-        warning("token ids", f"{name} is {_named(tokenizer, token_id)}, but the embedding has {rows} rows",
-                "no prompt of this run holds it; others that use this model may")
-        for name, token_id in unused.items()
-    ]  # fmt: skip
-    largest = max([*prompts, *stops], default=0)
-    return findings or [ok("token ids", f"the largest that is used is {largest}, of {rows} rows")]
+            name = f"{tokenizer.convert_ids_to_tokens(max(beyond))!r} (id {max(beyond)})"
+            fix = "give the tokenizer and the chat template that belong to this model"
+            return failed("token ids", f"{use} {name}, but the embedding has {rows} rows", fix)
+    return ok("token ids", f"the largest that is used is {max(set().union(*used.values()))}, of {rows} rows")
 
 
-def _named(tokenizer: "PreTrainedTokenizerBase", token_id: int) -> str:
-    return f"{tokenizer.convert_ids_to_tokens(token_id)!r} (id {token_id})"
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())

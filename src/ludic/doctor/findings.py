@@ -1,18 +1,15 @@
 """What a check found: one line each, with what to do about it."""
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Literal
 
-from ludic.rollout.errors import EngineError
 from ludic.storage.inert import inert
 from ludic.task.pretrained import UnusableModelError
 
-Status = Literal["ok", "warning", "failed"]
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
     """What one check found.
 
@@ -22,20 +19,19 @@ class Finding:
     """
 
     name: str
-    status: Status
+    status: Literal["ok", "warning", "failed"]
     found: str
     fix: str = ""
     """What to do; empty for what is ok."""
 
     def __str__(self) -> str:
-        line = f"{self.status:<8} {self.name}: {self.found}" + (f"; {self.fix}" if self.fix else "")
-        return inert(line)
+        return inert(f"{self.status:<8} {self.name}: {self.found}" + (f"; {self.fix}" if self.fix else ""))
 
 
 Check = Callable[[], "Finding | list[Finding]"]
 """Looks at one thing. It may raise what a user can mend (`FAILURES`): that is a finding too."""
 
-FAILURES = (OSError, ValueError, EngineError, RuntimeError, ImportError, MemoryError)
+FAILURES = (OSError, ValueError, RuntimeError, ImportError, MemoryError)
 
 
 def ok(name: str, found: str) -> Finding:
@@ -63,17 +59,8 @@ def run_checks(checks: Sequence[tuple[str, Check]]) -> Iterator[Finding]:
         except UnusableModelError:
             raise
         except FAILURES as error:
-            yield failed(name, " ".join(str(error).split()) or type(error).__name__, "")
-            continue
+            found = failed(name, " ".join(str(error).split()) or type(error).__name__, "")
+        seconds = time.perf_counter() - started
+        took = f" ({seconds:.0f} s)" if seconds >= 2 else ""
         for finding in found if isinstance(found, list) else [found]:
-            seconds = time.perf_counter() - started
-            yield (
-                finding
-                if seconds < 2
-                else Finding(
-                    name=finding.name,
-                    status=finding.status,
-                    found=f"{finding.found} ({seconds:.0f} s)",
-                    fix=finding.fix,
-                )
-            )
+            yield dataclasses.replace(finding, found=finding.found + took)

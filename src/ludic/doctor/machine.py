@@ -1,28 +1,28 @@
-"""The checks of this machine and this model: versions, GPUs, network, disk, memory, a dry run, data, grader. None of them
-needs a server.
+"""The checks of this machine and this model, which need no server.
 
 torch and transformers take seconds to import, so that is left to the checks that need them: `--help` must not wait for it.
 """
 
 import argparse
+import contextlib
 import importlib.metadata
 import importlib.util
 import itertools
 import json
 import os
+import platform
+import re
 import shutil
-import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
-from ludic.cli import server_url
 from ludic.config import GRPOConfig
 from ludic.doctor.dry_run import check_architecture, check_saving, check_token_ids
 from ludic.doctor.findings import Check, Finding, failed, ok, warning
 from ludic.inference.server.server_help import VLLM_RANGE
+from ludic.storage.inert import inert
 from ludic.task.datafiles import read_rows, split_files
 from ludic.task.hub import endpoint, is_offline, why_unreachable
 from ludic.types import ChatMessage
@@ -30,12 +30,20 @@ from ludic.types import ChatMessage
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SUPPORTED = {"torch": ((2, 11), None), "transformers": ((5, 10), None), "vllm": VLLM_RANGE}
+SUPPORTED = {
+    "Python": ((3, 11), (3, 13)),
+    "torch": ((2, 11), None),
+    "transformers": ((5, 10), None),
+    "vllm": VLLM_RANGE,
+}
 """Lowest and highest version, of the two first numbers; None: no highest."""
 STATIC_BYTES_GPU = 18
 """Of a parameter while training on a GPU: float32 master, gradient and two moments of AdamW, and the bf16 copy."""
 STATIC_BYTES_CPU = 20
 """On the CPU: float32 weights, gradient and moments, and the copy of the local engine."""
+FROZEN_BYTES_GPU, FROZEN_BYTES_CPU = 4, 12
+"""Below an adapter, whose own weights are few: the base, and the merged copy while it is sent; float32 on the CPU, where the
+local engine has one more."""
 ACTIVATION_BYTES = 36
 """Of a token of the micro-batch, a layer and a unit of the hidden size: measured with compiled layers at the 0.5B shape,
 11.5 GiB at 16,384 tokens. Without compiling it is about twice that."""
@@ -45,25 +53,25 @@ CHECKPOINT_BYTES = 12
 
 def local_checks(args: argparse.Namespace, config: GRPOConfig) -> list[tuple[str, Check]]:
     """All of them, in the order in which they are worth reading."""
-    tokenizer = cache(lambda: _load_tokenizer(args))
+    tokenizer = cache(lambda: tokenizer_of(args))
     return [
-        *quick_local_checks(args, config, tokenizer),
+        *quick_checks(args, config, tokenizer),
+        ("chat template", lambda: check_chat_template(tokenizer())),
         ("token ids", lambda: check_template_ids(args, tokenizer())),
-        ("network", lambda: check_proxies(args)),
         ("hub", lambda: check_hub(args)),
         ("data", lambda: check_data(args)),
         ("grader", check_grader),
     ]
 
 
-def quick_local_checks(
+def quick_checks(
     args: argparse.Namespace,
     config: GRPOConfig,
     tokenizer: "Callable[[], PreTrainedTokenizerBase]",
     *,
     num_checkpoints: int = 0,
 ) -> list[tuple[str, Check]]:
-    """Those that take seconds at most, which every training run makes."""
+    """What every training run looks at before it loads its model; a resumed one has `num_checkpoints` already."""
     return [
         ("versions", check_versions),
         ("GPUs", lambda: check_gpus(args)),
@@ -74,47 +82,60 @@ def quick_local_checks(
     ]
 
 
-def _load_tokenizer(args: argparse.Namespace) -> "PreTrainedTokenizerBase":
+def tokenizer_of(args: argparse.Namespace) -> "PreTrainedTokenizerBase":
     from ludic.task.prompts import load_tokenizer
 
     return load_tokenizer(args.model, args.chat_template, trust_remote_code=args.trust_remote_code)
 
 
-def check_template_ids(args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase") -> list[Finding]:
+_CHAT: list[ChatMessage] = [
+    {"role": "system", "content": "Answer briefly."},
+    {"role": "user", "content": "What is 2 + 2?"},
+]
+
+
+def check_chat_template(tokenizer: "PreTrainedTokenizerBase") -> list[Finding]:
+    """Does the template keep the turns of a chat, and begin the answer? A run looks at its own first prompt in the same way."""
+    from ludic.task.template_checks import own_system_turn, template_warnings
+
+    try:
+        lines = template_warnings(tokenizer, _CHAT)
+    except ValueError as error:  # many templates know no system turn
+        lines = [str(error), *template_warnings(tokenizer, _CHAT[1:])]
+    if lines:
+        return [warning("chat template", line, "") for line in lines]
+    own = own_system_turn(tokenizer)
+    added = f"; to a chat without a system turn it adds '{inert(own, 80)}'" if own else ""
+    return [ok("chat template", f"it keeps a system turn and a question, and begins the answer{added}")]
+
+
+def check_template_ids(args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase") -> Finding:
     """`check_token_ids` for what the chat template adds; a training run holds all of its prompts."""
     from ludic.task.prompts import encode_prompt
 
-    question: ChatMessage = {"role": "user", "content": "What is 2 + 2?"}
     try:
-        prompt = encode_prompt(tokenizer, [{"role": "system", "content": "Answer briefly."}, question])
+        prompt = encode_prompt(tokenizer, _CHAT)
     except ValueError:  # a template without system turns
-        prompt = encode_prompt(tokenizer, [question])
+        prompt = encode_prompt(tokenizer, _CHAT[1:])
     return check_token_ids(args, tokenizer, prompt)
 
 
 def check_versions() -> list[Finding]:
     """Are Python, torch, transformers and vLLM of versions that ludic is made for?"""
-    findings = []
-    if not (3, 11) <= sys.version_info[:2] < (3, 14):
-        findings.append(
-            failed("versions", f"Python {sys.version_info[0]}.{sys.version_info[1]}", "use Python 3.11 to 3.13")
-        )
-    found = []
+    found, wrong = [], []
     for name, (low, high) in SUPPORTED.items():
-        version = installed(name)
-        if version is None:
-            if name == "vllm":
-                found.append("no vLLM here (a server may have its own environment)")
-            else:
-                findings.append(failed("versions", f"{name} is not installed", "run uv sync"))
-            continue
-        numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
-        if numbers < low or (high is not None and numbers > high):
-            span = f"{_dotted(low)} to {_dotted(high)}" if high else f"{_dotted(low)} or later"
-            findings.append(failed("versions", f"{name} {version}", f"ludic is made for {span}: run uv sync"))
-        else:
+        version = platform.python_version() if name == "Python" else installed(name)
+        if version is None and name == "vllm":
+            found.append("no vLLM here (a server may have its own environment)")
+        elif version is None:
+            wrong.append(failed("versions", f"{name} is not installed", "run uv sync"))
+        elif low <= (numbers := tuple(map(int, re.findall(r"\d+", version)[:2]))) <= (high or numbers):
             found.append(f"{name} {version}")
-    return findings or [ok("versions", f"Python {sys.version.split()[0]}, " + ", ".join(found))]
+        else:
+            bounds = [".".join(map(str, bound)) for bound in (low, high) if bound]
+            span = " to ".join(bounds) if high else f"{bounds[0]} or later"
+            wrong.append(failed("versions", f"{name} {version}", f"ludic is made for {span}: run uv sync"))
+    return wrong or [ok("versions", ", ".join(found))]
 
 
 def installed(name: str) -> str | None:
@@ -127,10 +148,6 @@ def installed(name: str) -> str | None:
     return None
 
 
-def _dotted(version: tuple[int, int]) -> str:
-    return ".".join(map(str, version))
-
-
 def check_gpus(args: argparse.Namespace) -> Finding:
     """Which GPUs does the trainer see, and is one left for a server that is started?"""
     import torch
@@ -138,63 +155,27 @@ def check_gpus(args: argparse.Namespace) -> Finding:
     if not torch.cuda.is_available():
         if args.engine == "local":
             return ok("GPUs", "none; training and generation on the CPU")
-        return warning(
-            "GPUs",
-            "the trainer sees none, and would train on the CPU",
-            "check the driver (nvidia-smi), CUDA_VISIBLE_DEVICES and the torch build, unless that is meant",
-        )
+        fix = "check the driver (nvidia-smi), CUDA_VISIBLE_DEVICES and the torch build, unless that is meant"
+        return warning("GPUs", "the trainer sees none, and would train on the CPU", fix)
     count = torch.cuda.device_count()
     names = ", ".join(torch.cuda.get_device_name(number) for number in range(count))
     if args.start_server and count == 1:
-        return warning(
-            "GPUs",
-            f"one ({names}), for the server and the trainer",
-            "leave room with --server-args '--gpu-memory-utilization 0.4', or make two GPUs visible",
-        )
+        fix = "leave room with --server-args '--gpu-memory-utilization 0.4', or make two GPUs visible"
+        return warning("GPUs", f"one ({names}), for the server and the trainer", fix)
     return ok("GPUs", f"{count} ({names}), CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'unset')}")
 
 
-def check_proxies(args: argparse.Namespace) -> Finding:
-    """Do proxy variables stand between the two sides? ludic's own requests ignore them, other clients do not."""
-    names = [name for name in ("http_proxy", "https_proxy", "all_proxy") if os.environ.get(name) or
-             os.environ.get(name.upper())]  # fmt: skip
-    if not names:
-        return ok("network", "no proxy variables")
-    exempt = (os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or "").split(",")
-    host = urlsplit(server_url(args)).hostname or args.host
-    if host in (part.strip() for part in exempt):
-        return ok("network", f"proxy variables are set, and {host} is exempt")
-    return warning(
-        "network",
-        f"{', '.join(names)} set; ludic goes to {host} directly all the same, curl and others do not",
-        f"export NO_PROXY={host}",
-    )
-
-
 def check_hub(args: argparse.Namespace) -> Finding:
-    """Can the Hugging Face hub be reached, where something has to come from it, or is that in the cache?"""
-    needed = {}
-    if not Path(args.model).expanduser().exists():
-        needed["the model"] = model_in_cache(args.model)
-    if args.dataset is None:
-        needed["the data set"] = dataset_in_cache() is not None
-    if not needed:
-        return ok("hub", "not needed: model and data set are on this machine")
-    why = hub_problem()
-    if why is None:
+    """Can the model be had: from a folder, from the Hugging Face hub, or from the hub's cache?"""
+    if Path(args.model).expanduser().exists():
+        return ok("hub", "not needed: the model is on this machine")
+    if not (why := hub_problem()):
         return ok("hub", f"{endpoint()} answers")
-    missing = [what for what, cached in needed.items() if not cached]
-    if missing:
-        return failed(
-            "hub",
-            f"{why}, and the cache has no complete copy of {' and '.join(missing)}",
-            "name folders with --model and --dataset, or download them where there is a network",
-        )
-    return warning(
-        "hub",
-        f"{why}; {' and '.join(needed)} are in the cache",
-        "set HF_HUB_OFFLINE=1 to use the cache without waiting, if it is not",
-    )
+    if model_in_cache(args.model):
+        fix = "set HF_HUB_OFFLINE=1 to use the cache without waiting, if it is not"
+        return warning("hub", f"{why}; the model is in the cache", fix)
+    fix = "name a folder with --model, or download it where there is a network"
+    return failed("hub", f"{why}, and the cache has no complete copy of the model", fix)
 
 
 @cache
@@ -222,12 +203,11 @@ def model_in_cache(model: str) -> bool:
         return found if isinstance(found, str) else None  # else it is known not to exist, or not known
 
     try:
-        if cached("config.json") is None or not (cached("tokenizer.json") or cached("tokenizer_config.json")):
-            return False
-        index = cached("model.safetensors.index.json")
-        if index is None:
-            return cached("model.safetensors") is not None
-        return all(cached(shard) for shard in set(json.loads(Path(index).read_text())["weight_map"].values()))
+        shards = {"model.safetensors"}
+        if index := cached("model.safetensors.index.json"):
+            shards = set(json.loads(Path(index).read_text())["weight_map"].values())
+        has_tokenizer = cached("tokenizer.json") or cached("tokenizer_config.json")
+        return bool(has_tokenizer and all(map(cached, {"config.json", *shards})))
     except HFValidationError:  # no name of a model, but a folder that is not there
         return False
 
@@ -237,38 +217,30 @@ def dataset_in_cache() -> Path | None:
     from huggingface_hub.constants import HF_HOME
 
     cache_folder = Path(os.environ.get("HF_DATASETS_CACHE") or Path(HF_HOME) / "datasets")
-    splits = ("train", "test")
     for folder in (cache_folder / "openai___gsm8k" / "main").glob("*/*"):
-        if all(any(folder.glob(f"*-{split}*.arrow")) for split in splits):
+        if all(any(folder.glob(f"*-{split}*.arrow")) for split in ("train", "test")):
             return folder
     return None
 
 
 def check_data(args: argparse.Namespace) -> Finding:
     """Is the data set there, and can it be read? Its rows are checked when they are loaded."""
-    if args.dataset is None:
-        return _check_hub_data()
-    try:
-        files = split_files("train", Path(args.dataset))
-        named = f"{files[0]}" + (f" and {len(files) - 1} more" if len(files) > 1 else "")
-        for place, row in itertools.islice(read_rows(files), 100):
-            if not isinstance(row, dict):
-                return failed("data", f"{place}: not a JSON object", "mend the file")
-    except ValueError as error:
-        return failed("data", str(error), "mend it, or name another --dataset")
-    return ok("data", f"{named} can be read")
-
-
-def _check_hub_data() -> Finding:
+    if args.dataset is not None:
+        try:
+            files = split_files("train", Path(args.dataset))
+            for place, row in itertools.islice(read_rows(files), 100):
+                if not isinstance(row, dict):
+                    return failed("data", f"{place}: not a JSON object", "mend the file")
+        except ValueError as error:
+            return failed("data", str(error), "mend it, or name another --dataset")
+        more = f" and {len(files) - 1} more" if len(files) > 1 else ""
+        return ok("data", f"{files[0]}{more} can be read")
     if importlib.util.find_spec("datasets") is None:
-        return failed(
-            "data", "the package datasets is not installed", "run uv sync --extra examples, or name a --dataset"
-        )
-    folder = dataset_in_cache()
-    if folder is not None:
+        fix = "run uv sync --extra examples, or name a --dataset"
+        return failed("data", "the package datasets is not installed", fix)
+    if folder := dataset_in_cache():
         return ok("data", f"the hub's GSM8K is in the cache, {folder}")
-    why = hub_problem()
-    if why is not None:
+    if why := hub_problem():
         return failed("data", f"the hub's GSM8K is not in the cache, and {why}", "name a folder with --dataset")
     return ok("data", "the hub's GSM8K is not in the cache; it is downloaded when a run starts")
 
@@ -277,13 +249,9 @@ def check_grader() -> Finding:
     """Does a worker of math-verify come up and give the right answers?"""
     from ludic.task.grading import Grader
 
-    with_algebra = (r"\sqrt{8}", r"2\sqrt{2}")  # no rule of ours decides it
-    grader = Grader(num_workers=1)
-    try:
-        right = grader.match_sync(*with_algebra)
+    with contextlib.closing(Grader(num_workers=1)) as grader:
+        right = grader.match_sync(r"\sqrt{8}", r"2\sqrt{2}")  # no rule of ours decides it
         wrong = grader.match_sync("17", "18")
-    finally:
-        grader.close()
     if right.failure or not right.matched or wrong.matched:
         return failed("grader", f"it judged wrongly ({right}, {wrong})", "reinstall math-verify: run uv sync")
     return ok("grader", "math-verify answers")
@@ -300,10 +268,11 @@ def check_memory(args: argparse.Namespace, config: GRPOConfig) -> Finding:
     text = shape.get_text_config()
     budget = config.micro_token_budget or config.max_seq_len
     on_gpu = torch.cuda.is_available()
-    static = parameters * (STATIC_BYTES_GPU if on_gpu else STATIC_BYTES_CPU)
+    each = (STATIC_BYTES_GPU, STATIC_BYTES_CPU) if not config.lora_rank else (FROZEN_BYTES_GPU, FROZEN_BYTES_CPU)
+    static = parameters * each[0 if on_gpu else 1]
     factor = 0.3 if config.gradient_checkpointing else 1.0
     activations = factor * ACTIVATION_BYTES * budget * text.num_hidden_layers * text.hidden_size
-    if config.kl_coef > 0:
+    if config.kl_coef > 0 and not config.lora_rank:  # an adapter's reference is its base
         static += parameters * (2 if on_gpu else 4)
     free = torch.cuda.mem_get_info(trainer_device(args))[0] if on_gpu else _free_memory()
     said = (
@@ -311,9 +280,8 @@ def check_memory(args: argparse.Namespace, config: GRPOConfig) -> Finding:
         f"{_gib(free)} free"
     )
     if static > free:
-        return failed(
-            "memory", said, "weights and optimizer alone do not fit: train a smaller model, or free the device"
-        )
+        fix = "weights and optimizer alone do not fit: train a smaller model, or free the device"
+        return failed("memory", said, fix)
     if static + activations > free:
         return warning("memory", said, "--micro-token-budget auto takes what fits; --gradient-checkpointing needs less")
     return ok("memory", said)
@@ -328,12 +296,10 @@ def trainer_device(args: argparse.Namespace) -> int:
 
 def _free_memory() -> int:
     """Of the machine, in bytes: what Linux calls available, else all that there is."""
-    try:
+    with contextlib.suppress(OSError):
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
-    except OSError:
-        pass
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
@@ -349,6 +315,8 @@ def check_disk(args: argparse.Namespace, config: GRPOConfig, num_checkpoints: in
     parameters = empty.num_parameters()
     dtype = stored_dtype(shape)
     size = CHECKPOINT_BYTES + (0 if dtype.itemsize == 4 else dtype.itemsize)
+    if config.lora_rank:  # the merged model; the adapter with its moments is small beside it
+        size = dtype.itemsize
     need = (1 + max(0, config.keep_checkpoints - num_checkpoints)) * size * parameters
     free = shutil.disk_usage(folder).free
     said = f"{_gib(need)} for the checkpoints that stay and the next one, {_gib(free)} free in {args.out_dir}"

@@ -2,20 +2,21 @@
 
 import argparse
 import asyncio
-import uuid
+import dataclasses
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ludic.cli import server_url
+from ludic.cli import server_urls
 from ludic.config import GRPOConfig
 from ludic.doctor.findings import Check, Finding, failed, ok, warning
-from ludic.doctor.machine import installed, trainer_device
-from ludic.doctor.vllm_probe import check_vllm
+from ludic.doctor.machine import installed, tokenizer_of, trainer_device
 from ludic.inference.client import handshake
 from ludic.inference.client.server_control import ServerControl
-from ludic.inference.client.server_process import ServerStartError, require_free_port
-from ludic.rollout.errors import EngineError, ServerLostError, ServerUnreachableError
+from ludic.inference.client.server_process import require_free_port
+from ludic.rollout.errors import ServerUnreachableError
 from ludic.storage.identity import describe, identity
 from ludic.storage.keys import read_api_key
 
@@ -23,14 +24,43 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SYNC_DEADLINE_S = 45.0
+PROBE_DEADLINE_S = 60.0
 LOOPBACK = ("127.0.0.1", "localhost")
+
+# A process of its own: the import takes some ten seconds, and what it does to logging and to CUDA stays there.
+_VLLM_PROBE = """
+import vllm, vllm._custom_ops
+from vllm.platforms import current_platform
+print("ludic:", vllm.__version__, current_platform.device_type or "none")
+"""
 
 
 def server_checks(args: argparse.Namespace, config: GRPOConfig) -> list[tuple[str, Check]]:
-    """The checks of a server that runs, or of the port of one that is to be started."""
+    """The checks of each server that runs, or of the port of one that is to be started."""
     if args.start_server:
         return [("port", lambda: check_free_port(args)), ("vLLM", check_vllm)]
-    checks = ServerChecks(args, config)
+    urls = server_urls(args)
+    if len(urls) == 1:
+        return _checks_of(ServerChecks(args, config, urls[0]))
+    return [
+        (f"{name} of {url}", _named_after(url, check))
+        for url in urls
+        for name, check in _checks_of(ServerChecks(args, config, url))
+    ]
+
+
+def _named_after(url: str, check: Check) -> Check:
+    """`check`, whose findings say of which server they are."""
+
+    def named() -> list[Finding]:
+        found = check()
+        findings = found if isinstance(found, list) else [found]
+        return [dataclasses.replace(finding, name=f"{finding.name} of {url}") for finding in findings]
+
+    return named
+
+
+def _checks_of(checks: "ServerChecks") -> list[tuple[str, Check]]:
     return [
         ("server", checks.reachable),
         ("tokenizer", checks.tokenizer),
@@ -44,30 +74,55 @@ def server_checks(args: argparse.Namespace, config: GRPOConfig) -> list[tuple[st
 
 def check_free_port(args: argparse.Namespace) -> Finding:
     """Is the port free on which a server is to be started?"""
-    try:
-        require_free_port(args.host, args.port)
-    except ServerStartError as error:
-        return failed("port", str(error), "")
+    require_free_port(args.host, args.port)
     return ok("port", f"{args.host}:{args.port} is free for the server")
+
+
+def check_vllm() -> Finding:
+    """Does vLLM import here, with its kernels, and find a device that it was built for?
+
+    An installed version does not say so: a build for CUDA without a driver, or one that misses a library, ends only when a
+    server is started.
+    """
+    words = [sys.executable, "-c", _VLLM_PROBE]
+    try:
+        probe = subprocess.run(words, capture_output=True, text=True, errors="replace", timeout=PROBE_DEADLINE_S)
+    except subprocess.TimeoutExpired:
+        said = f"its import was not done after {PROBE_DEADLINE_S:.0f} s"
+        return warning("vLLM", said, "look again on a quieter machine")
+    lines = [line.strip() for line in f"{probe.stdout}\n{probe.stderr}".splitlines() if line.strip()]
+    answer = next((line.split() for line in lines if line.startswith("ludic:")), None)
+    if answer is None:
+        last = lines[-1] if lines else f"exit code {probe.returncode}"
+        fix = "run uv sync --extra examples, or --engine local"
+        return failed("vLLM", f"it cannot be imported here: {last:.300}", fix)
+    _, version, device = answer
+    if device == "none":
+        fix = "use a machine with a GPU and driver (nvidia-smi), the CPU build of scripts/make_vllm_cpu_env.sh, or --engine local"
+        return failed("vLLM", f"{version} finds no device here that it was built for", fix)
+    if missing := next((line for line in lines if "Failed to import from vllm." in line), ""):
+        return failed("vLLM", f"{version} is without its kernels: {missing:.300}", "run uv sync --extra examples")
+    return ok("vLLM", f"{version} can start here, on {device}")
 
 
 class ServerChecks:
     """The checks of one running server; what the first finds out, the others go by."""
 
-    def __init__(self, args: argparse.Namespace, config: GRPOConfig) -> None:
-        self._args = args
-        self._config = config
-        self._trainer = uuid.uuid4().hex
+    def __init__(self, args: argparse.Namespace, config: GRPOConfig, url: str) -> None:
+        self._args, self._config = args, config
         self._key = read_api_key(args.api_key_file)
-        self._url = server_url(args)
-        self._control = ServerControl(self._url, api_key=self._key, trainer=self._trainer, timeout_s=30.0)
+        self._url = url
+        self._control = ServerControl(self._url, api_key=self._key, timeout_s=30.0)
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._up = False
-        self._held = False
+        self._is_leased = False
         self._info: Mapping[str, Any] = {}
 
     def reachable(self) -> Finding | list[Finding]:
         """Does it answer, serve this model, and in a context that is long enough? If not, can one be started here?"""
+        from ludic.task.pretrained import load_config
+        from ludic.task.rope import longrope_switch
+
         try:
             served = handshake.served_model(self._control, self._args.model)
         except ServerUnreachableError as error:
@@ -75,9 +130,6 @@ class ServerChecks:
             here = self._args.host in LOOPBACK and installed("vllm") is not None
             return [unreachable, check_vllm()] if here else unreachable
         self._up = True
-        from ludic.task.pretrained import load_config
-        from ludic.task.rope import longrope_switch
-
         config = load_config(self._args.model, trust_remote_code=self._args.trust_remote_code)
         handshake.check_context(served, self._config.max_seq_len, longrope_switch(config))
         return ok("server", f"{self._url} serves {self._args.model}, context {served.get('max_model_len')} tokens")
@@ -86,40 +138,22 @@ class ServerChecks:
         """Do both sides make the same ids of a text and of a chat?"""
         if not self._up:
             return _skipped("tokenizer")
-        from ludic.task.prompts import load_tokenizer
-
-        self._tokenizer = load_tokenizer(
-            self._args.model, self._args.chat_template, trust_remote_code=self._args.trust_remote_code
-        )
+        self._tokenizer = tokenizer_of(self._args)
         handshake.check_tokenizer(self._control, self._args.model, self._tokenizer)
         handshake.check_chat_template(self._control, self._args.model, self._tokenizer)
         return ok("tokenizer", "the server's ids of a text and of a chat are the trainer's")
 
     def settings(self) -> list[Finding]:
-        """Log-prob mode, weight transfer, generation_config, version."""
+        """Log-prob mode, weight transfer, version."""
         if not self._up:
             return [_skipped("settings")]
         self._info = info = handshake.weight_sync_info(self._control, self._args.model)
-        findings = [
-            ok(
-                "settings",
-                f"vLLM {info['vllm_version']}, {info['dtype']}, processed log-probs, weights over {info['transfer_backend']}",
-            )
-        ]
-        chosen = info.get("generation_config", "vllm")
-        if chosen != "vllm":
-            findings.append(
-                warning(
-                    "generation_config",
-                    f"the server reads {chosen!r}, which may change the sampling behind the trainer's back",
-                    "start it without --generation-config",
-                )
-            )
+        said = f"vLLM {info['vllm_version']}, {info['dtype']}, processed log-probs, weights over {info['transfer_backend']}"
+        findings = [ok("settings", said)]
         if not handshake.has_generate_route(self._control):
-            findings.append(
-                warning("route", "the server has no ludic route for rollouts, or another version's",
-                        "start it with this version's `python -m ludic.inference.vllm_server`")
-            )  # fmt: skip
+            said = "the server has no ludic route for rollouts, or another version's"
+            fix = "start it with this version's `python -m ludic.inference.vllm_server`"
+            findings.append(warning("route", said, fix))
         return findings
 
     def gpus(self) -> Finding:
@@ -135,11 +169,11 @@ class ServerChecks:
         if ours != theirs:
             return ok("same GPU", "no: server and trainer have one each")
         if "nccl" in str(self._info.get("transfer_backend")):
+            fix = (
+                "give the two sides different CUDA_VISIBLE_DEVICES, or start the server with --weight-transfer-config "
+            )
             return failed(
-                "same GPU",
-                "yes, and NCCL does not join a GPU with itself",
-                "give the two sides different CUDA_VISIBLE_DEVICES, or start the server with "
-                """--weight-transfer-config '{"backend": "ludic_shm"}'""",
+                "same GPU", "yes, and NCCL does not join a GPU with itself", fix + """'{"backend": "ludic_shm"}'"""
             )
         return warning("same GPU", "yes: both share its memory and its time", "give each side a GPU of its own")
 
@@ -147,44 +181,31 @@ class ServerChecks:
         """Has another trainer the server?"""
         if not self._up:
             return _skipped("holder")
-        try:
-            other = handshake.holder(self._control)
-        except ServerLostError:
-            raise
-        except EngineError:
-            return warning("holder", "the server cannot say whose it is", "start it with this version of ludic")
+        other = handshake.holder(self._control)
         if other is None:
             return ok("holder", "no trainer has the server")
-        self._held = True
-        return warning(
-            "holder",
-            f"another trainer has it ({describe(other['identity'])}), so no weights are sent here",
-            "wait for it, stop it, or start another server",
-        )
+        self._is_leased = True
+        said = f"another trainer has it ({describe(other['identity'])}), so no weights are sent here"
+        return warning("holder", said, "wait for it, stop it, or start another server")
 
     def generation(self) -> Finding:
         """Does one completion come back, with log-probs?"""
-        if self._tokenizer is None:
-            return _skipped("generation")
-        return asyncio.run(self._generate())
+        return _skipped("generation") if self._tokenizer is None else asyncio.run(self._generate(self._tokenizer))
 
-    async def _generate(self) -> Finding:
+    async def _generate(self, tokenizer: "PreTrainedTokenizerBase") -> Finding:
         from ludic.inference.client.vllm_client import VLLMEngine
         from ludic.types import SamplingParams
 
-        assert self._tokenizer is not None
         if handshake.stays_paused(self._control):
-            return warning(
-                "generation", "the server is paused", "the first sync of a run sets that right; or restart it"
-            )
+            fix = "the first sync of a run sets that right; or restart it"
+            return warning("generation", "the server is paused", fix)
         engine = VLLMEngine(self._url, model=self._args.model, api_key=self._key)
+        prompt = tokenizer.encode("What is 2 + 2?", add_special_tokens=False)
+        sampling = SamplingParams(temperature=1.0, max_tokens=8)
         try:
-            await engine.connect(self._tokenizer)
-            prompt = self._tokenizer.encode("What is 2 + 2?", add_special_tokens=False)
+            await engine.connect(tokenizer)
             async with asyncio.timeout(30):
-                (completion,) = await engine.generate(
-                    prompt, num_completions=1, sampling=SamplingParams(temperature=1.0, max_tokens=8)
-                )
+                (completion,) = await engine.generate(prompt, num_completions=1, sampling=sampling)
         except TimeoutError:
             return failed("generation", "8 tokens were not there after 30 s", "read the server's log")
         finally:
@@ -195,7 +216,7 @@ class ServerChecks:
 
     def weight_sync(self) -> Finding:
         """Do the model's weights get there, proven as in training?"""
-        if not self._info or self._tokenizer is None or self._held:
+        if not self._info or self._tokenizer is None or self._is_leased:
             return _skipped("weight sync")
         import torch
 
@@ -206,7 +227,7 @@ class ServerChecks:
         model = load_model(self._args.model, dtype=torch.float32, trust_remote_code=self._args.trust_remote_code)
         torch.nn.Module.to(model, device)
         probe = self._tokenizer.encode("Tom has 3 boxes of 12 eggs. How many eggs has he?", add_special_tokens=False)
-        handshake.claim(self._control, self._trainer, identity(Path(self._args.out_dir)))
+        handshake.claim(self._control, identity(Path(self._args.out_dir)))
         sync = WeightSync(
             self._control,
             transport=self._info["transfer_backend"],
@@ -219,7 +240,7 @@ class ServerChecks:
             report = sync.sync(model, 0)
         finally:
             sync.close()
-            handshake.release(self._control, self._trainer)
+            handshake.release(self._control)
         return ok("weight sync", f"{report.seconds:.2f} s; {report.proof}")
 
 

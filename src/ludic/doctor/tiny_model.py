@@ -8,7 +8,6 @@ width of its MLPs, experts, and the number of heads. Where transformers cannot r
 import copy
 import math
 import re
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,12 +18,11 @@ if TYPE_CHECKING:
 
 VOCABULARY = 512
 MLP_WIDTH = 64
-HIDDEN = 128
 MAX_PARAMETERS = 100_000_000
 """Of the small model: 0.4 GB and about two seconds. What is left larger than that is not built."""
 
-_MLP_WIDTHS = re.compile(r"intermediate_size|intermediate_dim|ffn_dim|ffn_hidden_size|n_inner")
-_EXPERTS = re.compile(r"(num|n)_(local_|routed_)?experts")
+_MLP_WIDTHS = r"intermediate_size|intermediate_dim|ffn_dim|ffn_hidden_size|n_inner"
+_EXPERTS = r"^(num|n)_(local_|routed_)?experts$"
 _LAYER_NUMBER = re.compile(r"layer_(idx|id|number|index)")
 DOES_NOT_RUN = (
     *(ValueError, TypeError, AttributeError, LookupError, RuntimeError, ArithmeticError, AssertionError, ImportError),
@@ -40,13 +38,14 @@ def tiny_model(config: "PretrainedConfig", full: "PreTrainedModel") -> "PreTrain
         config: the model's own; it is not changed.
         full: the model on the meta device.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, PretrainedConfig
 
-    cuts: tuple[_Cut, ...] = (_cut_layers, _cut_mlps, _cut_experts, _cut_heads, _cut_hidden)
+    cuts = (_cut_layers, _cut_mlps, _cut_experts, _cut_heads)
     for number in range(len(cuts), 0, -1):
         smaller = copy.deepcopy(config)
+        inner = [value for value in vars(smaller).values() if isinstance(value, PretrainedConfig)]  # of text, of images
         try:
-            for part in _parts(smaller):
+            for part in [smaller, *inner]:
                 for cut in cuts[:number]:
                     cut(part, full)
             type(smaller).from_dict(smaller.to_dict())  # checks what belongs together
@@ -54,34 +53,18 @@ def tiny_model(config: "PretrainedConfig", full: "PreTrainedModel") -> "PreTrain
                 empty = AutoModelForCausalLM.from_config(smaller)
             if sum(parameter.numel() for parameter in empty.parameters()) > MAX_PARAMETERS:
                 continue
-            with torch.random.fork_rng(devices=[]):  # the run's own draws stay what they are
+            with torch.random.fork_rng(devices=[]), torch.no_grad():  # the run's own draws stay what they are
                 torch.manual_seed(0)
                 model: PreTrainedModel = AutoModelForCausalLM.from_config(smaller, dtype=torch.float32)
-                _draw_weights(model)
-            with torch.no_grad():
+                for parameter in model.parameters():
+                    if parameter.dim() >= 2:
+                        # As large as after training, so that a layer that mixes sequences shows in what comes out.
+                        parameter.normal_(std=1.5 / math.sqrt(parameter.shape[-1]))
                 model.eval()(input_ids=torch.arange(2, 10).unsqueeze(0))  # as transformers runs it
         except DOES_NOT_RUN:
             continue
         return model
     return None
-
-
-@torch.no_grad()
-def _draw_weights(model: "PreTrainedModel") -> None:
-    """Larger ones than an initialisation's, as after training: a layer that mixes sequences is to show in what comes out."""
-    for parameter in model.parameters():
-        if parameter.dim() >= 2:
-            parameter.normal_(std=1.5 / math.sqrt(parameter.shape[-1]))
-
-
-_Cut = Callable[["PretrainedConfig", "PreTrainedModel"], None]
-
-
-def _parts(config: "PretrainedConfig") -> "list[PretrainedConfig]":
-    """The configuration and those inside it: of the text, of images and so on."""
-    from transformers import PretrainedConfig
-
-    return [config, *(value for value in vars(config).values() if isinstance(value, PretrainedConfig))]
 
 
 def _cut_layers(part: "PretrainedConfig", full: "PreTrainedModel") -> None:
@@ -93,12 +76,17 @@ def _cut_layers(part: "PretrainedConfig", full: "PreTrainedModel") -> None:
             if isinstance(value, list | tuple) and len(value) == total:
                 setattr(part, name, value[:kept])
         part.num_hidden_layers = kept
+    _cap(part, "vocab_size", VOCABULARY)
+    _cap(part, "^pad_token_id$", VOCABULARY - 1)
+
+
+def _cap(part: "PretrainedConfig", names: str, limit: int) -> None:
+    """Lower each whole number with such a name to `limit`, also where there is one for each layer."""
     for name, value in list(vars(part).items()):
-        if "vocab_size" in name and isinstance(value, int):
-            setattr(part, name, min(value, VOCABULARY))
-    padding = getattr(part, "pad_token_id", None)
-    if isinstance(padding, int):
-        part.pad_token_id = min(padding, VOCABULARY - 1)
+        if re.search(names, name) and isinstance(value, int):
+            setattr(part, name, min(value, limit))
+        elif re.search(names, name) and isinstance(value, list):
+            setattr(part, name, [min(one, limit) for one in value])
 
 
 def _layers_of_each_kind(full: "PreTrainedModel", total: int) -> int:
@@ -112,28 +100,22 @@ def _layers_of_each_kind(full: "PreTrainedModel", total: int) -> int:
 
 
 def _kind(layer: torch.nn.Module) -> list[object]:
-    return [
-        (name, type(module), {key: value for key, value in vars(module).items() if not _LAYER_NUMBER.fullmatch(key) and (
-            value is None or isinstance(value, bool | int | float | str))})
-        for name, module in layer.named_modules()
-    ]  # fmt: skip
+    def settings(module: torch.nn.Module) -> dict[str, object]:
+        kept = {name: value for name, value in vars(module).items() if not _LAYER_NUMBER.fullmatch(name)}
+        return {name: value for name, value in kept.items() if isinstance(value, int | float | str | None)}
+
+    return [(name, type(module), settings(module)) for name, module in layer.named_modules()]
 
 
 def _cut_mlps(part: "PretrainedConfig", full: "PreTrainedModel") -> None:
-    for name, value in list(vars(part).items()):
-        if _MLP_WIDTHS.search(name) and isinstance(value, int):
-            setattr(part, name, min(value, MLP_WIDTH))
-        elif _MLP_WIDTHS.search(name) and isinstance(value, list):
-            setattr(part, name, [MLP_WIDTH] * len(value))
+    _cap(part, _MLP_WIDTHS, MLP_WIDTH)
 
 
 def _cut_experts(part: "PretrainedConfig", full: "PreTrainedModel") -> None:
     """Twice as many as a token takes, so that the router still chooses."""
     taken = getattr(part, "num_experts_per_tok", None)
     if isinstance(taken, int):
-        for name, value in list(vars(part).items()):
-            if _EXPERTS.fullmatch(name) and isinstance(value, int):
-                setattr(part, name, min(value, 2 * taken))
+        _cap(part, _EXPERTS, 2 * taken)
 
 
 def _cut_heads(part: "PretrainedConfig", full: "PreTrainedModel") -> None:
@@ -155,10 +137,3 @@ def _cut_heads(part: "PretrainedConfig", full: "PreTrainedModel") -> None:
     part.num_attention_heads = kept
     if isinstance(key_heads, int):
         part.num_key_value_heads = kept_groups
-
-
-def _cut_hidden(part: "PretrainedConfig", full: "PreTrainedModel") -> None:
-    """Where the size of a head is a setting of its own, the hidden size need not follow from it."""
-    hidden = getattr(part, "hidden_size", None)
-    if isinstance(hidden, int) and isinstance(vars(part).get("head_dim"), int):
-        part.hidden_size = min(hidden, HIDDEN)

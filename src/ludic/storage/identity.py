@@ -21,14 +21,15 @@ def describe(identity: Mapping[str, object]) -> str:
         'ann@node-3, process 812, since 12:00: train_gsm8k.py'
     """
 
-    def said(name: str, otherwise: str) -> str:
-        return inert(str(identity.get(name) or otherwise), 200)
-
-    words = f"{said('user', 'somebody')}@{said('host', 'an unknown host')}, process {said('pid', 'unknown')}"
-    words += f", since {said('since', '')}" if identity.get("since") else ""
-    if identity.get("command"):
-        return f"{words}: {said('command', '')}"
-    return words + (f", writing {said('out_dir', '')}" if identity.get("out_dir") else "")
+    said = {name: inert(str(value), 200) for name, value in identity.items() if value}
+    words = (
+        f"{said.get('user', 'somebody')}@{said.get('host', 'an unknown host')}, process {said.get('pid', 'unknown')}"
+    )
+    if "since" in said:
+        words += f", since {said['since']}"
+    if "command" in said:
+        return f"{words}: {said['command']}"
+    return f"{words}, writing {said['out_dir']}" if "out_dir" in said else words
 
 
 def identity(out_dir: Path) -> Identity:
@@ -36,7 +37,7 @@ def identity(out_dir: Path) -> Identity:
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "pid_started": _started(os.getpid()),
+        "pid_started": process_started(os.getpid()),
         "user": _user(),
         "out_dir": str(out_dir.absolute()),
         "since": datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
@@ -46,12 +47,10 @@ def identity(out_dir: Path) -> Identity:
 def is_alive(identity: Mapping[str, object]) -> bool | None:
     """Whether that process still runs; None where that cannot be told from here (another host or container)."""
     pid, started = identity.get("pid"), identity.get("pid_started")
-    if identity.get("host") != socket.gethostname() or not isinstance(pid, int) or isinstance(pid, bool):
+    if identity.get("host") != socket.gethostname() or type(pid) is not int or not 0 < pid < 2**31:
         return None
-    if not 0 < pid < 2**31:
-        return None
-    here, found = _started(os.getpid()), _started(pid)
-    if here is not None and (not isinstance(started, str) or started.rpartition(":")[0] != here.rpartition(":")[0]):
+    here, found = process_started(os.getpid()), process_started(pid)
+    if here is not None and str(started).rpartition(":")[0] != here.rpartition(":")[0]:
         return None  # another boot, or other process numbers: hosts may share a name
     try:
         os.kill(pid, 0)
@@ -64,7 +63,7 @@ def is_alive(identity: Mapping[str, object]) -> bool | None:
     return None if found is None else found == started
 
 
-def _started(pid: int) -> str | None:
+def process_started(pid: int) -> str | None:
     """When a process started, as `boot:namespace:ticks`, which no clock change moves; None where it is not known.
 
     Of a process that has ended and was not waited for, an empty text.

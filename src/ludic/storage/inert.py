@@ -1,13 +1,13 @@
 """What others wrote (a model, a data set, a server), shown so that nothing in it acts on a terminal.
 
-Brackets stay as they are, since plain streams do not mind them: rich is given a `Text`, never a string that it reads as
-markup.
+Brackets stay as they are: rich is given a `Text`, never a string that it reads as markup.
 """
 
 import logging
+import sys
 import unicodedata
 from collections.abc import Iterator
-from types import TracebackType
+from typing import Any
 
 _MARKS_IN_A_ROW = 3
 """Combining marks on one letter; no living script needs more, and a pile of them covers the lines above."""
@@ -44,13 +44,23 @@ def _visible(text: str) -> Iterator[str]:
         yield character.encode("unicode_escape").decode("ascii") if acts else character
 
 
+class StandardErrorHandler(logging.Handler):
+    """Writes log lines to what `sys.stderr` is at the time: a live view stands in for it while it is there."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write the line."""
+        try:
+            sys.stderr.write(self.format(record) + "\n")
+            sys.stderr.flush()
+        except Exception:  # as all handlers of the standard library: a log line must not end what it tells of
+            self.handleError(record)
+
+
 class InertFormatter(logging.Formatter):
     """A log line in which nothing acts on a terminal, and which stays one line; a traceback keeps its lines."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         return inert(super().formatMessage(record), _LOG_LIMIT)
 
-    def formatException(
-        self, ei: tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
-    ) -> str:
+    def formatException(self, ei: Any) -> str:
         return inert_lines(super().formatException(ei), _LOG_LIMIT)

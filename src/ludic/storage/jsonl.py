@@ -1,11 +1,8 @@
 """JSON lines files that stay valid whatever ends the process: one object a line, appended whole.
 
-`JsonlFile` appends in the caller's thread; `JsonlWriter` does it in a background thread, off the hot path; `read_jsonl`
-reads such a file back. A line goes out in a single `write` on a descriptor opened with O_APPEND, so a `kill -9` can
-tear the last line at most, and the next run that opens the file cuts the torn piece off. When a disk is full, the half
-line that still fitted is taken back. A file that was removed while it is written to is an error, not a silent loss.
-
-It does not compress, rotate or lock: two runs that append to one file mix their lines, each of them whole.
+A line goes out in a single `write` on a descriptor opened with O_APPEND, so a `kill -9` can tear the last line at most, and
+the next run that opens the file cuts the torn piece off. It does not compress, rotate or lock: two runs that append to one
+file mix their lines, each of them whole.
 """
 
 import contextlib
@@ -19,21 +16,15 @@ import stat
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import cast
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
-_QUEUE_LENGTH = 1024
-_STEP_BACK = 1 << 16
-
 
 def encode_line(record: Mapping[str, object]) -> bytes:
-    """`record` as one line of ASCII JSON with its newline.
+    """`record` as one line of ASCII JSON with its newline. NaN and the infinities, which JSON does not have, become null.
 
-    NaN and the infinities, which JSON does not have, become null. Everything outside ASCII is escaped, so that lone
-    surrogates (which a model may well emit) and control characters survive, no reader splits at U+2028, and no text acts
-    on the terminal that shows the file.
+    What is escaped survives, lone surrogates too, splits no line (U+2028), and does not act on the terminal that shows it.
     """
     try:
         text = json.dumps(record, allow_nan=False)
@@ -63,20 +54,16 @@ class JsonlFile:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        try:
+        with _naming(self.path, "open"):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # Read as well as write, because mending needs to look at the last line.
             self._descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except OSError as error:
-            raise _named(error, self.path, "open") from error
         self._is_regular = stat.S_ISREG(os.fstat(self._descriptor).st_mode)
         self._closed = False
         if self._is_regular:
             try:
-                _mend_last_line(self._descriptor, self.path)
-            except OSError as error:
-                os.close(self._descriptor)
-                raise _named(error, self.path, "mend") from error
+                with _naming(self.path, "mend"):
+                    _mend_last_line(self._descriptor, self.path)
             except BaseException:
                 os.close(self._descriptor)
                 raise
@@ -87,24 +74,22 @@ class JsonlFile:
         status = os.fstat(self._descriptor)
         if self._is_regular and status.st_nlink == 0:
             raise OSError(errno.ENOENT, f"cannot write {self.path}: it was removed while the run wrote to it")
-        try:
-            written = os.write(self._descriptor, line)
-            while written < len(line):  # a full disk takes a part first and then refuses
-                written += os.write(self._descriptor, line[written:])
-        except OSError as error:
-            if self._is_regular:
-                with contextlib.suppress(OSError):  # a torn line is cut off when the file is opened again
-                    os.ftruncate(self._descriptor, status.st_size)
-            raise _named(error, self.path, "write") from error
+        with _naming(self.path, "write"):
+            try:
+                written = os.write(self._descriptor, line)
+                while written < len(line):  # a full disk takes a part first and then refuses
+                    written += os.write(self._descriptor, line[written:])
+            except OSError:
+                if self._is_regular:
+                    with contextlib.suppress(OSError):  # a torn line is cut off when the file is opened again
+                        os.ftruncate(self._descriptor, status.st_size)
+                raise
 
     def sync(self) -> None:
         """Wait until the operating system has the lines on the disk, so that a power cut loses nothing either."""
-        if not self._is_regular:
-            return
-        try:
-            os.fsync(self._descriptor)
-        except OSError as error:
-            raise _named(error, self.path, "write") from error
+        if self._is_regular:
+            with _naming(self.path, "write"):
+                os.fsync(self._descriptor)
 
     def close(self) -> None:
         """Close the file. Safe to call twice."""
@@ -113,31 +98,25 @@ class JsonlFile:
             os.close(self._descriptor)
 
 
-class JsonlWriter:
+class JsonlWriter(contextlib.AbstractContextManager["JsonlWriter"]):
     """Appends objects to a JSON lines file from a background thread, in the order of the calls.
 
     An error of that thread (a full disk, an object that JSON cannot hold) is raised by the caller's next `write`,
     `flush` or `close`; whatever was written after it is dropped, so `flush` before relying on the file.
-
-    Example:
-        >>> with JsonlWriter("rollouts.jsonl") as writer:  # doctest: +SKIP
-        ...     writer.write({"step": 0, "reward": 1.0})
-        ...     writer.flush()
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, queue_length: int = _QUEUE_LENGTH) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, queue_length: int = 1024) -> None:
         self._file = JsonlFile(path)
-        self.path = self._file.path
         self._queue: queue.Queue[Mapping[str, object] | None] = queue.Queue(queue_length)
         self._error: Exception | None = None
         self._closed = False
-        self._thread = threading.Thread(target=self._work, name=f"jsonl {self.path.name}", daemon=True)
+        self._thread = threading.Thread(target=self._work, name=f"jsonl {self._file.path.name}", daemon=True)
         self._thread.start()
 
     def write(self, record: Mapping[str, object]) -> None:
         """Queue one object, which must not be changed afterwards. Waits only when `queue_length` of them are queued."""
         if self._closed:
-            raise ValueError(f"{self.path} is closed: nothing more can be written to it")
+            raise ValueError(f"{self._file.path} is closed: nothing more can be written to it")
         self._raise_error()
         self._queue.put(record)
 
@@ -162,12 +141,7 @@ class JsonlWriter:
         self._file.close()
         self._raise_error()
 
-    def __enter__(self) -> "JsonlWriter":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _raise_error(self) -> None:
@@ -188,7 +162,7 @@ class JsonlWriter:
 def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, object]]:
     """The objects of a JSON lines file.
 
-    A torn last line, as a killed run leaves it, is left out and logged as a warning. Everything else must be right.
+    A torn last line, as a killed run leaves it, is left out and logged as a warning.
 
     Raises:
         OSError: the file cannot be read.
@@ -197,11 +171,23 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, object]]:
     return [record for _, record in _read_lines(Path(path))]
 
 
+def end_of_whole_lines(path: str | os.PathLike[str]) -> int:
+    """How many bytes of a JSON lines file are whole lines; 0 for one that is not there."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return 0
+    try:
+        size = os.fstat(descriptor).st_size
+        return size - len(_tail(descriptor, size))
+    finally:
+        os.close(descriptor)
+
+
 def drop_steps_after(path: str | os.PathLike[str], step: int) -> int:
     """Take out the lines of a JSON lines file whose `step` is above `step`; returns how many there were.
 
-    A run that continues from a checkpoint makes those updates again. The file is replaced as a whole or not at all; a
-    torn last line goes too. A file that is not there has nothing to drop.
+    The file is replaced as a whole or not at all; a torn last line goes too. One that is not there has nothing to drop.
 
     Raises:
         OSError: the file cannot be read or replaced.
@@ -220,45 +206,38 @@ def drop_steps_after(path: str | os.PathLike[str], step: int) -> int:
         return 0
     partial = path.with_name(f".{path.name}.partial")
     try:
-        with partial.open("wb") as file:
-            # As they were written, byte for byte.
-            file.writelines(line + b"\n" for line, record in _read_lines(path) if not goes(record))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        raise _named(error, path, "replace") from error
+        with _naming(path, "replace"):
+            with partial.open("wb") as file:
+                # As they were written, byte for byte.
+                file.writelines(line + b"\n" for line, record in _read_lines(path) if not goes(record))
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
     return dropped
 
 
-def _read_lines(path: Path) -> Iterator[tuple[bytes, dict[str, object]]]:
+def _read_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """Each line without its newline, and the object in it; a torn last line is left out."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            whole, text = line.endswith(b"\n"), line.removesuffix(b"\n")
+            text, problem = line.removesuffix(b"\n"), ""
             try:
-                record = _decode_line(text, path, number)
-            except ValueError:
-                if whole:
-                    raise
-                logger.warning("%s:%d: left out a torn last line of %d bytes", path, number, len(text))
+                record = json.loads(text)
+            except ValueError as error:  # UnicodeDecodeError is one as well
+                problem = f"not valid JSON: {error}"
+            except RecursionError:
+                problem = "not valid JSON: nested too deeply"
             else:
-                yield text, record
-
-
-def _decode_line(line: bytes, path: Path, number: int) -> dict[str, object]:
-    try:
-        record = json.loads(line)
-    except ValueError as error:  # UnicodeDecodeError is one as well
-        raise ValueError(f"{path}:{number}: not valid JSON: {error}") from None
-    except RecursionError:
-        raise ValueError(f"{path}:{number}: not valid JSON: nested too deeply") from None
-    if not isinstance(record, dict):
-        raise ValueError(f"{path}:{number}: a JSON object was expected, not {type(record).__name__}")
-    return cast("dict[str, object]", record)
+                if isinstance(record, dict):
+                    yield text, record
+                    continue
+                problem = f"a JSON object was expected, not {type(record).__name__}"
+            if text != line:
+                raise ValueError(f"{path}:{number}: {problem}")
+            logger.warning("%s:%d: left out a torn last line of %d bytes", path, number, len(text))
 
 
 def _mend_last_line(descriptor: int, path: Path) -> None:
@@ -280,19 +259,18 @@ def _mend_last_line(descriptor: int, path: Path) -> None:
 
 def _tail(descriptor: int, size: int) -> bytes:
     """What follows the last newline; empty where the file is empty or ends with one."""
-    tail = b""
-    start = size
-    while start > 0:
-        length = min(_STEP_BACK, start)
-        start -= length
-        block = os.pread(descriptor, length, start)
-        newline = block.rfind(b"\n")
-        if newline >= 0:
-            return block[newline + 1 :] + tail
-        tail = block + tail
-    return tail
+    length = 1 << 16
+    while True:
+        block = os.pread(descriptor, length, max(size - length, 0))
+        if b"\n" in block or length >= size:
+            return block.rpartition(b"\n")[2]
+        length *= 2
 
 
-def _named(error: OSError, path: Path, verb: str) -> OSError:
-    """`error` as one line that names the file: `[Errno 28] cannot write run.jsonl: No space left on device`."""
-    return OSError(error.errno, f"cannot {verb} {path}: {error.strerror or error}")
+@contextlib.contextmanager
+def _naming(path: Path, verb: str) -> Iterator[None]:
+    """Makes an OSError one line that names the file: `[Errno 28] cannot write run.jsonl: No space left on device`."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, f"cannot {verb} {path}: {error.strerror or error}") from error

@@ -1,6 +1,5 @@
 """The server's API key: read from a file or the environment, never from the command line, which every process can read.
 
-And the other half of keeping it: `without_secrets`, for child processes that look at what others wrote and need no key.
 Left out: keyrings, and keys that change during a run.
 """
 
@@ -24,10 +23,8 @@ _SECRET = re.compile(r"(^|_)(KEYS?|TOKENS?|SECRETS?)($|_)|PASSW(OR)?D|PASSPHRASE
 def read_api_key(key_file: str | None) -> str | None:
     """The key to send: the first in `key_file`, else LUDIC_API_KEY, else VLLM_API_KEY; None where none of them is given.
 
-    The messages never contain what was read.
-
     Raises:
-        ValueError: as `read_key_file`, or the variable is empty, too long, of several lines or not of visible ASCII.
+        ValueError: as `read_key_file`, or as `check_key` of the variable.
     """
     if key_file is not None:
         return read_key_file(key_file)[0]
@@ -43,7 +40,7 @@ def take_api_keys(key_file: str | None) -> list[str]:
     The variables are removed, so that no process that this one starts inherits them.
 
     Raises:
-        ValueError: as `read_key_file`, or a variable holds what no HTTP header can.
+        ValueError: as `read_api_key`.
     """
     given = [(os.environ.pop(name, "").strip(), name) for name in KEY_VARIABLES]
     if key_file is not None:
@@ -58,8 +55,7 @@ def read_key_file(path: str) -> list[str]:
     others may write is refused, since they would choose the key.
 
     Raises:
-        ValueError: it holds no key, or a line that is not a key; it cannot be read, or others may write it. One line
-            with the fix.
+        ValueError: it holds no key, or a line that is not a key; it cannot be read, or others may write it. One line.
     """
     source = f"--api-key-file {path}"
     lines = _read(path).replace("\r\n", "\n").split("\n")
@@ -79,6 +75,10 @@ def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
         {'PATH': '/bin', 'TOKENIZERS_PARALLELISM': 'false'}
     """
     return {name: value for name, value in environment.items() if not _SECRET.search(name)}
+
+
+_pipes: dict[tuple[int, int], str] = {}
+"""What came through a pipe, by device and inode: it comes once, and several parts of a run ask for it."""
 
 
 def _read(path: str) -> str:
@@ -106,11 +106,6 @@ def _read(path: str) -> str:
     if stat.S_ISFIFO(mode):
         _pipes[pipe] = text
     return text
-
-
-_pipes: dict[
-    tuple[int, int], str
-] = {}  # what came through a pipe: it comes once, and several parts of a run ask for it
 
 
 def check_key(key: str, source: str) -> str:

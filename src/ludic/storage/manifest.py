@@ -3,8 +3,7 @@
 A folder without it is unfinished. One with it is whole if every file is there, as long as it was and with the same bytes;
 a file beside them that a model loader would read counts as damage too, since it could change what is loaded.
 
-Left out: a signature, and every defence against a user who can write into the folder, which SECURITY.md declares trusted. A
-checksum finds what a disk, a copy or a person changed by accident.
+Left out: every defence against a user who can write into the folder, which SECURITY.md declares trusted.
 """
 
 import hashlib
@@ -38,18 +37,11 @@ def write_manifest(folder: Path) -> None:
         OSError: the disk is full or failing.
     """
     paths = _files(folder)
+    names = [path.relative_to(folder).as_posix() for path in paths]
     with ThreadPoolExecutor(_NUM_THREADS) as threads:
-        entries = list(threads.map(_digest_and_sync, paths))
-    record = {
-        "format": _FORMAT,
-        "files": {
-            path.relative_to(folder).as_posix(): {"size": size, "sha256": digest}
-            for path, (size, digest) in zip(paths, entries, strict=True)
-        },
-    }
-    manifest = folder / MANIFEST_FILE
-    with manifest.open("w") as file:
-        json.dump(record, file, indent=2)
+        files = dict(zip(names, threads.map(_digest_and_sync, paths), strict=True))
+    with (folder / MANIFEST_FILE).open("w") as file:
+        json.dump({"format": _FORMAT, "files": files}, file, indent=2)
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
@@ -75,11 +67,11 @@ def _files(folder: Path) -> list[Path]:
     return [path for path in paths if path != folder / MANIFEST_FILE]
 
 
-def _digest_and_sync(path: Path) -> tuple[int, str]:
+def _digest_and_sync(path: Path) -> dict[str, int | str]:
     with path.open("rb") as file:  # just written, so it is read from memory
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         os.fsync(file.fileno())
-        return os.fstat(file.fileno()).st_size, digest
+        return {"size": os.fstat(file.fileno()).st_size, "sha256": digest}
 
 
 def sync_folder(folder: Path) -> None:
@@ -114,17 +106,15 @@ def _check_file(path: Path, size: int, digest: str) -> None:
     try:
         with path.open("rb") as file:
             found = os.fstat(file.fileno()).st_size
-            if found != size:
-                what = "is truncated" if found < size else "was altered"
-                raise CheckpointError(f"{path} {what}: {found} bytes, not {size}")
-            if hashlib.file_digest(file, "sha256").hexdigest() != digest:
-                raise CheckpointError(f"{path} was altered: its SHA-256 is not that of {MANIFEST_FILE}")
-    except CheckpointError:
-        raise
+            intact = found == size and hashlib.file_digest(file, "sha256").hexdigest() == digest
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing") from None
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         raise CheckpointError(f"{path!s:.200} cannot be read: {error}") from error
+    if found != size:
+        raise CheckpointError(f"{path} {'is truncated' if found < size else 'was altered'}: {found} bytes, not {size}")
+    if not intact:
+        raise CheckpointError(f"{path} was altered: its SHA-256 is not that of {MANIFEST_FILE}")
 
 
 def _check_nothing_added(checkpoint: Path, files: Mapping[str, object]) -> None:

@@ -16,9 +16,8 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 
 from filelock import FileLock, Timeout
 
@@ -36,58 +35,44 @@ class FolderInUseError(ValueError):
     """Another run has the folder; one line that says which."""
 
 
-class RunLock:
-    """Holds `out_dir` for one run; a context manager.
-
-    Args:
-        out_dir: an existing folder.
-        identity: who holds it, as `identity` makes it.
+@contextlib.contextmanager
+def run_lock(out_dir: Path, identity: Mapping[str, str | int | float | None]) -> Iterator[None]:
+    """Holds `out_dir`, an existing folder, for one run, which `identity` describes to others.
 
     Raises:
         FolderInUseError: another run has it.
         OSError: the lock file cannot be made; one line with the path.
-
-    Example:
-        >>> with RunLock(out_dir, identity(out_dir)):  # doctest: +SKIP
-        ...     train()
     """
-
-    def __init__(self, out_dir: Path, identity: Mapping[str, str | int | float | None]) -> None:
-        self.path = out_dir / LOCK_FILE
-        self._record = {**identity, "command": _command()}
-        # filelock's fallback is a file that means "locked" as long as it is there: a killed run would leave it.
-        self._lock = FileLock(self.path, blocking=False, fallback_to_soft=False)
-
-    def __enter__(self) -> "RunLock":
-        try:
-            self._lock.acquire()
-        except Timeout:
-            raise FolderInUseError(
-                f"{self.path.parent} is in use by another run ({describe(_read_record(self.path))}): wait for it, stop it, "
-                "or choose another --out-dir"
-            ) from None
-        except OSError as error:
-            if error.errno not in _NO_FLOCK:
-                raise OSError(error.errno, f"cannot open {self.path}: {error.strerror}") from error
-            logger.warning(
-                "%s: this file system has no locks (%s); see to it yourself that no other run writes to this folder",
-                self.path,
-                error.strerror,
-            )
-        try:
-            self.path.write_text(json.dumps(self._record) + "\n")
-        except OSError as error:  # the lock holds without it
-            logger.warning("cannot write to %s who has this folder: %s", self.path, error.strerror)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    path = out_dir / LOCK_FILE
+    # filelock's fallback is a file that means "locked" as long as it is there: a killed run would leave it.
+    lock = FileLock(path, blocking=False, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise FolderInUseError(
+            f"{out_dir} is in use by another run ({describe(_read_record(path))}): wait for it, stop it, "
+            "or choose another --out-dir"
+        ) from None
+    except OSError as error:
+        if error.errno not in _NO_FLOCK:
+            raise OSError(error.errno, f"cannot open {path}: {error.strerror}") from error
+        logger.warning(
+            "%s: this file system has no locks (%s); see to it yourself that no other run writes to this folder",
+            path,
+            error.strerror,
+        )
+    try:
+        path.write_text(json.dumps({**identity, "command": _command()}) + "\n")
+    except OSError as error:  # the lock holds without it
+        logger.warning("cannot write to %s who has this folder: %s", path, error.strerror)
+    try:
+        yield
+    finally:
         # The file stays: were it removed, a third run could lock a new one while a second waits for this. What it says is
         # taken back; where the folder is gone or its disk fails, it does not matter.
         with contextlib.suppress(OSError):
-            os.truncate(self.path, 0)
-        self._lock.release()
+            os.truncate(path, 0)
+        lock.release()
 
 
 def _read_record(path: Path) -> Mapping[str, object]:

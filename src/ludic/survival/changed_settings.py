@@ -15,19 +15,39 @@ _HARMLESS = {
     "micro_token_budget": "how an update is cut into micro-batches",
     "share_prompts": "whether a prompt is forwarded once or once a completion",
     "gradient_checkpointing": "activations are kept or computed again",
+    "cpu_offload": "where masters and moments lie",
     "compile": "the same operations, fused or not",
     "logprob_chunk": "how many tokens meet the vocabulary at once",
     # When something is looked at or written.
     "eval_every": "evaluation draws from seeds of its own and trains nothing",
     "save_every": "only when a checkpoint is written",
     "keep_checkpoints": "only how many stay",
+    "record_token_logprobs": "only what is written of the log-probs that were asked for",
     "logprob_share": "compared, not trained on: where log-probs correct, all are asked for",
     # Where it happens.
     "concurrency": "every request has a seed of its own",
+    "servers": "a group's completions are drawn with its own seed, whichever server it is on",
     "out_dir": "where the files are",
     "logger": "where the figures go",
     "verbose": "what is said",
 }
+_AS_BEFORE: dict[str, Any] = {
+    "dynamic_sampling": False,
+    "max_sampling_factor": 8,
+    "drop_solved": 0,
+    "curriculum": False,
+    "ratio_to": "update",
+    "mini_batches": 1,
+    "dual_clip": 0.0,
+    "normalisation": None,
+    "overlong_buffer": 0,
+    "baseline": "mean",
+    "advantage_std": "group",
+    "importance_mask": "none",
+    "mask_low": None,
+    "mask_high": None,
+}
+"""Settings that checkpoints of earlier versions lack, and the value with which a run goes on as it was."""
 _SHOWN = 60
 _NAMES = {
     "num_train_samples": "the number of training samples",
@@ -71,8 +91,12 @@ def _alters(name: str, stored: Mapping[str, Any], given: Mapping[str, Any], step
     if name == "warmup_steps":  # where a decay begins, and the rate of the updates before
         longest = max(settings.get(name, 0) for settings in (stored, given))
         return not constant or step < longest
+    if name.startswith("lora_"):  # they say nothing without an adapter, and earlier versions did not record them
+        return bool(stored.get("lora_rank") or given.get("lora_rank"))
     if name in ("rendered_chat", "rendered_ids"):  # earlier versions did not record them
         return name in stored and name in given
+    if name in _AS_BEFORE and stored.get(name, _AS_BEFORE[name]) == given.get(name, _AS_BEFORE[name]):
+        return False
     if name == "rendered_at":  # a template without a date is another template, which is a line of its own
         return name in given
     return name not in _HARMLESS

@@ -12,13 +12,15 @@ it was sent. What then happens is the same each time:
 `generate` and `update_weights` do not return before that, or raise when it cannot be done. Each wait has an end: `wait_s` for
 a server to come back, `SILENT_S` for one that has gone silent, `MAX_LOSSES` losses without anything achieved in between.
 
-Left out: several servers, and a server that is slow rather than gone: its requests have deadlines of their own.
+Left out: a server that is slow rather than gone, whose requests have deadlines of their own; several servers are in
+`several_servers`.
 """
 
 import asyncio
 import contextlib
 import logging
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,6 +33,7 @@ from ludic.rollout.errors import (
     RouteMissingError,
     ServerInUseError,
     ServerLostError,
+    ServerMismatchError,
     ServerRestartedError,
     ServerUnauthorizedError,
     WeightSyncError,
@@ -46,7 +49,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 WATCH_S = 5.0
-"""How often the server is asked whether it is still there, and still ours. Its hold on us is 60 s long."""
+"""How often the server is asked whether it is still there, and its lease kept, which is 60 s long."""
 SILENT_S = 60.0
 """A server that has answered nothing for so long, generation or not, is lost."""
 MAX_LOSSES = 5
@@ -68,7 +71,7 @@ class RecoveringEngine:
     """`InferenceEngine` over a `VLLMEngine`, whose server it recovers after a loss.
 
     Args:
-        engine: not connected yet, with a `trainer` id, under which the server is held.
+        engine: not connected yet.
         server: the server's process, where this run started it; None for a server that was launched separately.
         out_dir: of the run, for the identity that a second trainer is shown.
         wait_s: how long, in seconds, a server that is not ours may take to come back.
@@ -87,11 +90,8 @@ class RecoveringEngine:
         say: Callable[[str], None] = logger.warning,
     ) -> None:
         self._engine = engine
-        if engine.trainer is None:
-            raise ValueError("an engine that recovers its server must hold it: give the VLLMEngine a trainer id")
-        self._trainer = engine.trainer
         self._server = server
-        self._identity = identity(out_dir)
+        self._identity = {**identity(out_dir), "run": uuid.uuid4().hex}  # by which a claim that is made again is known
         self._wait_s = wait_s
         self._say = say
         self._tokenizer: PreTrainedTokenizerBase | None = None
@@ -100,9 +100,10 @@ class RecoveringEngine:
         self._policy: Policy | None = None
         """The policy whose weights the server must hold."""
         self._syncing = asyncio.Lock()
-        self._proven = asyncio.Event()
-        """Not set while a sync is under way: the server may compute with new weights that are not proven yet."""
-        self._proven.set()
+        """Held while the server may compute with new weights that are not proven yet."""
+        self._settled = asyncio.Event()
+        """Cleared by a sync until it is proven or the server is lost."""
+        self._settled.set()
 
         # A life of the server is numbered. What was begun in one life counts only if it ends in the same.
         self._life = 0
@@ -114,7 +115,7 @@ class RecoveringEngine:
         self._synced_life = 0
         self._reviving: asyncio.Task[None] | None = None
         self._watching: asyncio.Task[None] | None = None
-        self._claiming: asyncio.Future[handshake.Hold] | None = None
+        self._keeping: asyncio.Future[None] | None = None
         self._in_flight: set[asyncio.Task[list[Completion]]] = set()
         self._fatal: EngineError | None = None
         self._num_recoveries = 0
@@ -123,6 +124,25 @@ class RecoveringEngine:
     @property
     def policy_version(self) -> int:
         return self._engine.policy_version
+
+    @property
+    def base_url(self) -> str:
+        return self._engine.base_url
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the server was last seen to answer, whatever weights it has."""
+        return self._revived_life == self._life and self._fatal is None
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether `attempt` would begin at once: the server is there, with the weights that it was last sent."""
+        return self._synced_life == self._life and self._fatal is None
+
+    @property
+    def failure(self) -> EngineError | None:
+        """Why the server is not waited for any more; None while it is there or may come back."""
+        return self._fatal
 
     def counts(self) -> dict[str, float]:
         """`server_recoveries`, `discarded_completions` (asked for again after a loss) and `request_retries`, so far."""
@@ -134,7 +154,7 @@ class RecoveringEngine:
     # -- before anything is generated ------------------------------------------------------------------------------
 
     async def connect(self, tokenizer: "PreTrainedTokenizerBase", *, max_seq_len: int | None = None) -> None:
-        """Check the server as `VLLMEngine.connect` does, and hold it for this trainer from then on.
+        """Check the server as `VLLMEngine.connect` does, and claim its lease for this trainer.
 
         Raises:
             EngineError: it is not there, not the right one, or another trainer has it.
@@ -150,16 +170,10 @@ class RecoveringEngine:
 
     async def _connect(self) -> None:
         assert self._tokenizer is not None
-        await self._engine.connect(self._tokenizer, max_seq_len=self._max_seq_len, may_be_paused=True)
-        hold = await asyncio.to_thread(
-            handshake.claim_or_wait,
-            self._engine.control,
-            self._trainer,
-            self._identity,
-            is_alive=is_alive,
-            say=self._say,
+        await self._engine.connect(self._tokenizer, max_seq_len=self._max_seq_len, will_sync=True)
+        await asyncio.to_thread(
+            handshake.claim_or_wait, self._engine.control, self._identity, is_alive=is_alive, say=self._say
         )
-        self._engine.check_boot(hold.boot)
         if self._probe is not None:
             await self._engine.enable_weight_sync(self._probe)
 
@@ -174,18 +188,27 @@ class RecoveringEngine:
             EngineError: the server refused the request, or cannot be recovered.
         """
         for _ in range(MAX_LOSSES):
-            await self._ready()
-            life = self._life
-            task = asyncio.create_task(
-                self._engine.generate(prompt_token_ids, num_completions=num_completions, sampling=sampling)
-            )
-            completions = await self._outcome(task, life)
-            await self._proven.wait()  # what ends in the middle of a sync counts only once that is proven
-            if completions is not None and life == self._life:
+            completions = await self.attempt(prompt_token_ids, num_completions=num_completions, sampling=sampling)
+            if completions is not None:
                 return completions
-            self._num_discarded += num_completions
         assert self._reason is not None
         raise type(self._reason)(f"a request lost the server {MAX_LOSSES} times, the last time: {self._reason}")
+
+    async def attempt(
+        self, prompt_token_ids: Sequence[int], *, num_completions: int, sampling: SamplingParams
+    ) -> list[Completion] | None:
+        """As `generate`, once: None where the server was lost before the completions were there."""
+        await self.recovered()
+        life = self._life
+        task = asyncio.create_task(
+            self._engine.generate(prompt_token_ids, num_completions=num_completions, sampling=sampling)
+        )
+        completions = await self._outcome(task, life)
+        await self._settled.wait()  # what ends in the middle of a sync counts only once that is proven
+        if completions is not None and life == self._life:
+            return completions
+        self._num_discarded += num_completions
+        return None
 
     async def _outcome(self, task: "asyncio.Task[list[Completion]]", life: int) -> list[Completion] | None:
         """The completions; None where the server was lost over them."""
@@ -203,17 +226,21 @@ class RecoveringEngine:
             return None
         return task.result()
 
-    async def _ready(self) -> None:
-        """Until the server is there and holds the weights. Whoever comes first brings it about."""
+    async def recovered(self) -> None:
+        """Until the server is there and holds the weights. Whoever comes first brings it about.
+
+        Raises:
+            EngineError: it cannot be recovered.
+        """
         while self._synced_life != self._life:
-            await self._revived()
             async with self._syncing:
-                if self._synced_life == self._life:
-                    continue
-                if self._policy is None:  # no weights were sent yet: the server is as good as the one before
-                    self._synced_life = self._life
-                else:
+                if self._synced_life == self._life:  # others were first
+                    break
+                if self._policy is not None:
                     await self._sync(self._policy)
+                else:  # no weights were sent yet: the server is as good as the one before
+                    await self._revived()
+                    self._synced_life = self._life
         if self._fatal is not None:
             raise self._fatal
 
@@ -228,17 +255,21 @@ class RecoveringEngine:
             return await self._sync(policy)
 
     async def _sync(self, policy: Policy) -> WeightSyncReport:
+        try:
+            return await self._sync_until_proven(policy)
+        finally:
+            self._settled.set()
+
+    async def _sync_until_proven(self, policy: Policy) -> WeightSyncReport:
         while True:
             await self._revived()
             life = self._life
-            self._proven.clear()
+            self._settled.clear()
             try:
                 report = await self._engine.update_weights(policy)
             except ServerLostError as error:
                 self._lost(error, life)
                 continue
-            finally:
-                self._proven.set()  # those who wait for it run after this, and after `_lost`
             if life == self._life:
                 if self._losses:
                     self._say(
@@ -257,18 +288,18 @@ class RecoveringEngine:
         self._losses += 1
         self._num_recoveries += 1
         if self._server is not None and isinstance(error, ServerLostError):
-            ending = self._server.ending(
-                wait_s=ENDING_LOOK_S
-            )  # what ours says of its end tells more than what was noticed of it
+            # What ours says of its end tells more than what was noticed of it.
+            ending = self._server.ending(wait_s=ENDING_LOOK_S)
             error = error if ending is None else type(error)(ending)
         self._reason = error
         self._say(f"the server was lost: {error}")
         self._engine.abort_sync(str(error))
+        self._settled.set()
         for task in self._in_flight:
             task.cancel()
 
     async def _revived(self) -> None:
-        """Until the server answers again. One attempt at a time, shared by all who wait."""
+        """Until the server answers again. An attempt goes on where its caller is cancelled; the next one waits for it."""
         while self._revived_life != self._life:
             if self._fatal is not None:
                 raise self._fatal
@@ -331,10 +362,10 @@ class RecoveringEngine:
     def _answers(self) -> bool:
         """Whether the server answers, its engine included: the front end alone answers the first request."""
         try:
-            handshake.boot_id(self._engine.control)
+            handshake.server_state(self._engine.control)
             with contextlib.suppress(RouteMissingError):
                 self._engine.control.request("GET", "/is_paused", timeout_s=handshake.LOOK_S)
-        except (ServerInUseError, ServerUnauthorizedError):
+        except (ServerInUseError, ServerMismatchError, ServerUnauthorizedError):
             return True  # and says what `_connect` will say again
         except EngineError:
             return False
@@ -343,7 +374,7 @@ class RecoveringEngine:
     # -- the watch -------------------------------------------------------------------------------------------------
 
     async def _watch(self) -> None:
-        """Renew the lease, and notice when the server is gone, silent, restarted, or held by another trainer."""
+        """Keep the lease, and notice when the server is gone, silent, restarted, or leased to another trainer."""
         heard = time.monotonic()
         while self._fatal is None:
             await asyncio.sleep(WATCH_S)
@@ -352,14 +383,9 @@ class RecoveringEngine:
                 heard = time.monotonic()
                 continue
             try:
-                self._claiming = asyncio.ensure_future(
-                    asyncio.to_thread(handshake.claim, self._engine.control, self._trainer, self._identity)
-                )
-                hold = await asyncio.shield(self._claiming)
+                self._keeping = asyncio.ensure_future(asyncio.to_thread(handshake.keep, self._engine.control))
+                await asyncio.shield(self._keeping)
                 heard = time.monotonic()
-                self._engine.check_boot(hold.boot)
-                if not hold.renewed:
-                    raise ServerRestartedError("our hold on the server had run out, and others could have changed it")
             except ServerRestartedError as error:
                 self._lost(error, life)
             except (ServerInUseError, ServerUnauthorizedError) as error:  # no recovery can help
@@ -378,11 +404,11 @@ class RecoveringEngine:
         await asyncio.gather(*tasks, return_exceptions=True)
         if self._watching is not None:
             self._watching = None
-            if self._claiming is not None:  # on a thread, which cannot be cancelled: it must not come after the release
-                await asyncio.gather(self._claiming, return_exceptions=True)
+            if self._keeping is not None:  # on a thread, which cannot be cancelled: it must not come after the release
+                await asyncio.gather(self._keeping, return_exceptions=True)
             if self._server is None:
                 try:
-                    await asyncio.to_thread(handshake.release, self._engine.control, self._trainer)
+                    await asyncio.to_thread(handshake.release, self._engine.control)
                 except EngineError as error:
-                    logger.info("the hold on the server was not given up (%s); it ends by itself", error)
+                    logger.info("the lease of the server was not given back (%s); it ends by itself", error)
         await self._engine.aclose()

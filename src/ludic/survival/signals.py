@@ -4,10 +4,6 @@ The first of the three cancels the main task, which ends in good order: a traini
 finished update, servers and workers are ended, and the exit code is 128 plus the signal's number. A second one leaves at
 once and takes the child processes along. One that was ignored when the script started stays so: that is `nohup`'s way.
 
-The system's own handler writes each signal into a pipe, and a thread reads it: so a second signal is obeyed while the
-event loop is blocked in a save, in C code that gives the interpreter away, or in a system call that does not return.
-Nothing here needs `loop.add_signal_handler`.
-
 Left out: C code that keeps the interpreter to itself and looks at no signals (Ctrl-\\ or SIGKILL end that), and Windows.
 """
 
@@ -20,9 +16,8 @@ import signal
 import sys
 import threading
 import time
-import weakref
 from collections.abc import Callable, Coroutine, Iterator
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, TextIO
 
 from ludic.inference import cleanup
@@ -35,6 +30,8 @@ EXIT_LIMIT_S = 10.0
 """How long a thread that does not end may hold up the exit of an interrupted script."""
 
 _SHOW_CURSOR = "\x1b[?25h"
+_CLEAR_BELOW = "\x1b[J"
+"""Takes off the terminal what a live view has below the cursor; where there is none it does nothing."""
 
 
 class Interrupts:
@@ -52,19 +49,19 @@ class Interrupts:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self._seen: dict[str, tuple[float, signal.Signals]] = {}
+        self.raises = False
+        """Within a block of `at_once`."""
+        self._seen: list[tuple[float, signal.Signals]] = []
         self._cancel: Callable[[], object] | None = None
         self._raised = False
-        self._at_once = False
-        self._busy = False
+        self._obeying = threading.RLock()  # a handler may be interrupted by another one in the same thread
         self._handlers: dict[signal.Signals, Any] = {}
         self._read, self._write, self._wakeup = -1, -1, -1
 
     @property
     def caught(self) -> signal.Signals | None:
         """The first signal that came."""
-        first = self._seen.get("first")
-        return None if first is None else first[1]
+        return self._seen[0][1] if self._seen else None
 
     @property
     def exit_code(self) -> int:
@@ -84,12 +81,20 @@ class Interrupts:
             return await main()
         finally:
             self._cancel = None
-            if self.caught is not None:
-                self._limit_exit()
+            if self.caught is not None:  # a thread that hangs, in a driver for example, would hold up the exit for ever
+                said = f"{self.name}: a thread did not end within {EXIT_LIMIT_S:.0f} s: leaving without it\n"
+                timer = threading.Timer(EXIT_LIMIT_S, leave, (self.exit_code, said))
+                timer.daemon = True
+                timer.start()
 
     def __enter__(self) -> "Interrupts":
         if threading.current_thread() is not threading.main_thread():
             return self
+        # Not `loop.add_signal_handler`: the event loop comes to its handlers between two steps of tasks, so that no signal, and
+        # no second one, would end a script whose loop is blocked, by a load or a save that hangs. Here the system's own
+        # handler writes each signal into a pipe, which two readers empty: Python's handler in the main thread, which runs even
+        # where C code holds the interpreter but looks at signals (a regular expression), and a thread, for C code and system
+        # calls that give the interpreter away and do not return (a driver, a network file system).
         self._read, self._write = os.pipe()
         os.set_blocking(self._read, False)
         os.set_blocking(self._write, False)
@@ -101,9 +106,7 @@ class Interrupts:
         _catching.append(self)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.restore()
 
     def restore(self) -> None:
@@ -120,81 +123,54 @@ class Interrupts:
         os.close(self._write)  # the thread then reads the end of the pipe, and closes its own side
         self._write = -1
 
-    @contextlib.contextmanager
-    def raising(self) -> Iterator[None]:
-        """See `at_once`."""
-        self._at_once = True
-        try:
-            self._raise_if_caught()  # the event loop has not come to it yet
-            yield
-            self._raise_if_caught()  # raised in a destructor, where Python drops it
-        finally:
-            self._at_once = False
-
-    def _raise_if_caught(self) -> None:
+    def raise_if_caught(self) -> None:
+        """Raise KeyboardInterrupt if a signal came."""
         if self.caught is not None:
             self._raised = True
             raise KeyboardInterrupt
 
-    # -- what a signal does ----------------------------------------------------------------------------------------
-
     def _handle(self, number: int, frame: FrameType | None) -> None:
         """In the main thread, between two steps of the interpreter; the pipe has the signal already."""
-        self._drain(self._read)
-        while self._busy:  # the thread has read it: let it finish, since C code may hold the interpreter after this
-            time.sleep(0.001)
+        self._obey_pending(self._read)
         # No task to cancel, before or after `run`; or one that blocks its event loop and has nothing to put in order.
-        if (self._cancel is None or self._at_once) and not self._raised:
-            self._raise_if_caught()
+        if (self._cancel is None or self.raises) and not self._raised:
+            self.raise_if_caught()
 
     def _watch(self, read: int) -> None:
-        """In a thread: obey signals while the main thread cannot."""
-        goes_on = True
-        while goes_on:
-            select.select([read], [], [])
-            self._busy = True
-            goes_on = self._drain(read)
-            self._busy = False
+        while select.select([read], [], []) and self._obey_pending(read):
+            pass
         os.close(read)
 
-    def _drain(self, read: int) -> bool:
-        """Obey the signals in the pipe; False at its end. The main thread and the watching one may both be here."""
-        try:
-            numbers = os.read(read, 64)
-        except BlockingIOError:
-            return True
-        for number in numbers:
-            if number in self._handlers:
-                self._obey(signal.Signals(number))
-        return bool(numbers)
+    def _obey_pending(self, read: int) -> bool:
+        """Obey the signals in the pipe; False at its end."""
+        # Who comes second waits until the other is done: after `_handle` C code may hold the interpreter again.
+        with self._obeying:
+            try:
+                numbers = os.read(read, 64)
+            except BlockingIOError:
+                return True
+            for number in numbers:
+                if number in self._handlers:
+                    self._obey(signal.Signals(number))
+            return bool(numbers)
 
     def _obey(self, number: signal.Signals) -> None:
         mine = (time.monotonic(), number)
-        first = self._seen.setdefault("first", mine)  # no lock: the thread that holds it may be interrupted right here
-        if first is mine and self._at_once:
+        self._seen.append(mine)  # in one step: the handler of another signal may interrupt this one anywhere
+        first = self._seen[0]
+        if first is not mine:
+            if mine[0] - first[0] > ECHO_S:
+                leave(128 + number, f"{self.name}: caught {number.name} again: leaving at once\n")
+        elif self.raises:
             tell(f"{self.name}: caught {number.name}: stopping\n")
-        elif first is mine:
+        else:
             tell(
                 f"{self.name}: caught {number.name}: stopping in good order, what is finished is saved first; "
                 "a second signal leaves at once\n"
             )
-            cancel = self._cancel
-            if cancel is not None:
+            if (cancel := self._cancel) is not None:
                 with contextlib.suppress(RuntimeError):  # the loop was closed in this moment
                     cancel()
-        elif mine[0] - first[0] > ECHO_S:
-            leave(128 + number, f"{self.name}: caught {number.name} again: leaving at once\n")
-
-    def _limit_exit(self) -> None:
-        """Leave by force if a thread that hangs, in a driver for example, still holds up the exit after a while."""
-
-        def wait() -> None:
-            time.sleep(EXIT_LIMIT_S)
-            leave(
-                self.exit_code, f"{self.name}: a thread did not end within {EXIT_LIMIT_S:.0f} s: leaving without it\n"
-            )
-
-        threading.Thread(target=wait, daemon=True, name="ludic-exit-limit").start()
 
 
 _catching: list[Interrupts] = []
@@ -210,8 +186,14 @@ def at_once() -> Iterator[None]:
     if not _catching or threading.current_thread() is not threading.main_thread():
         yield
         return
-    with _catching[-1].raising():
+    interrupts = _catching[-1]
+    interrupts.raises = True
+    try:
+        interrupts.raise_if_caught()  # the event loop has not come to it yet
         yield
+        interrupts.raise_if_caught()  # raised in a destructor, where Python drops it
+    finally:
+        interrupts.raises = False
 
 
 def _release_in_child() -> None:
@@ -230,7 +212,7 @@ def leave(code: int, message: str) -> None:
             cleanup.kill_child(pid)
         cleanup.remove_own_folders()
         if os.isatty(1):
-            _write(1, _SHOW_CURSOR)  # a live display hides it
+            _write(1, _SHOW_CURSOR)  # a live view hides it
         tell(message)
     finally:
         os._exit(code)
@@ -238,7 +220,7 @@ def leave(code: int, message: str) -> None:
 
 def tell(message: str) -> None:
     """Write a line to standard error, if that is possible at once: a terminal may be stopped, or gone."""
-    _write(2, "\n" + message if os.isatty(2) else message)  # on a terminal after its own ^C
+    _write(2, f"\n{_CLEAR_BELOW}{message}" if os.isatty(2) else message)  # on a terminal after its own ^C
 
 
 def _write(descriptor: int, text: str) -> None:
@@ -250,23 +232,11 @@ def _write(descriptor: int, text: str) -> None:
 # --- standard streams -----------------------------------------------------------------------------------------------
 
 
-class _Forgiving(io.RawIOBase):
+class _Forgiving(io.FileIO):
     """A descriptor for writing whose failures are not the writer's: what cannot be written is dropped."""
 
-    def __init__(self, descriptor: int) -> None:
-        super().__init__()
-        self._descriptor = descriptor
-        self.failure: OSError | None = None
-        """The last one."""
-
-    def writable(self) -> bool:
-        return True
-
-    def fileno(self) -> int:
-        return self._descriptor
-
-    def isatty(self) -> bool:
-        return os.isatty(self._descriptor)
+    failure: OSError | None = None
+    """The last one."""
 
     def write(self, data: Any) -> int:
         """Write all of `data`, as far as it can be written, and call it written."""
@@ -274,23 +244,26 @@ class _Forgiving(io.RawIOBase):
         size = len(left)
         while left:
             try:
-                left = left[os.write(self._descriptor, left) :]
-            except BlockingIOError:  # the stream was made non-blocking
-                select.select([], [self._descriptor], [])
+                written = super().write(left)
             except OSError as error:  # the terminal or the pipe was closed, the disk is full
                 self.failure = error
                 break
+            if written is None:  # the descriptor was made non-blocking, and takes nothing now
+                select.select([], [self], [])
+            else:
+                left = left[written:]
         return size
 
 
-_kept_streams: "weakref.WeakKeyDictionary[TextIO, _Forgiving]" = weakref.WeakKeyDictionary()
-"""What is under the streams that `keep_standard_streams` made."""
+class _KeptStream(io.TextIOWrapper):
+    """A standard stream that `keep_standard_streams` made."""
+
+    forgiving: _Forgiving
 
 
 def write_failure(stream: TextIO) -> OSError | None:
     """Why text written to `stream` was dropped, where `keep_standard_streams` made it and a write failed; else None."""
-    kept = _kept_streams.get(stream)
-    return None if kept is None else kept.failure
+    return stream.forgiving.failure if isinstance(stream, _KeptStream) else None
 
 
 def keep_standard_streams() -> None:
@@ -305,27 +278,25 @@ def keep_standard_streams() -> None:
             os.close(descriptor)
             break
         os.set_inheritable(descriptor, True)
-    sys.stdout = _kept(sys.stdout, 1)
-    sys.stderr = _kept(sys.stderr, 2)
+    sys.stdout = _kept(sys.stdout, sys.__stdout__)
+    sys.stderr = _kept(sys.stderr, sys.__stderr__)
 
 
-def _kept(stream: TextIO | None, descriptor: int) -> TextIO:
+def _kept(stream: TextIO | None, pythons_own: TextIO | None) -> TextIO:
     if stream is None:
         return open(os.devnull, "w", encoding="utf-8")
-    if type(stream) is not io.TextIOWrapper or not isinstance(stream.buffer, io.BufferedWriter | io.FileIO):
-        return stream
-    if stream.fileno() != descriptor:
+    if stream is not pythons_own or not isinstance(stream, io.TextIOWrapper):
         return stream
     with contextlib.suppress(OSError):
         stream.flush()
+    forgiving = _Forgiving(stream.fileno(), "w", closefd=False)
     unbuffered = isinstance(stream.buffer, io.FileIO)  # by PYTHONUNBUFFERED
-    raw = _Forgiving(descriptor)
-    kept = io.TextIOWrapper(
-        raw if unbuffered else io.BufferedWriter(raw),  # type: ignore[type-var]
+    kept = _KeptStream(
+        forgiving if unbuffered else io.BufferedWriter(forgiving),
         encoding=stream.encoding,
         errors="backslashreplace",
         line_buffering=stream.line_buffering,
         write_through=stream.write_through,
     )
-    _kept_streams[kept] = raw
+    kept.forgiving = forgiving
     return kept
