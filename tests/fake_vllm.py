@@ -10,7 +10,6 @@ import contextlib
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 from aiohttp import web
@@ -18,10 +17,9 @@ from transformers import PreTrainedTokenizerFast
 
 from ludic.inference.server.server_guard import ServerGuard
 from ludic.inference.wire import (
-    BOOT_HEADER,
+    LEASE_HEADER,
     PATH,
     PROTOCOL,
-    TRAINER_HEADER,
     Generated,
     GenerateRequest,
     decode_request,
@@ -46,10 +44,10 @@ class FakeServer:
     api_key: str | None = None
     rl_routes: bool = True
     generate_route: bool = True
-    """Without both of these, and with `boot` None, it is plain vLLM."""
-    boot: str | None = "b007" * 8
-    """In the header of each answer. Another one is a server that was started again: nobody holds it. None: no header, no
-    routes for trainers and nothing refused."""
+    """Without both of these, and with `start` None, it is plain vLLM."""
+    start: str | None = "b007" * 8
+    """In each token. Another one is a server that was started again: nobody has its lease. None: no tokens, no route for
+    trainers and nothing refused."""
     clock_ahead_s: float = 0.0
     """How far the clock of the trainers' lease has been put forward."""
     server_info: dict[str, Any] = field(
@@ -71,8 +69,8 @@ class FakeServer:
     """The bodies of all completion requests, on either route."""
     paths: list[str] = field(default_factory=list)
     """Where each of them went."""
-    trainers: list[str | None] = field(default_factory=list)
-    """The trainer that each of them named."""
+    tokens: list[str | None] = field(default_factory=list)
+    """The token that each of them had."""
     in_flight: int = 0
     most_in_flight: int = 0
     """Completions, not requests."""
@@ -80,7 +78,6 @@ class FakeServer:
 
     def app(self) -> web.Application:
         app = web.Application(middlewares=[self._check_key, self._pass_guard])
-        app.on_response_prepare.append(self._add_boot)
         app.router.add_get("/health", self._health)
         app.router.add_get("/v1/models", self._models)
         app.router.add_post("/tokenize", self._tokenize)
@@ -95,19 +92,16 @@ class FakeServer:
             app.router.add_post("/resume", self._resume)
         return app
 
-    async def _add_boot(self, request: web.Request, response: web.StreamResponse) -> None:
-        if self.boot is not None:
-            response.headers[BOOT_HEADER] = self.boot
-
     @web.middleware
     async def _pass_guard(self, request: web.Request, handler: Any) -> web.StreamResponse:
         """Through the guard of the real server, which answers in the handler's place where it refuses."""
-        if self.boot is None:
+        if self.start is None:
             answer: web.StreamResponse = await handler(request)
             return answer
-        if self._guard is None or self._guard.boot != self.boot:
+        start = self.start
+        if self._guard is None or self._guard.start != start:
             self._guard = ServerGuard(self._behind_guard, clock=lambda: time.monotonic() + self.clock_ahead_s)
-            self._guard.boot = self.boot
+            self._guard.start = self.start
         sent: list[Any] = []
 
         async def receive() -> dict[str, Any]:
@@ -118,13 +112,22 @@ class FakeServer:
 
         headers = [(name.lower().encode(), value.encode()) for name, value in request.headers.items()]
         scope: dict[str, Any] = {"type": "http", "method": request.method, "path": request.path, "headers": headers}
-        scope |= {"call": lambda: handler(request), "app": SimpleNamespace(exception_handlers={})}
+        scope |= {"call": lambda: handler(request)}
         await self._guard(scope, receive, send)
+        if self.start != start:  # it was started again meanwhile, which cuts its connections
+            assert request.transport is not None
+            request.transport.close()
+        repeated = {
+            name.decode(): value.decode() for name, value in sent[0]["headers"] if name == LEASE_HEADER.encode()
+        }
         if "answer" in scope and sent[0]["status"] == scope["answer"].status:
+            if not scope["answer"].prepared:
+                scope["answer"].headers.update(repeated)
             if isinstance(scope["answer"], web.HTTPException):
                 raise scope["answer"]
             return scope["answer"]  # type: ignore[no-any-return]
-        return web.Response(status=sent[0]["status"], body=sent[1]["body"], content_type="application/json")
+        body = sent[1]["body"]
+        return web.Response(status=sent[0]["status"], body=body, headers=repeated, content_type="application/json")
 
     async def _behind_guard(self, scope: Any, receive: Any, send: Any) -> None:
         try:
@@ -189,7 +192,7 @@ class FakeServer:
         body = await request.json()
         self.requests.append(body)
         self.paths.append(request.path)
-        self.trainers.append(request.headers.get(TRAINER_HEADER))
+        self.tokens.append(request.headers.get(LEASE_HEADER))
         self.in_flight += body["n"]
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
         try:

@@ -258,12 +258,10 @@ def test_two_tensors_in_one_place_are_not_written(monkeypatch: pytest.MonkeyPatc
     served = Served()
     served.head = torch.nn.Linear(8, 64, bias=False)
     served.head.weight = served.embed.weight
-    names = [*CHECKPOINT, "head.weight"]
-    shapes = [*CHECKPOINT.values(), (61, 8)]
     one = SimpleNamespace(tensor_parallel_size=1, pipeline_parallel_size=1)
-    problem = model_module.in_place_problem(served, one, names, shapes, torch.bfloat16)
+    problem = model_module.in_place_problem(served, one, CHECKPOINT | {"head.weight": (61, 8)}, torch.bfloat16)
     assert problem == "the served model holds embed.weight and head.weight in one place"
-    assert model_module.in_place_problem(served, one, list(CHECKPOINT), list(CHECKPOINT.values()), torch.bfloat16) == ""
+    assert model_module.in_place_problem(served, one, CHECKPOINT, torch.bfloat16) == ""
 
 
 @pytest.mark.vllm

@@ -23,7 +23,7 @@ PROMPT = [3, 40, 41, 42, 4]
 FOUR_TOKENS = SamplingParams(max_tokens=4)
 STAND_IN = """\
     #!{python}
-    import asyncio, os, signal, sys
+    import asyncio, os, secrets, signal, sys
     sys.path[:0] = {path!r}
     from aiohttp import web
     from ludic.inference.client.server_process import end_with_parent
@@ -35,7 +35,8 @@ STAND_IN = """\
     class DyingServer(FakeServer):
         def completions(self, body):
             {dies_by}
-    server = DyingServer(tokenizer=make_tiny_tokenizer(), model=value("--model"))
+    start = secrets.token_hex(16)  # as each start of a server has its own
+    server = DyingServer(tokenizer=make_tiny_tokenizer(), model=value("--model"), start=start)
     web.run_app(server.app(), host="127.0.0.1", port=int(value("--port")), print=None, access_log=None)
 """
 FAILS = "print('ValueError: Unsupported head size: 16', flush=True); os._exit(1)"

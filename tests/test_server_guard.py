@@ -29,7 +29,6 @@ from ludic.inference import vllm_server
 from ludic.inference.server import server_guard
 from ludic.inference.server.generate_route import MAX_BODY_BYTES, request_path
 from ludic.inference.server.server_guard import (
-    BOOT_VARIABLE,
     GENERATION_PATHS,
     HARMLESS_PATHS,
     LOOKUP_PATHS,
@@ -38,13 +37,12 @@ from ludic.inference.server.server_guard import (
     ServerGuard,
 )
 from ludic.inference.server.trainer_lease import MAX_LOST, Holder, NotHolderError, TrainerLease
-from ludic.inference.wire import BOOT_HEADER, LEASE_S, PATH, TRAINER_HEADER, TRAINER_PATH
+from ludic.inference.wire import LEASE_HEADER, LEASE_S, PATH, PROTOCOL, TRAINER_PATH
 from ludic.storage.identity import Identity, describe
 
 if TYPE_CHECKING:
     from ludic.inference.client.server_process import ServerProcess
 
-FIRST, SECOND, THIRD = "f1" * 8, "5e" * 8, "3d" * 8
 ANN: Identity = {
     "host": "node-3",
     "pid": 812,
@@ -54,6 +52,7 @@ ANN: Identity = {
     "since": "12:00",
 }
 BEN: Identity = {"host": "node-4", "pid": 90, "pid_started": 3.0, "user": "ben", "out_dir": "runs/b", "since": "13:00"}
+CEM: Identity = {"host": "node-5", "pid": 91}
 
 # What vLLM 0.26 to 0.33 serve that is not a question.
 CONTROL_PATHS = (
@@ -84,115 +83,111 @@ def clock() -> Clock:
 
 @pytest.fixture
 def lease(clock: Clock) -> TrainerLease:
+    """Lease 1 is Ann's."""
     lease = TrainerLease(clock)
-    assert lease.claim(FIRST, ANN) is False
+    assert lease.claim(ANN).lease == 1
     return lease
 
 
 def test_a_second_trainer_is_refused_with_who_the_first_one_is(lease: TrainerLease, clock: Clock) -> None:
     clock.now += 7
     with pytest.raises(NotHolderError) as refusal:
-        lease.claim(SECOND, BEN)
+        lease.claim(BEN)
     told = "belongs to the trainer ann@node-3, process 812, since 12:00, writing runs/a (last seen 7 s ago)"
     assert told in str(refusal.value)
-    assert refusal.value.holder == Holder(trainer=FIRST, identity=ANN, seen=1000.0)
+    assert refusal.value.holder == Holder(lease=1, identity=ANN, seen=1000.0)
 
 
 def test_a_lease_ends_a_minute_after_it_was_last_kept_and_not_before(lease: TrainerLease, clock: Clock) -> None:
     for _ in range(5):
         clock.now += LEASE_S - 0.001
-        lease.keep(FIRST, changes=False)
+        lease.keep(1)
     clock.now += LEASE_S - 0.001
     with pytest.raises(NotHolderError):
-        lease.claim(SECOND, BEN)
+        lease.claim(BEN)
     clock.now += 0.001
     assert lease.holder() is None
-    assert lease.claim(SECOND, BEN) is False
+    assert lease.claim(BEN).lease == 2
 
 
-def test_claiming_again_keeps_the_lease_and_says_that_it_was_never_lost(lease: TrainerLease, clock: Clock) -> None:
+def test_a_claim_that_is_made_again_keeps_the_lease_as_its_answer_may_have_been_lost(
+    lease: TrainerLease, clock: Clock
+) -> None:
     clock.now += LEASE_S - 1
-    assert lease.claim(FIRST, ANN) is True
+    assert lease.claim(ANN).lease == 1
     clock.now += LEASE_S - 1
     assert lease.holder() is not None
 
 
-def test_a_dead_trainer_is_taken_over_at_once_and_only_by_its_own_id(lease: TrainerLease) -> None:
+def test_a_dead_trainer_is_taken_over_at_once_and_only_by_its_own_lease(lease: TrainerLease) -> None:
     with pytest.raises(NotHolderError):
-        lease.claim(SECOND, BEN, takes_over=THIRD)
-    assert lease.claim(SECOND, BEN, takes_over=FIRST) is False
+        lease.claim(BEN, takes_over=2)
+    assert lease.claim(BEN, takes_over=1).lease == 2
     with pytest.raises(NotHolderError, match="ben@node-4"):
-        lease.claim(THIRD, ANN, takes_over=FIRST)
+        lease.claim(CEM, takes_over=1)
 
 
 def test_a_trainer_that_was_replaced_never_gets_the_server_back(lease: TrainerLease, clock: Clock) -> None:
     clock.now += LEASE_S
-    lease.claim(SECOND, BEN)
-    lease.release(SECOND)
-    for ask in (
-        lambda: lease.claim(FIRST, ANN),
-        lambda: lease.claim(FIRST, ANN, takes_over=SECOND),
-        lambda: lease.keep(FIRST, changes=False),
-        lambda: lease.keep(FIRST, changes=True),
-    ):
+    lease.claim(BEN)
+    lease.release(2)
+    for ask in (lease.keep, lease.release):
         with pytest.raises(NotHolderError, match="lost the server to the trainer ben@node-4, process 90"):
-            ask()
-    assert lease.claim(THIRD, ANN) is False
+            ask(1)
+    assert lease.claim(CEM).lease == 3
 
 
 def test_a_trainer_that_is_late_still_has_its_server_where_nobody_changed_it(lease: TrainerLease, clock: Clock) -> None:
     clock.now += 3600
-    lease.keep(FIRST, changes=True)
-    assert lease.claim(FIRST, ANN) is True
+    assert lease.keep(1).identity == ANN
     with pytest.raises(NotHolderError):
-        lease.claim(SECOND, BEN)
+        lease.claim(BEN)
 
 
-@pytest.mark.parametrize(
-    ("by", "told"), [(None, "a client that named no trainer"), (SECOND, "the trainer somebody@an unknown host")]
-)
+@pytest.mark.parametrize("by", [None, BEN])
 def test_a_trainer_that_is_late_learns_that_somebody_changed_its_server(
-    lease: TrainerLease, clock: Clock, by: str | None, told: str
+    lease: TrainerLease, clock: Clock, by: Identity | None
 ) -> None:
     clock.now += LEASE_S
     if by is None:
-        lease.change_unnamed()
+        lease.change()
     else:
-        lease.keep(by, changes=True)
+        lease.claim(by)
+    told = "a client without a lease" if by is None else "the trainer ben@node-4"
     with pytest.raises(NotHolderError, match=f"this trainer lost the server to {told}"):
-        lease.keep(FIRST, changes=False)
+        lease.keep(1)
 
 
 def test_who_never_claimed_a_server_that_is_free_may_use_it_and_gets_no_lease_by_that(clock: Clock) -> None:
     lease = TrainerLease(clock)
-    lease.keep(SECOND, changes=False)
-    lease.keep(SECOND, changes=True)
+    lease.change()
     assert lease.holder() is None
-    lease.claim(FIRST, ANN)
+    lease.claim(ANN)
     with pytest.raises(NotHolderError):
-        lease.keep(SECOND, changes=False)
+        lease.change()
 
 
 def test_a_server_that_was_given_back_is_free_at_once(lease: TrainerLease) -> None:
-    with pytest.raises(NotHolderError):
-        lease.release(SECOND)
-    lease.release(FIRST)
-    assert lease.holder() is None and lease.claim(SECOND, BEN) is False
-    lease.release(SECOND)
-    lease.release(SECOND)
+    lease.release(1)
+    assert lease.holder() is None and lease.claim(BEN).lease == 2
+    for ended in (1, 3):
+        with pytest.raises(NotHolderError, match="this lease was given back, or lost long ago"):
+            lease.keep(ended)
 
 
 def test_the_trainers_that_are_remembered_do_not_grow_without_end(clock: Clock) -> None:
     lease = TrainerLease(clock)
     for number in range(2 * MAX_LOST):
-        lease.claim(f"{number:08x}", ANN)
+        lease.claim({"pid": number})
         clock.now += LEASE_S
     assert len(lease._lost) == MAX_LOST
+    with pytest.raises(NotHolderError, match="lost long ago"):
+        lease.keep(1)
 
 
 def test_a_wall_clock_that_jumps_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     lease = TrainerLease()
-    lease.claim(FIRST, ANN)
+    lease.claim(ANN)
     now = time.time()
     for jump in (86400.0, -86400.0):
         monkeypatch.setattr(time, "time", lambda jump=jump: now + jump)
@@ -237,7 +232,7 @@ class Server:
         path: str,
         body: object = None,
         *,
-        trainer: str | None = None,
+        token: str | None = None,
         headers: Sequence[tuple[bytes, bytes]] = (),
         messages: Sequence[dict[str, Any]] | None = None,
         root: str = "",
@@ -255,8 +250,8 @@ class Server:
         async def send(message: Any) -> None:
             sent.append(message)
 
-        named = [] if trainer is None else [(TRAINER_HEADER.encode(), trainer.encode())]
-        scope = {"type": kind, "method": method, "path": path, "headers": [*headers, *named], "root_path": root}
+        sent_token = [] if token is None else [(LEASE_HEADER.encode(), token.encode())]
+        scope = {"type": kind, "method": method, "path": path, "headers": [*headers, *sent_token], "root_path": root}
         await self.guard(scope, receive, send)
         if not sent:
             return SimpleNamespace(status=0, left=len(left))
@@ -270,8 +265,12 @@ class Server:
             left=len(left),
         )
 
-    async def claim(self, trainer: str, identity: Any, **more: Any) -> SimpleNamespace:
-        return await self.ask("POST", TRAINER_PATH, {"trainer": trainer, "identity": identity, **more})
+    async def claim(self, identity: Any, **more: Any) -> SimpleNamespace:
+        return await self.ask("POST", TRAINER_PATH, {"identity": identity, **more})
+
+    async def lease_to(self, identity: Identity, **more: Any) -> str:
+        """The token of a new lease."""
+        return str((await self.claim(identity, **more)).answer["token"])
 
 
 @pytest.fixture
@@ -279,44 +278,55 @@ def server(clock: Clock) -> Server:
     return Server(clock)
 
 
-async def test_every_answer_names_the_start_of_the_server(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    boot = (BOOT_HEADER.encode(), server.guard.boot.encode())
-    await server.claim(FIRST, ANN)
-    answers = [
-        await server.ask("GET", "/health"),
-        await server.ask("POST", "/v1/completions", {}),
-        await server.ask("POST", "/pause"),
-        await server.ask("POST", PATH, b"x" * (MAX_BODY_BYTES + 1)),
-        await server.ask("GET", TRAINER_PATH),
-        await server.ask("PATCH", TRAINER_PATH),
-        await server.ask("POST", "/tokenize", trainer="no hex"),
+async def test_every_reply_repeats_the_token_of_its_request_and_a_start_knows_no_token_of_another(
+    server: Server,
+) -> None:
+    first = await server.lease_to(ANN)
+    asks: list[tuple[str, str, object]] = [
+        ("GET", "/health", None),
+        ("POST", "/v1/completions", {}),
+        ("POST", "/pause", None),
+        ("GET", TRAINER_PATH, None),
     ]
-    assert [answer.status for answer in answers] == [200, 200, 409, 413, 200, 405, 400]
-    assert all(answer.headers.count(boot) == 1 for answer in answers)
-    assert (b"x-of-the-app", b"1") in answers[0].headers
-    assert Server().guard.boot != server.guard.boot
-    monkeypatch.setenv(BOOT_VARIABLE, "b0" * 16)
-    assert Server().guard.boot == Server().guard.boot == "b0" * 16
+    for token in (first, server.guard.start):
+        for method, path, body in asks:
+            answer = await server.ask(method, path, body, token=token)
+            is_refused = path == "/pause" and token != first
+            assert answer.status == (409 if is_refused else 200)
+            assert is_refused or answer.headers.count((LEASE_HEADER.encode(), token.encode())) == 1
+    assert (b"x-of-the-app", b"1") in (await server.ask("GET", "/health", token=first)).headers
+    assert not any(name == LEASE_HEADER.encode() for name, _ in (await server.ask("GET", "/health")).headers)
+    again = Server()
+    for token in (first, server.guard.start):
+        for method, path, body in (*asks, ("DELETE", TRAINER_PATH, None), ("POST", TRAINER_PATH, {"identity": ANN})):
+            refused = await again.ask(method, path, body, token=token)
+            assert refused.status == 410 and "was started again" in refused.answer["error"]["message"]
+    assert again.reached == [] and again.guard.lease.holder() is None
 
 
 async def test_the_trainers_route_speaks_as_its_contract_says(server: Server, clock: Clock) -> None:
-    boot = {"boot": server.guard.boot, "lease_s": 60.0}
-    assert (await server.ask("GET", TRAINER_PATH)).answer == boot | {"holder": None, "weights": None}
-    assert (await server.claim(FIRST, ANN, takes_over=None)).answer == boot | {"renewed": False}
-    assert (await server.claim(FIRST, ANN)).answer == boot | {"renewed": True}
+    start = server.guard.start
+    state = {"protocol": PROTOCOL, "token": start, "lease_s": 60.0}
+    assert (await server.ask("GET", TRAINER_PATH)).answer == state | {"holder": None, "weights": None}
+    leased = state | {"token": f"{start}-1"}
+    assert (await server.claim(ANN, takes_over=None)).answer == leased
+    assert (await server.ask("POST", TRAINER_PATH, {"identity": ANN}, token=f"{start}-1")).answer == leased
     clock.now += 2
-    holder = {"trainer": FIRST, "identity": ANN, "seconds_since_seen": 2.0}
-    assert (await server.ask("GET", TRAINER_PATH)).answer == boot | {"holder": holder, "weights": None}
-    refused = await server.claim(SECOND, BEN)
+    holder = {"lease": 1, "identity": ANN, "seconds_since_seen": 2.0}
+    assert (await server.ask("GET", TRAINER_PATH)).answer == state | {"holder": holder, "weights": None}
+    refused = await server.claim(BEN)
     assert (refused.status, refused.answer["holder"], refused.answer["error"]["code"]) == (409, holder, 409)
-    assert refused.answer["lost"] is False
     assert "ann@node-3, process 812" in refused.answer["error"]["message"]
-    assert (await server.claim(SECOND, BEN, takes_over=FIRST)).status == 200
-    lost = await server.claim(FIRST, ANN)
-    assert (lost.status, lost.answer["lost"], lost.answer["holder"]["trainer"]) == (409, True, SECOND)
-    assert (await server.ask("DELETE", TRAINER_PATH, {"trainer": FIRST})).status == 409
-    assert (await server.ask("DELETE", TRAINER_PATH, {"trainer": SECOND})).answer == boot
-    assert (await server.ask("GET", TRAINER_PATH)).answer == boot | {"holder": None, "weights": None}
+    kept = await server.ask("GET", TRAINER_PATH, token=f"{start}-1")
+    assert kept.answer == leased | {"holder": holder | {"seconds_since_seen": 0.0}, "weights": None}
+    assert (await server.claim(BEN, takes_over=1)).answer == state | {"token": f"{start}-2"}
+    for method in ("GET", "POST", "PUT", "DELETE"):
+        lost = await server.ask(method, TRAINER_PATH, {"identity": ANN}, token=f"{start}-1")
+        assert (lost.status, lost.answer["holder"]["lease"]) == (409, 2)
+    assert (await server.ask("DELETE", TRAINER_PATH)).status == 409
+    assert (await server.ask("DELETE", TRAINER_PATH, token=f"{start}-2")).answer == state
+    assert (await server.ask("GET", TRAINER_PATH)).answer == state | {"holder": None, "weights": None}
+    assert (await server.ask("PATCH", TRAINER_PATH)).status == 405
     assert server.reached == []
 
 
@@ -325,43 +335,45 @@ async def weights(server: Server) -> Any:
 
 
 async def test_the_server_says_whose_weights_it_holds_also_when_their_trainer_has_left(server: Server) -> None:
-    await server.claim(FIRST, ANN)
+    first = await server.lease_to(ANN)
     for path in ("/pause", "/init_weight_transfer_engine", "/resume"):
-        await server.ask("POST", path, {}, trainer=FIRST)
-    await server.ask("POST", "/collective_rpc", {"method": "ludic_held_digests"}, trainer=FIRST)
+        await server.ask("POST", path, {}, token=first)
+    await server.ask("POST", "/collective_rpc", {"method": "ludic_held_digests"}, token=first)
     assert await weights(server) is None  # those that it was started with
     for path in ("/start_weight_update", "/update_weights", "/finish_weight_update"):
-        await server.ask("POST", path, {}, trainer=FIRST)
+        await server.ask("POST", path, {}, token=first)
         assert await weights(server) == {"proven": False, "identity": ANN}
-    assert (await server.ask("PUT", TRAINER_PATH, {"trainer": FIRST, "policy_version": 37})).status == 200
+    assert (await server.ask("PUT", TRAINER_PATH, {"policy_version": 37}, token=first)).status == 200
     said = await weights(server)
     assert (said["proven"], said["policy_version"], said["identity"]) == (True, 37, ANN)
     assert said["since"].endswith(" UTC")
-    await server.ask("DELETE", TRAINER_PATH, {"trainer": FIRST})
+    await server.ask("DELETE", TRAINER_PATH, token=first)
     await server.ask("POST", PATH, {})
     assert await weights(server) == said
-    await server.claim(SECOND, BEN)
+    second = await server.lease_to(BEN)
     assert await weights(server) == said  # a claim changes nothing yet
-    await server.ask("POST", "/update_weights", {}, trainer=SECOND)
+    await server.ask("POST", "/update_weights", {}, token=second)
     assert await weights(server) == {"proven": False, "identity": BEN}
 
 
 @pytest.mark.parametrize("path", ["/sleep", "/v1/load_lora_adapter", "/collective_rpc", "/a-route-of-next-year"])
 async def test_after_a_request_that_may_have_changed_them_the_weights_are_not_known(server: Server, path: str) -> None:
-    await server.claim(FIRST, ANN)
-    await server.ask("PUT", TRAINER_PATH, {"trainer": FIRST, "policy_version": 1})
-    await server.ask("DELETE", TRAINER_PATH, {"trainer": FIRST})
+    first = await server.lease_to(ANN)
+    await server.ask("PUT", TRAINER_PATH, {"policy_version": 1}, token=first)
+    await server.ask("DELETE", TRAINER_PATH, token=first)
     await server.ask("POST", path, {"method": "reload_weights"})
     assert await weights(server) == {"proven": False, "identity": {}}
 
 
 async def test_nobody_else_says_whose_the_weights_are(server: Server) -> None:
-    await server.claim(FIRST, ANN)
-    await server.ask("PUT", TRAINER_PATH, {"trainer": FIRST, "policy_version": 5})
+    first = await server.lease_to(ANN)
+    await server.ask("PUT", TRAINER_PATH, {"policy_version": 5}, token=first)
     said = await weights(server)
-    assert (await server.ask("PUT", TRAINER_PATH, {"trainer": SECOND, "policy_version": 6})).status == 409
+    for token in (None, server.guard.start):
+        refused = await server.ask("PUT", TRAINER_PATH, {"policy_version": 6}, token=token)
+        assert (refused.status, refused.answer["holder"]["identity"]) == (409, ANN)
     for version in (-1, 1.0, True, "1", None, 2**53):
-        refused = await server.ask("PUT", TRAINER_PATH, {"trainer": FIRST, "policy_version": version})
+        refused = await server.ask("PUT", TRAINER_PATH, {"policy_version": version}, token=first)
         assert (refused.status, "policy_version must be" in refused.answer["error"]["message"]) == (400, True)
     assert await weights(server) == said
 
@@ -369,13 +381,14 @@ async def test_nobody_else_says_whose_the_weights_are(server: Server) -> None:
 @pytest.mark.parametrize("path", CONTROL_PATHS)
 async def test_while_a_trainer_has_the_server_nobody_else_controls_it(server: Server, path: str) -> None:
     assert (await server.ask("POST", path, {})).status == 200
-    await server.claim(FIRST, ANN)
+    lost = await server.lease_to(BEN)
+    first = await server.lease_to(ANN, takes_over=1)
     for method in ("POST", "PUT", "DELETE", "PATCH", "WHATEVER"):
-        for trainer in (None, SECOND):
-            refused = await server.ask(method, path, {"method": "ludic_begin"}, trainer=trainer)
+        for token in (None, server.guard.start, lost):
+            refused = await server.ask(method, path, {"method": "ludic_begin"}, token=token)
             assert (refused.status, refused.answer["holder"]["identity"]) == (409, ANN)
     assert len(server.reached) == 1
-    assert (await server.ask("POST", path, {}, trainer=FIRST)).status == 200
+    assert (await server.ask("POST", path, {}, token=first)).status == 200
 
 
 SPELLINGS = (
@@ -386,7 +399,7 @@ SPELLINGS = (
 
 @pytest.mark.parametrize("path", SPELLINGS)
 async def test_no_other_spelling_of_a_path_is_a_way_round_the_guard(server: Server, path: str) -> None:
-    await server.claim(FIRST, ANN)
+    await server.claim(ANN)
     assert (await server.ask("POST", path, {})).status == 409
     assert (await server.ask("POST", "/prefix" + path, {}, root="/prefix")).status == 409
 
@@ -405,12 +418,12 @@ async def test_no_other_spelling_of_a_path_is_a_way_round_the_guard(server: Serv
     ],
 )
 async def test_a_prefix_is_cut_off_as_the_router_does_it(server: Server, root: str, path: str, status: int) -> None:
-    await server.claim(FIRST, ANN)
+    await server.claim(ANN)
     assert (await server.ask("POST", path, {}, root=root)).status == status
 
 
 async def test_an_evaluation_generates_and_asks_while_a_trainer_has_the_server(server: Server) -> None:
-    await server.claim(FIRST, ANN)
+    await server.claim(ANN)
     for path in sorted(HARMLESS_PATHS):
         assert (await server.ask("POST", path, {})).status == 200
     assert (await server.ask("POST", "/collective_rpc", {"method": "ludic_server_info", "args": []})).status == 200
@@ -422,62 +435,64 @@ async def test_an_evaluation_generates_and_asks_while_a_trainer_has_the_server(s
 
 
 @pytest.mark.parametrize("path", sorted(GENERATION_PATHS))
-async def test_a_trainer_that_has_not_got_the_server_generates_nothing_on_it(server: Server, path: str) -> None:
-    await server.claim(FIRST, ANN)
-    refused = await server.ask("POST", path, {}, trainer=SECOND)
+async def test_a_trainer_that_has_lost_the_server_generates_nothing_on_it(server: Server, path: str) -> None:
+    lost = await server.lease_to(BEN)
+    first = await server.lease_to(ANN, takes_over=1)
+    refused = await server.ask("POST", path, {}, token=lost)
     assert refused.status == 409 and "ann@node-3" in refused.answer["error"]["message"]
-    assert (await server.ask("POST", path, {}, trainer=FIRST)).status == 200
+    assert (await server.ask("POST", path, {}, token=first)).status == 200
     assert len(server.reached) == 1
 
 
 async def test_a_second_trainer_may_look_before_it_claims_and_keeps_no_lease_by_it(
     server: Server, clock: Clock
 ) -> None:
-    await server.claim(FIRST, ANN)
+    await server.claim(ANN)
     for _ in range(4):
         clock.now += LEASE_S / 3
         for path in sorted(LOOKUP_PATHS):
-            assert (await server.ask("POST", path, {}, trainer=SECOND)).status == 200
-    assert (await server.claim(SECOND, BEN)).status == 200
+            assert (await server.ask("POST", path, {}, token=server.guard.start)).status == 200
+    assert (await server.claim(BEN)).status == 200
 
 
 @pytest.mark.parametrize(
-    ("method", "path"), [("GET", "/health"), ("POST", "/tokenize"), ("POST", PATH), ("POST", "/pause")]
+    ("method", "path"),
+    [("GET", "/health"), ("GET", TRAINER_PATH), ("POST", "/tokenize"), ("POST", PATH), ("POST", "/pause")],
 )
 async def test_every_request_of_the_holder_keeps_its_lease(
     server: Server, clock: Clock, method: str, path: str
 ) -> None:
-    await server.claim(FIRST, ANN)
+    first = await server.lease_to(ANN)
     for _ in range(4):
         clock.now += LEASE_S - 1
-        assert (await server.ask(method, path, {}, trainer=FIRST)).status == 200
-    assert (await server.claim(SECOND, BEN)).status == 409
+        assert (await server.ask(method, path, {}, token=first)).status == 200
+    assert (await server.claim(BEN)).status == 409
 
 
 @pytest.mark.parametrize("path", [PATH, "/v1/completions", "/update_weights"])
 async def test_what_a_trainer_asked_for_before_it_lost_the_server_does_not_reach_it_as_its_own(
     server: Server, clock: Clock, path: str
 ) -> None:
-    await server.claim(FIRST, ANN)
+    first = await server.lease_to(ANN)
     server.before_answer = asyncio.Event()
-    running = asyncio.create_task(server.ask("POST", path, {}, trainer=FIRST))
+    running = asyncio.create_task(server.ask("POST", path, {}, token=first))
     await server.is_in_app.wait()
     clock.now += LEASE_S
-    assert (await server.claim(SECOND, BEN)).status == 200
+    assert (await server.claim(BEN)).status == 200
     server.before_answer.set()
     late = await running
     assert late.status == 409 and "lost the server to the trainer ben@node-4" in late.answer["error"]["message"]
 
 
 async def test_a_long_generation_keeps_the_lease_when_it_ends(server: Server, clock: Clock) -> None:
-    await server.claim(FIRST, ANN)
+    first = await server.lease_to(ANN)
     server.before_answer = asyncio.Event()
-    running = asyncio.create_task(server.ask("POST", PATH, {}, trainer=FIRST))
+    running = asyncio.create_task(server.ask("POST", PATH, {}, token=first))
     await server.is_in_app.wait()
     clock.now += 10 * LEASE_S
     server.before_answer.set()
     assert (await running).status == 200
-    assert (await server.claim(SECOND, BEN)).status == 409
+    assert (await server.claim(BEN)).status == 409
 
 
 @pytest.mark.parametrize(
@@ -486,17 +501,14 @@ async def test_a_long_generation_keeps_the_lease_when_it_ends(server: Server, cl
         (b"", "not JSON"),
         (b"[" * 16_000, "not JSON"),
         ([1], "must be an object"),
-        ({"trainer": FIRST, "identity": {}, "more": 1}, "must be an object with fields of"),
-        ({"identity": {}}, "trainer must be 8 to 64 hex digits"),
-        ({"trainer": "x" * 8, "identity": {}}, "trainer must be"),
-        ({"trainer": FIRST + "\n", "identity": {}}, "trainer must be"),
-        ({"trainer": "ab" * 33, "identity": {}}, "trainer must be"),
-        ({"trainer": FIRST}, "identity must be an object"),
-        ({"trainer": FIRST, "identity": {f"f{i}": 1 for i in range(17)}}, "identity must be an object of at most 16"),
-        ({"trainer": FIRST, "identity": {"host": ["a"]}}, r"identity\.host must be a string"),
-        ({"trainer": FIRST, "identity": {"pid": True}}, r"identity\.pid must be a string"),
-        (b'{"trainer": "f1f1f1f1", "identity": {"pid": Infinity}}', r"identity\.pid must be a string"),
-        ({"trainer": FIRST, "identity": {}, "takes_over": 3}, "takes_over must be"),
+        ({"identity": {}, "more": 1}, "must be an object with fields of"),
+        ({"takes_over": 1}, "identity must be an object"),
+        ({"identity": {f"f{i}": 1 for i in range(17)}}, "identity must be an object of at most 16"),
+        ({"identity": {"host": ["a"]}}, r"identity\.host must be a string"),
+        ({"identity": {"pid": True}}, r"identity\.pid must be a string"),
+        (b'{"identity": {"pid": Infinity}}', r"identity\.pid must be a string"),
+        ({"identity": {}, "takes_over": "1"}, "takes_over must be the number of a lease"),
+        ({"identity": {}, "takes_over": True}, "takes_over must be the number of a lease"),
     ],
     ids=str,
 )
@@ -508,11 +520,22 @@ async def test_a_claim_that_makes_no_sense_is_refused_with_its_reason(server: Se
     assert server.guard.lease.holder() is None
 
 
-async def test_a_trainer_is_named_once_and_by_an_id(server: Server) -> None:
-    twice = [(TRAINER_HEADER.encode(), FIRST.encode()), (TRAINER_HEADER.upper().encode(), SECOND.encode())]
+async def test_a_token_is_given_once_and_is_one_that_a_server_may_have_given(server: Server) -> None:
+    twice = [(name, server.guard.start.encode()) for name in (LEASE_HEADER.encode(), LEASE_HEADER.upper().encode())]
     assert (await server.ask("POST", PATH, {}, headers=twice)).status == 400
-    for name in ("", "F1" * 8, "f1" * 33, "é" * 8, "f1f1f1f1 "):
-        assert (await server.ask("POST", PATH, {}, trainer=name)).status == 400
+    start = server.guard.start
+    for token in (
+        "",
+        "F1" * 16,
+        "f1" * 15,
+        "é" * 32,
+        f"{start} ",
+        f"{start}-",
+        f"{start}-0",
+        f"{start}-01",
+        f"{start}-x",
+    ):
+        assert (await server.ask("POST", PATH, {}, token=token)).status == 400
     assert server.reached == []
 
 
@@ -527,7 +550,7 @@ async def test_a_web_page_never_changes_the_server(server: Server) -> None:
 
 async def test_a_websocket_passes_where_it_cannot_change_the_server(server: Server) -> None:
     assert (await server.ask("GET", "/anything", kind="websocket")).status == 200
-    await server.claim(FIRST, ANN)
+    await server.claim(ANN)
     closed = await server.ask("GET", "/anything", kind="websocket")
     assert closed.status == 1008 and "ann@node-3" in closed.reason
     assert (await server.ask("GET", "/v1/realtime", kind="websocket")).status == 200
@@ -644,7 +667,7 @@ async def test_the_route_hears_when_its_caller_leaves_later() -> None:
 )
 async def test_whatever_reaches_a_route_unnamed_is_a_harmless_one(method: str, root: str, path: str) -> None:
     server = Server()
-    await server.claim(FIRST, ANN)
+    await server.claim(ANN)
     answer = await server.ask(method, path, {}, root=root)
     below = request_path({"path": path, "root_path": root})
     assert answer.status in (200, 409, 400, 405)
@@ -660,9 +683,8 @@ JSON = st.recursive(
 CLAIM = st.fixed_dictionaries(
     {},
     optional={
-        "trainer": st.sampled_from([FIRST, SECOND]) | JSON,
         "identity": st.dictionaries(st.sampled_from(sorted(ANN)) | st.text(max_size=50), JSON, max_size=18) | JSON,
-        "takes_over": st.sampled_from([FIRST, SECOND]) | JSON,
+        "takes_over": st.sampled_from([1, 2]) | JSON,
     },
 )
 
@@ -674,15 +696,16 @@ CLAIM = st.fixed_dictionaries(
     | JSON.map(lambda one: json.dumps(one).encode()),
     method=st.sampled_from(["GET", "POST", "DELETE", "PUT", ""]),
     path=st.sampled_from([TRAINER_PATH, "/collective_rpc", "/pause", PATH]),
-    named=st.binary(max_size=20) | st.sampled_from([FIRST.encode(), SECOND.encode()]),
+    token=st.binary(max_size=20) | st.sampled_from([b"5e" * 16, b"f1" * 16, b"f1" * 16 + b"-1", b"f1" * 16 + b"-2"]),
 )
-async def test_whatever_is_sent_to_the_guard_is_answered(body: bytes, method: str, path: str, named: bytes) -> None:
+async def test_whatever_is_sent_to_the_guard_is_answered(body: bytes, method: str, path: str, token: bytes) -> None:
     server = Server()
-    await server.claim(FIRST, ANN)
-    answer = await server.ask(method, path, body, headers=[(TRAINER_HEADER.encode(), named)])
-    assert answer.status in (200, 400, 405, 409)
+    server.guard.start = "f1" * 16
+    await server.claim(ANN)
+    answer = await server.ask(method, path, body, headers=[(LEASE_HEADER.encode(), token)])
+    assert answer.status in (200, 400, 405, 409, 410)
     told = server.guard.lease.holder()
-    assert told is None or (told.trainer in (FIRST, SECOND) and describe(told.identity).isprintable())
+    assert told is None or (told.lease in (1, 2) and describe(told.identity).isprintable())
 
 
 # --- before vLLM's own routes, without an engine ----------------------------------------------------------------------
@@ -691,9 +714,9 @@ async def test_whatever_is_sent_to_the_guard_is_answered(body: bytes, method: st
 @pytest.fixture
 def vllm_app(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The application of vLLM as the server makes it, middlewares and all, with a key."""
+    args = vllm_server.parse_arguments([])  # first: the variable changes what vLLM imports for good as its defaults
     monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "1")
     monkeypatch.setenv(vllm_server.KEY_HASHES_VARIABLE, json.dumps([vllm_server._fingerprint(b"the-key").hex()]))
-    args = vllm_server.parse_arguments([])
     try:
         from vllm.entrypoints.launchers.app import build_app
     except ModuleNotFoundError:  # 0.26
@@ -708,8 +731,9 @@ def test_every_route_of_vllm_that_may_change_the_server_is_refused_while_a_train
 
     client = TestClient(vllm_app, raise_server_exceptions=False, follow_redirects=False)
     key = {"Authorization": "Bearer the-key"}
-    assert client.post(TRAINER_PATH, json={"trainer": FIRST, "identity": ANN}).status_code == 401
-    assert client.post(TRAINER_PATH, json={"trainer": FIRST, "identity": ANN}, headers=key).status_code == 200
+    assert client.post(TRAINER_PATH, json={"identity": ANN}).status_code == 401
+    claimed = client.post(TRAINER_PATH, json={"identity": ANN}, headers=key)
+    assert claimed.status_code == 200
     routes = {
         (method, route.path)
         for route in vllm_app.routes
@@ -724,11 +748,10 @@ def test_every_route_of_vllm_that_may_change_the_server_is_refused_while_a_train
             for spelling in (path, path + "/", "/" + path, path.replace("a", "%61"), path + "?mode=wait"):
                 assert client.request(method, spelling, json={}, headers=key).status_code == 409, (method, spelling)
                 assert client.request(method, spelling, json={}).status_code == 401
-    # What has no engine behind it fails in vLLM, which shows that it was let through; and the failure names the boot too.
+    # What has no engine behind it fails in vLLM, which shows that it was let through.
     for path in ("/tokenize", "/v1/completions"):
-        answer = client.post(path, json={"model": "m", "prompt": "x"}, headers=key)
-        assert answer.status_code == 500 and len(answer.headers[BOOT_HEADER]) == 32
-    mine = key | {TRAINER_HEADER: FIRST}
+        assert client.post(path, json={"model": "m", "prompt": "x"}, headers=key).status_code == 500
+    mine = key | {LEASE_HEADER: claimed.json()["token"]}
     for path in ("/pause", "/update_weights"):
         assert client.post(path, json={"update_info": {}}, headers=mine).status_code == 500
 
@@ -865,18 +888,20 @@ def test_from_another_network_namespace_a_loopback_server_is_out_of_reach_and_an
 
 TRAINER = """
 import json, os, sys, time, urllib.error, urllib.request
-base, trainer = sys.argv[1:]
+base, token = sys.argv[1], None
 def ask(path, body):
-    headers = {"Content-Type": "application/json", "x-ludic-trainer": trainer}
+    global token
+    headers = {"Content-Type": "application/json"} | ({"x-ludic-lease": token} if token else {})
     request = urllib.request.Request(base + path, json.dumps(body).encode(), headers)
     try:
-        urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60).read()
+        answer = urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60).read()
+        token = token or json.loads(answer)["token"]
         return "200"
     except urllib.error.HTTPError as error:
         return str(error.code) + " " + json.load(error)["error"]["message"]
 identity = {"host": "here", "pid": os.getpid(), "user": "ann"}
 while True:
-    print(ask("/ludic/v1/trainer", {"trainer": trainer, "identity": identity}), flush=True)
+    print(ask("/ludic/v1/trainer", {"identity": identity}), flush=True)
     print(ask("/reset_prefix_cache", {}), flush=True)
     print(ask("/v1/completions", {"model": sys.stdin.readline().strip(), "prompt": [40], "max_tokens": 1}), flush=True)
 """
@@ -889,15 +914,15 @@ def test_a_stopped_trainer_that_wakes_up_after_another_took_the_real_server_is_r
 ) -> None:
     server, model = digit_server
 
-    def post(path: str, body: object, *, trainer: str | None = SECOND) -> requests.Response:
+    def post(path: str, body: object, *, token: str | None) -> requests.Response:
         with requests.Session() as session:
             session.trust_env = False
-            headers = {} if trainer is None else {TRAINER_HEADER: trainer}
+            headers = {} if token is None else {LEASE_HEADER: token}
             return session.post(f"{server.base_url}{path}", json=body, headers=headers, timeout=120)
 
-    completion = {"model": str(model), "prompt": [40], "max_tokens": 1}
+    completion, second = {"model": str(model), "prompt": [40], "max_tokens": 1}, None
     with subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(TRAINER), server.base_url, FIRST],
+        [sys.executable, "-c", textwrap.dedent(TRAINER), server.base_url],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     ) as first:  # fmt: skip
         assert first.stdin is not None and first.stdout is not None
@@ -906,18 +931,19 @@ def test_a_stopped_trainer_that_wakes_up_after_another_took_the_real_server_is_r
             first.stdin.flush()
             assert [first.stdout.readline() for _ in range(3)] == ["200\n"] * 3
             assert [first.stdout.readline() for _ in range(3)] == ["200\n"] * 3
-            refused = post(TRAINER_PATH, {"trainer": SECOND, "identity": BEN})
-            assert refused.status_code == 409 and refused.json()["holder"]["identity"]["pid"] == first.pid
-            for path in ("/pause", "/update_weights", "/v1/completions", PATH):
-                assert post(path, completion).status_code == 409
-            assert post("/pause", {}, trainer=None).status_code == 409
-            assert post("/v1/completions", completion, trainer=None).status_code == 200
+            refused = post(TRAINER_PATH, {"identity": BEN}, token=None)
+            holder = refused.json()["holder"]
+            assert refused.status_code == 409 and holder["identity"]["pid"] == first.pid
+            for path in ("/pause", "/update_weights"):
+                assert post(path, completion, token=None).status_code == 409
+            assert post("/v1/completions", completion, token=None).status_code == 200
 
             first.send_signal(signal.SIGSTOP)
-            claim = {"trainer": SECOND, "identity": BEN, "takes_over": FIRST}
-            assert post(TRAINER_PATH, claim).status_code == 200
-            assert post("/reset_prefix_cache", {}).status_code == 200
-            assert post("/v1/completions", completion).status_code == 200
+            claimed = post(TRAINER_PATH, {"identity": BEN, "takes_over": holder["lease"]}, token=None)
+            assert claimed.status_code == 200
+            second = claimed.json()["token"]
+            assert post("/reset_prefix_cache", {}, token=second).status_code == 200
+            assert post("/v1/completions", completion, token=second).status_code == 200
             first.send_signal(signal.SIGCONT)
             first.stdin.write(f"{model}\n{model}\n")
             first.stdin.flush()
@@ -928,8 +954,7 @@ def test_a_stopped_trainer_that_wakes_up_after_another_took_the_real_server_is_r
         finally:
             first.kill()
             with requests.Session() as session:
-                session.delete(f"{server.base_url}{TRAINER_PATH}", json={"trainer": SECOND}, timeout=60)
-                session.delete(f"{server.base_url}{TRAINER_PATH}", json={"trainer": FIRST}, timeout=60)
+                session.delete(f"{server.base_url}{TRAINER_PATH}", headers={LEASE_HEADER: second}, timeout=60)
 
 
 @pytest.mark.vllm

@@ -87,7 +87,7 @@ def cuda_build(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_machine_without_a_gpu_that_vllm_may_use_is_one_line_with_the_way_out(
     num_gpus: int | None, visible: str | None, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server_help, "_num_nvidia_gpus", lambda: num_gpus)
+    monkeypatch.setattr(server_help, "num_nvidia_gpus", lambda: num_gpus)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     problem = server_help.missing_gpu()
@@ -97,7 +97,7 @@ def test_a_machine_without_a_gpu_that_vllm_may_use_is_one_line_with_the_way_out(
 
 @pytest.mark.usefixtures("cuda_build")
 def test_what_only_vllm_can_know_is_left_to_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_help, "_num_nvidia_gpus", lambda: None)
+    monkeypatch.setattr(server_help, "num_nvidia_gpus", lambda: None)
     for build in ("0.32.0+cpu", "0.32.0+rocm700", "0.32.0+xpu", ""):
         monkeypatch.setattr(server_help, "vllm_build", lambda build=build: build)
         assert server_help.missing_gpu() == ""

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import re
 import ssl
 import subprocess
 from collections.abc import AsyncIterator
@@ -140,12 +141,31 @@ def test_the_base_url_is_the_address_in_place_of_host_and_port() -> None:
         (["--base-url", "https://h/?a=1"], "give http://HOST:PORT"),
         (["--base-url", "https://user@h"], "give http://HOST:PORT"),
         (["--base-url", "https://h/v1"], "leave out /v1"),
+        (["--server", "https://h"], "contradicts --server"),
     ],
 )
 def test_a_base_url_that_contradicts_or_is_none_is_refused_in_one_line(flags: list[str], reason: str) -> None:
     with pytest.raises(ValueError, match=reason) as caught:
         arguments("--base-url", "https://gpu.example.org", *flags)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--server", "https://a/v1"], "--server https://a/v1: leave out /v1"),
+        (["--server", "b"], "--server b: give http://HOST:PORT"),
+        (["--server", "https://a/"], "--server https://a is given twice"),
+        (["--port", "8001"], "--server https://a is the whole address: it contradicts --host and --port"),
+        (["--start-server"], "--server https://a is of a server that runs: it contradicts --start-server"),
+    ],
+)
+def test_each_of_several_servers_has_an_address_of_its_own_that_nothing_contradicts(
+    flags: list[str], reason: str
+) -> None:
+    assert arguments("--server", "https://a/") == "https://a"
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        arguments("--server", "https://a", *flags)
 
 
 @pytest.mark.parametrize(

@@ -32,9 +32,10 @@ from ludic.inference import vllm_server
 from ludic.inference.client import server_process
 from ludic.inference.client.handshake import server_state
 from ludic.inference.client.server_control import ServerControl
+from ludic.inference.client.server_process import ServerProcess, ServerStartError, start_server
 from ludic.inference.client.vllm_client import VLLMEngine
 from ludic.inference.server.server_defaults import GENERATE_ROUTE, REQUIRE_API_KEY, SERVER_GUARD
-from ludic.inference.vllm_server import RequireApiKey, ServerProcess, ServerStartError, start_server
+from ludic.inference.vllm_server import RequireApiKey
 from ludic.inference.weights.digest import digest_hex, tensor_digest
 from ludic.inference.wire import PATH, PROTOCOL
 from ludic.rollout.errors import ServerLostError, ServerMismatchError, ServerUnreachableError
@@ -69,9 +70,6 @@ def arguments(**given: object) -> argparse.Namespace:
         "uds": None,
         "headless": False,
         "grpc": False,
-        "logprobs_mode": "processed_logprobs",
-        "generation_config": "vllm",
-        "override_generation_config": {},
         "data_parallel_size": 1,
         "api_server_count": None,
         "no_training": False,
@@ -104,12 +102,12 @@ def test_any_other_host_is_refused_without_a_key_and_served_with_one(host: str |
 
 def test_without_training_several_engines_and_front_ends_are_served_and_another_host_is_only_warned_of() -> None:
     several = arguments(no_training=True, data_parallel_size=4, api_server_count=4)
-    assert vllm_server.unsafe_setting(several, []) == "" and vllm_server.warnings_for(several, []) == []
+    assert vllm_server.unsafe_setting(several, []) == "" and vllm_server.key_warning(several, []) == ""
     open_to_all = arguments(no_training=True, host="0.0.0.0")
     assert vllm_server.unsafe_setting(open_to_all, []) == ""
-    (warning,) = vllm_server.warnings_for(open_to_all, [])
+    warning = vllm_server.key_warning(open_to_all, [])
     assert "no API key" in warning and "0.0.0.0" in warning and "--api-key-file" in warning
-    assert vllm_server.warnings_for(open_to_all, ["secret"]) == []
+    assert vllm_server.key_warning(open_to_all, ["secret"]) == "" and vllm_server.key_warning(arguments(), []) == ""
 
 
 def test_without_training_a_way_for_weights_or_a_front_end_that_checks_no_key_is_refused() -> None:
@@ -194,21 +192,6 @@ def test_a_key_on_the_command_line_is_refused_before_anything_is_imported_and_is
 def test_a_key_in_a_file_of_settings_is_refused_too() -> None:
     problem = vllm_server.unsafe_setting(arguments(api_key=["s3cret"]), [])
     assert "--api-key-file" in problem and "s3cret" not in problem
-
-
-@pytest.mark.parametrize(
-    ("flag", "value"),
-    [
-        ("logprobs_mode", "raw_logprobs"),
-        ("generation_config", "auto"),
-        ("override_generation_config", {"temperature": 0.5}),
-    ],
-)
-def test_a_setting_that_would_make_training_wrong_is_warned_of(flag: str, value: object) -> None:
-    assert vllm_server.warnings_for(arguments(), []) == []
-    (warning,) = vllm_server.warnings_for(arguments(**{flag: value}), [])
-    assert flag.replace("_", "-") in warning
-    assert vllm_server.warnings_for(arguments(**{flag: value}, no_training=True), []) == []
 
 
 def test_without_vllm_the_error_is_one_line_that_names_the_install_command(
@@ -508,21 +491,14 @@ def start_in_another_process(python: str, log_path: Path, *options: str) -> "sub
 
 
 @linux_only
-@pytest.mark.parametrize(("options", "with_pidfd"), [(("model", "--hang"), True), (("model",), False)])
-def test_a_parent_killed_outright_leaves_no_orphan(
-    stand_in: str, tmp_path: Path, options: tuple[str, ...], with_pidfd: bool
-) -> None:
-    if not with_pidfd:
-        # As in a sandbox without that system call: the server then polls.
-        text = Path(stand_in).read_text().replace("server_process.end", "del os.pidfd_open; server_process.end", 1)
-        Path(stand_in).write_text(text)
+@pytest.mark.parametrize("options", [("model", "--hang"), ("model",)])
+def test_a_parent_killed_outright_leaves_no_orphan(stand_in: str, tmp_path: Path, options: tuple[str, ...]) -> None:
     with start_in_another_process(stand_in, tmp_path / "log", *options) as parent:
         assert parent.stdout is not None
         group = int(parent.stdout.readline())
         wait_for(lambda: len(group_members(group)) == 2, timeout_s=20, what="the server has its child")
-        parent.kill()
-        parent.wait()
-    wait_for(lambda: group_members(group) == [], timeout_s=20, what=f"nothing of {group} is left")
+        parent.kill()  # and nobody has waited for it yet: a zombie is gone too
+        wait_for(lambda: group_members(group) == [], timeout_s=20, what=f"nothing of {group} is left")
 
 
 def test_a_server_that_ends_is_an_error_with_its_own_words_and_its_log(stand_in: str, tmp_path: Path) -> None:
@@ -625,6 +601,14 @@ pydantic_core.ValidationError: 1 validation error for ModelConfig
         "    For further information visit",
     ]
     assert server_process.last_error_lines("a\nb\n\nc\n", limit=2) == "b\nc"
+
+
+def test_what_is_indented_behind_an_empty_line_is_not_of_the_error_before_it() -> None:
+    prefix = "INFO 11-22 20:58:38 [utils.py:299] "
+    log = (
+        f"ImportError: no such plugin\n{prefix}\n{prefix}       a banner, drawn in blocks\nValueError: no such model\n"
+    )
+    assert server_process.last_error_lines(log) == "ImportError: no such plugin\nValueError: no such model"
 
 
 # --- vLLM's own parser ------------------------------------------------------------------------------------------------
@@ -816,7 +800,7 @@ class Client:
     """Just enough of a trainer to send weights and to ask for log-probs."""
 
     def __init__(self, server: ServerProcess, model: Path, key: str | None) -> None:
-        self.url, self.model = server.base_url, str(model)
+        self.url, self.model, self.key = server.base_url, str(model), key
         self.headers = {} if key is None else {"Authorization": f"Bearer {key}"}
 
     def request(self, method: str, path: str, body: object = None) -> requests.Response:
@@ -854,10 +838,12 @@ class Client:
         return answer
 
     def held(self, tensors: dict[str, torch.Tensor]) -> dict[str, str]:
-        specs = {name: {"dtype": "float32", "shape": list(tensor.shape)} for name, tensor in tensors.items()}
-        body = {"method": "ludic_weight_digests", "args": [json.dumps(specs)]}
-        (answer,) = self.post("/collective_rpc", body).json()["results"]
-        return dict(answer)
+        control = ServerControl(self.url, api_key=self.key)
+        control.expect_weights(
+            {name: {"dtype": "float32", "shape": list(tensor.shape)} for name, tensor in tensors.items()}
+        )
+        (worker,) = control.held_digests()
+        return dict(zip(tensors, worker.in_memory, strict=True))
 
 
 def new_weights(model: Any, seed: int) -> dict[str, torch.Tensor]:

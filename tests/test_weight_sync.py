@@ -76,7 +76,6 @@ class FakeControl(ServerControl):
         self.calls: list[str] = []
         self.files: list[Path] = []
         self.on: dict[str, Callable[[], None]] = {}
-        self.salted = True
         self.salts: list[str] = []
         self.wanted: dict[str, dict[str, Any]] = {}
         self.paused: list[bool] = [False]
@@ -108,9 +107,6 @@ class FakeControl(ServerControl):
 
     def end_open_update(self) -> None:
         self._note("end")
-
-    def server_info(self) -> dict[str, Any]:
-        return {"cache_salt": self.salted}
 
     def expect_weights(self, wanted: dict[str, dict[str, Any]]) -> list[str]:
         self._note("expect")
@@ -292,13 +288,9 @@ def test_digests_that_the_server_cannot_give_are_counted_and_not_called_equal(
         assert report.logprob_gap is not None, "what digests cannot see, the log-probs must, at every sync"
 
 
-@pytest.mark.parametrize("salted", [True, False])
-def test_generation_is_held_and_the_cache_kept_only_where_requests_carry_a_salt(
-    control: FakeControl, policy: PreTrainedModel, salted: bool
-) -> None:
-    control.salted = salted
+def test_generation_is_held_and_the_cache_kept(control: FakeControl, policy: PreTrainedModel) -> None:
     sync_with(control).sync(policy, 0)
-    assert ("pause" in control.calls, "drain" in control.calls) == (salted, not salted)
+    assert "pause" in control.calls and "drain" not in control.calls
 
 
 def test_no_two_probes_can_read_the_same_cached_blocks(control: FakeControl, policy: PreTrainedModel) -> None:

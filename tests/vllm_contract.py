@@ -36,7 +36,7 @@ ALWAYS: Uses = {
         for flag in (
             "data_parallel_size", "disable_log_stats", "dtype", "enforce_eager", "generation_config",
             "gpu_memory_utilization", "kv_cache_memory_bytes", "logprobs_mode", "max_model_len", "model",
-            "override_generation_config", "served_model_name", "trust_remote_code", "weight_transfer_config",
+            "served_model_name", "trust_remote_code", "weight_transfer_config",
             "worker_extension_cls",
         )
     ),
@@ -49,7 +49,6 @@ ALWAYS: Uses = {
     "vllm.utils.cpu_resource_utils": (
         "get_visible_memory_node()", "get_memory_node_info(_)", "MemoryNodeInfo.available_memory",
     ),
-    "vllm.third_party.pynvml": ("nvmlInit()", "nvmlDeviceGetCount()", "NVMLError"),
     "vllm.envs": ("VLLM_API_KEY", "VLLM_CPU_KVCACHE_SPACE", "VLLM_SERVER_DEV_MODE", "VLLM_WORKER_MULTIPROC_METHOD"),
     "vllm.v1.attention.backends.cpu_attn": ("CPUAttentionBackend.get_supported_head_sizes()",),
     # The route by which the worker's own methods are called.
@@ -89,9 +88,9 @@ ALWAYS: Uses = {
     ),
     "vllm.config.weight_transfer": ("WeightTransferConfig(backend=_)", "WeightTransferConfig.backend"),
     "vllm.logger": ("init_logger(_)",),
-    "vllm.v1.request": ("Request(..., cache_salt=_)",),
+    "vllm.v1.request": ("Request(..., cache_salt=_)",),  # a sync keeps the prefix cache, whose blocks are keyed by it
     "vllm.v1.worker.gpu_worker": (
-        "Worker.model_runner", "Worker.device", "Worker.rank", "Worker.vllm_config", "Worker._weight_update_active",
+        "Worker.model_runner", "Worker.device", "Worker.vllm_config", "Worker._weight_update_active",
         # What `ServerControl` knows an update by that another trainer left open.
         'Worker["already"]', 'Worker["without a matching"]',
     ),

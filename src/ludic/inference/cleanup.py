@@ -1,21 +1,20 @@
 """What a killed process would leave behind, and who removes it: a server's process group, and folders in shared memory.
 
-Run as a file, `python -I -S cleanup.py PARENT_PID GROUP GRACE_S`, it is the reaper of a server that a trainer started: a
-process outside the server's group that waits until the trainer has ended, however it ended, and then ends the group. It
-is a process and not a thread of the server because a server that is stopped, or hangs in C code, has no thread that runs.
-
-Standard library only, and nothing of ludic: it starts in a few hundredths of a second and holds no GPU. Left out: the
-sockets of a killed server under the temporary folder, which are empty files.
+Run as a file, `python -I -S cleanup.py PARENT_PID GROUP GRACE_S`, it is the reaper of a server that a trainer started: it
+waits until the trainer has ended, however it ended, and then ends the server's process group. Standard library only, and
+nothing of ludic: it starts in a few hundredths of a second and holds no GPU. Left out: the sockets of a killed server under
+the temporary folder, which are empty files.
 """
 
 import contextlib
+import fcntl
 import os
-import select
 import shutil
 import signal
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 POLL_S = 0.1
@@ -29,46 +28,32 @@ _SHARED_MEMORY = Path("/dev/shm")
 
 
 def end_group_politely(group: int) -> None:
-    """Ask the leader of a process group to end: SIGTERM, and SIGCONT to all, since a stopped process would not see it."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.kill(group, signal.SIGTERM)
-        os.killpg(group, signal.SIGCONT)
+    """Ask the leader of a process group to end."""
+    _send(signal.SIGTERM, group)
+    _send(signal.SIGCONT, -group)  # a stopped process would not see it
 
 
 def kill_group(group: int) -> None:
     """End a process group by force, and let Python's resource trackers in it remove the shared memory of the others."""
     for _ in range(2):  # again, for what was started while we looked
-        trackers = []
-        for pid in group_members(group):
-            if _is_resource_tracker(pid):
-                trackers.append(pid)
-            else:
-                _kill(pid)
+        members = group_members(group)
+        trackers = {pid for pid in members if _is_resource_tracker(pid)}
+        for pid in set(members) - trackers:
+            _send(signal.SIGKILL, pid)
     deadline = time.monotonic() + TRACKER_WAIT_S
-    while any(_runs(pid) for pid in trackers) and time.monotonic() < deadline:
+    while trackers & set(group_members(group)) and time.monotonic() < deadline:
         time.sleep(0.02)
-    with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS says EPERM of a group of zombies
-        os.killpg(group, signal.SIGKILL)
+    _send(signal.SIGKILL, -group)
 
 
 def group_members(group: int) -> list[int]:
     """The processes of a group that still run, zombies left out; [] where there is no /proc."""
-    members = []
-    for entry in Path("/proc").glob("[0-9]*/stat"):
-        fields = _stat(entry)
-        if fields is not None and int(fields[2]) == group and fields[0] not in "ZX":
-            members.append(int(entry.parent.name))
-    return members
+    return [pid for pid, _, its_group in _running() if its_group == group]
 
 
 def children() -> list[int]:
     """The processes that this one started and that still run; [] where there is no /proc."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*/stat"):
-        fields = _stat(entry)
-        if fields is not None and int(fields[1]) == os.getpid() and fields[0] not in "ZX":
-            found.append(int(entry.parent.name))
-    return found
+    return [pid for pid, parent, _ in _running() if parent == os.getpid()]
 
 
 def kill_child(pid: int) -> None:
@@ -79,20 +64,40 @@ def kill_child(pid: int) -> None:
         if os.getpgid(pid) == pid:
             kill_group(pid)
         else:
-            _kill(pid)
+            _send(signal.SIGKILL, pid)
 
 
-def _stat(path: Path) -> list[str] | None:
+def exists(pid: int) -> bool:
+    """Whether there is a process, or a group where `pid` is -GROUP; zombies count."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # another user's
+    return True
+
+
+def _send(number: signal.Signals, pid: int) -> None:
+    """Signal a process, or a group where `pid` is -GROUP, if it is still there."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS says EPERM of a group of zombies
+        os.kill(pid, number)
+
+
+def _running() -> Iterator[tuple[int, int, int]]:
+    """(id, parent, group) of every process that is no zombie."""
+    for entry in Path("/proc").glob("[0-9]*"):
+        fields = _stat(entry.name)
+        if fields is not None and fields[0] not in "ZX":
+            yield int(entry.name), int(fields[1]), int(fields[2])
+
+
+def _stat(pid: int | str) -> list[str] | None:
     """The fields of /proc/PID/stat after the name: state, parent, group and so on; None if the process is gone."""
     try:
-        return path.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     except OSError:
         return None
-
-
-def _runs(pid: int) -> bool:
-    fields = _stat(Path(f"/proc/{pid}/stat"))
-    return fields is not None and fields[0] not in "ZX"
 
 
 def _is_resource_tracker(pid: int) -> bool:
@@ -102,29 +107,20 @@ def _is_resource_tracker(pid: int) -> bool:
         return False
 
 
-def _kill(pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.kill(pid, signal.SIGKILL)
-
-
 # --- folders in shared memory ---------------------------------------------------------------------------------------
 
 
 class WeightsFolder:
     """A new folder `ludic-weights-*` that belongs to this process.
 
-    A lock on a file in it says so. The system takes the lock back when the process ends, however it ends: so
-    `remove_orphaned_folders` knows, in another container too, whose owner is gone.
-
     Args:
         parent: None takes the temporary folder.
     """
 
     def __init__(self, parent: Path | None = None) -> None:
-        import fcntl
-
         # Under another name until the lock is held: a folder of the right name that is not locked has lost its owner.
         making = Path(tempfile.mkdtemp(prefix=f".{FOLDER_PREFIX}", dir=parent))
+        # The system takes the lock back when this process ends, however it ends, and shows it to other containers too.
         self._descriptor = os.open(making / _LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._descriptor, fcntl.LOCK_EX)
         self.path = making.with_name(making.name.removeprefix("."))
@@ -150,23 +146,16 @@ def remove_own_folders() -> None:
 
 def remove_orphaned_folders(parent: Path = _SHARED_MEMORY) -> list[Path]:
     """Remove the `ludic-weights-*` folders in `parent` whose owner has ended; those that were removed."""
-    import fcntl
-
     removed = []
     for folder in parent.glob(f"{FOLDER_PREFIX}*"):
-        try:
+        with contextlib.suppress(OSError):  # another user's, or not one of these
             descriptor = os.open(folder / _LOCK_NAME, os.O_RDWR | os.O_CLOEXEC)
-        except OSError:  # another user's, or not one of these
-            continue
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:  # its owner lives
-            continue
-        else:
-            shutil.rmtree(folder, ignore_errors=True)
-            removed.append(folder)
-        finally:
-            os.close(descriptor)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # OSError: its owner lives
+                shutil.rmtree(folder, ignore_errors=True)
+                removed.append(folder)
+            finally:
+                os.close(descriptor)
     return removed
 
 
@@ -175,57 +164,22 @@ def remove_orphaned_folders(parent: Path = _SHARED_MEMORY) -> list[Path]:
 
 def reap(parent_pid: int, group: int, grace_s: float) -> None:
     """Wait for the end of `parent_pid`, then end the process group; returns earlier if the group ends before."""
-    if _parent_ends_first(parent_pid, group):
-        end_group_politely(group)
-        deadline = time.monotonic() + grace_s
-        while group_members(group) and time.monotonic() < deadline:
-            time.sleep(POLL_S)
-        kill_group(group)
-        remove_orphaned_folders()
+    while not _has_ended(parent_pid):
+        if not exists(-group):
+            return
+        time.sleep(POLL_S)
+    end_group_politely(group)
+    deadline = time.monotonic() + grace_s
+    while group_members(group) and time.monotonic() < deadline:
+        time.sleep(POLL_S)
+    kill_group(group)
+    remove_orphaned_folders()
 
 
-def _parent_ends_first(parent_pid: int, group: int) -> bool:
-    """Block until the parent or the whole group has ended; whether it was the parent."""
-    watched = [_pidfd(pid) for pid in (parent_pid, group)]
-    while exists(parent_pid):
-        if not _group_exists(group):
-            return False
-        # Linux: readable at the end of a process, even before it is reaped.
-        descriptors = [descriptor for descriptor in watched if descriptor is not None]
-        ended, _, _ = select.select(descriptors, [], [], 1.0 if len(descriptors) == 2 else POLL_S)
-        if watched[0] in ended:
-            return True
-        if ended:  # the leader: the rest of its group may stay a little, and its parent may start another server
-            watched[1] = None
-    return True
-
-
-def _pidfd(pid: int) -> int | None:
-    """A descriptor of a process that need not be a child of this one; None where the system has no such descriptors."""
-    try:
-        return os.pidfd_open(pid)
-    except (AttributeError, OSError):  # another system, a sandbox without this call, or the process is gone
-        return None
-
-
-def exists(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _group_exists(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+def _has_ended(pid: int) -> bool:
+    """Whether a process is gone, or a zombie not waited for by its parent; a zombie is not known where there is no /proc."""
+    fields = _stat(pid)
+    return fields[0] in "ZX" if fields is not None else not exists(pid)
 
 
 if __name__ == "__main__":

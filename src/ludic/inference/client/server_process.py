@@ -1,9 +1,8 @@
 """Runs ludic's vLLM server as a child process: start it, wait until it is healthy, start it again, and leave nothing behind.
 
-The parent's half is `ServerProcess`, and `start_server`, the same for the length of a `with` block; the server's half is
-`end_with_parent`, which `vllm_server` calls first thing, so that a server goes even when its parent is killed without a
-chance to clean up. Nothing here imports vLLM or torch. Left out on purpose: deciding when a server is to be started again,
-which is `recovery`'s, and several servers.
+`ServerProcess` is the parent's half; `end_with_parent` is the server's, which `vllm_server` calls first thing. Nothing here
+imports vLLM or torch. Left out: deciding when a server is to be started again, which is `survival.recovery`'s, and several
+servers.
 """
 
 import contextlib
@@ -15,14 +14,12 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from ludic.inference import cleanup
-from ludic.inference.cleanup import end_group_politely, kill_group
 from ludic.rollout.errors import EngineError, ServerLostError
 
 PARENT_PID_VARIABLE = "LUDIC_SERVER_PARENT_PID"
@@ -41,9 +38,9 @@ LOG_TAIL_BYTES = 1 << 20
 _TORCHRUN_VARIABLES = (
     "RANK",
     "LOCAL_RANK",
+    "GROUP_RANK",
     "WORLD_SIZE",
     "LOCAL_WORLD_SIZE",
-    "GROUP_RANK",
     "MASTER_ADDR",
     "MASTER_PORT",
 )
@@ -122,11 +119,6 @@ class ServerProcess:
         """Whether the process exists. It may still be stopped, or hang: only an answer says that it works."""
         return self._process is not None and self._process.poll() is None
 
-    @property
-    def returncode(self) -> int | None:
-        """What it ended with (-9: by SIGKILL), None while it runs or before the first start."""
-        return None if self._process is None else self._process.poll()
-
     def ending(self, wait_s: float = 0.0) -> str | None:
         """How it ended, the last of its log and where that is, in one line; None while it runs, after `wait_s` seconds."""
         if self._process is None:
@@ -140,36 +132,31 @@ class ServerProcess:
 
     def __enter__(self) -> Self:
         """Start it. Within the block an error of a lost server says how this one ended."""
-        with contextlib.ExitStack() as stack:
-            stack.callback(self.close)
-            self.start()
-            stack.enter_context(self.losses_explained())
-            self._stack = stack.pop_all()
+        self.start()
         return self
 
-    def __exit__(self, *error: Any) -> bool | None:
-        return self._stack.__exit__(*error)
-
-    @contextlib.contextmanager
-    def losses_explained(self) -> Iterator[None]:
-        """Within it, an error of a lost server says how this one ended, if it did."""
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         try:
-            yield
-        except ServerLostError as error:
-            ending = self.ending(wait_s=ENDING_WAIT_S)
-            if ending is None:
-                raise
+            self.explain_loss(kind, error, trace)
+        finally:
+            self.close()
+
+    def explain_loss(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """As the end of a block: in place of the error of a lost server, raise one that says how this one ended, if it did."""
+        if isinstance(error, ServerLostError) and (ending := self.ending(wait_s=ENDING_WAIT_S)) is not None:
             raise type(error)(ending) from error
 
     def last_words(self, limit: int = ERROR_LINES) -> str:
         """The lines that say what went wrong since the last start, by `last_error_lines`."""
         try:
-            with self.log_path.open("rb") as log:
-                end = log.seek(0, os.SEEK_END)
-                log.seek(max(self._log_start, end - LOG_TAIL_BYTES))
-                return last_error_lines(log.read().decode(errors="replace"), limit)
+            return last_error_lines(self._end_of_log(), limit)
         except OSError as error:
             return f"(its log cannot be read: {error.strerror})"
+
+    def _end_of_log(self) -> str:
+        with self.log_path.open("rb") as log:
+            log.seek(max(self._log_start, log.seek(0, os.SEEK_END) - LOG_TAIL_BYTES))
+            return log.read().decode(errors="replace")
 
     def start(self) -> None:
         """Start it and wait until it answers.
@@ -194,7 +181,7 @@ class ServerProcess:
                 f"the server's process {self.pid} does not end, not even by SIGKILL: it hangs in the kernel, most likely in "
                 "the GPU's driver. Look at dmesg and nvidia-smi; the machine may have to be restarted"
             )
-        _await_free_port(self.host, self.port)
+        require_free_port(self.host, self.port, wait_s=PORT_WAIT_S)
         self.num_restarts += 1
         now = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
         line = f"\n--- {now}: start {self.num_restarts + 1} of this server, {' '.join(reason.split())} ---\n"
@@ -208,10 +195,10 @@ class ServerProcess:
         if process is None:
             return
         if process.poll() is None:
-            end_group_politely(process.pid)
+            cleanup.end_group_politely(process.pid)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=SHUTDOWN_GRACE_S)
-        kill_group(process.pid)
+        cleanup.kill_group(process.pid)
         with contextlib.suppress(subprocess.TimeoutExpired):  # what hangs in the kernel cannot be waited for
             process.wait(timeout=KILL_WAIT_S)
 
@@ -229,13 +216,13 @@ class ServerProcess:
             log.flush()
             self._log_start = log.tell()
             self._interrupted = False
-            # Its own session: Ctrl-C in the terminal reaches the parent alone, and the whole tree is one process group.
             self._process = subprocess.Popen(
                 self._command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=self._env,
+                # Ctrl-C in the terminal reaches the parent alone, and the whole tree is one process group.
                 start_new_session=True,
             )
         try:
@@ -252,16 +239,18 @@ class ServerProcess:
             if self._interrupted:
                 raise ServerStartError("the start of the server was interrupted")
             if process.poll() is not None:
-                raise ServerStartError(self._failure(f"the vLLM server {_how_it_ended(process.returncode)}"))
+                raise self._failure(_how_it_ended(process.returncode))
             if seconds > self._timeout_s:
-                raise ServerStartError(self._failure(f"the vLLM server was not healthy after {self._timeout_s:.0f} s"))
+                raise self._failure(f"was not healthy after {self._timeout_s:.0f} s")
             if self._on_progress is not None and seconds >= next_progress_s:
-                self._on_progress(seconds, _last_line(self.log_path))
+                self._on_progress(seconds, next(filter(None, reversed(_plain_lines(self._end_of_log()))), ""))
                 next_progress_s = seconds + PROGRESS_S
             time.sleep(POLL_S)
 
-    def _failure(self, what: str) -> str:
-        return f"{what}; it said:\n{self.last_words()}\n(its whole log: {self.log_path})"
+    def _failure(self, what: str) -> ServerStartError:
+        return ServerStartError(
+            f"the vLLM server {what}; it said:\n{self.last_words()}\n(its whole log: {self.log_path})"
+        )
 
 
 start_server = ServerProcess
@@ -275,28 +264,22 @@ def free_port(host: str) -> int:
         return int(sock.getsockname()[1])
 
 
-def require_free_port(host: str, port: int) -> None:
-    """Raise ServerStartError in one line when something listens on `port` already, or the address cannot be had."""
-    try:
-        with _socket_for(host) as sock:
-            sock.setsockopt(
-                socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
-            )  # as the server will: old connections do not count
-            sock.bind((host, port))
-    except OSError as error:
-        raise ServerStartError(
-            f"cannot listen on {host}:{port} ({error.strerror}): stop what runs there, or choose another --port"
-        ) from error
-
-
-def _await_free_port(host: str, port: int) -> None:
-    deadline = time.monotonic() + PORT_WAIT_S
+def require_free_port(host: str, port: int, *, wait_s: float = 0.0) -> None:
+    """Raise ServerStartError in one line if, after `wait_s` seconds, something listens on `port`, or there is no such address."""
+    deadline = time.monotonic() + wait_s
     while True:
         try:
-            return require_free_port(host, port)
-        except ServerStartError:
-            if time.monotonic() > deadline:
-                raise
+            with _socket_for(host) as sock:
+                sock.setsockopt(
+                    socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
+                )  # as the server: old connections do not count
+                sock.bind((host, port))
+                return
+        except OSError as error:
+            if time.monotonic() >= deadline:
+                raise ServerStartError(
+                    f"cannot listen on {host}:{port} ({error.strerror}): stop what runs there, or choose another --port"
+                ) from error
         time.sleep(POLL_S)
 
 
@@ -305,7 +288,7 @@ def last_error_lines(log: str, limit: int = ERROR_LINES) -> str:
 
     The cause stands before what followed from it. Where there is no exception, the last lines of the log.
     """
-    lines = [_PREFIX.sub("", line).rstrip() for line in log.splitlines()]
+    lines = _plain_lines(log)
     found: list[str] = []
     for index, line in enumerate(lines):
         if not _EXCEPTION.match(line) and not _ERROR.search(line):
@@ -326,32 +309,34 @@ _EXCEPTION = re.compile(r"^[A-Za-z_][\w.]*(Error|Exception|Interrupt|Exit|Failur
 _ERROR = re.compile(r"\berror: |Segmentation fault|^Killed\b|out of memory", re.IGNORECASE)
 
 
+def _plain_lines(log: str) -> list[str]:
+    """The lines without their prefixes. Empty ones stay: they end a message, and what is indented behind them is not of it."""
+    return [_PREFIX.sub("", line).rstrip() for line in log.splitlines()]
+
+
 def _how_it_ended(returncode: int) -> str:
     if returncode >= 0:
         return f"ended with code {returncode}"
-    if returncode == -signal.SIGKILL:
-        return "was ended by SIGKILL (the kernel sends it where memory runs out)"
-    names = {number.value: number.name for number in signal.Signals}
-    return f"was ended by {names.get(-returncode, f'signal {-returncode}')}"
+    name = next((number.name for number in signal.Signals if number == -returncode), f"signal {-returncode}")
+    return f"was ended by {name}" + (" (the kernel sends it where memory runs out)" if name == "SIGKILL" else "")
 
 
 def end_with_parent() -> None:
     """In a server that `ServerProcess` made: when the parent is gone, end this process group, children and all.
 
-    First as SIGTERM does, so that vLLM frees its shared memory, then by force. A process of its own sees to it, outside the
-    group, so that a server that hangs or is stopped goes too. Elsewhere it does nothing.
+    First as SIGTERM does, so that vLLM frees its shared memory, then by force. Elsewhere it does nothing.
     """
     parent_pid = os.environ.pop(PARENT_PID_VARIABLE, None)
     if parent_pid is None:
         return
-    words = [parent_pid, str(os.getpgrp()), str(ORPHAN_GRACE_S)]
+    # A process and not a thread: a server that is stopped, or hangs in C code, has no thread that runs.
     reaper = subprocess.Popen(
-        [sys.executable, "-I", "-S", cleanup.__file__, *words],
+        [sys.executable, "-I", "-S", cleanup.__file__, parent_pid, str(os.getpgrp()), str(ORPHAN_GRACE_S)],
         cwd="/",
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        start_new_session=True,
+        start_new_session=True,  # outside the group that it ends
     )
     _reapers.append(reaper)
 
@@ -365,17 +350,8 @@ def _healthy(base_url: str) -> bool:
     try:
         with opener.open(f"{base_url}/health", timeout=5) as response:
             return bool(response.status == 200)
-    except (urllib.error.URLError, OSError):
+    except OSError:
         return False
-
-
-def _last_line(log_path: Path) -> str:
-    with log_path.open("rb") as log:
-        log.seek(0, os.SEEK_END)
-        log.seek(max(0, log.tell() - 4096))
-        lines = log.read().decode(errors="replace").splitlines()
-    said = (_PREFIX.sub("", line).strip() for line in reversed(lines))
-    return next((line for line in said if line), "")
 
 
 def _child_environment(

@@ -7,6 +7,7 @@ trusted by naming its file. Left out: client certificates.
 
 import os
 import ssl
+from collections.abc import Iterator
 from typing import Any
 
 from requests.adapters import HTTPAdapter
@@ -23,9 +24,8 @@ def tls_context() -> ssl.SSLContext:
     """
     context = ssl.create_default_context()
     if not os.environ.get("SSL_CERT_FILE"):
-        context.load_verify_locations(
-            DEFAULT_CA_BUNDLE_PATH
-        )  # where Python was built for another system, its store is not found
+        # A Python that was built for another system does not find this system's store.
+        context.load_verify_locations(DEFAULT_CA_BUNDLE_PATH)
     for name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"):
         path = os.environ.get(name)
         if path:
@@ -53,17 +53,22 @@ class TLSAdapter(HTTPAdapter):
         """Nothing to set: the context verifies, and the pool requires it."""
 
 
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error of requests and what it wraps, down to that of the socket."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        # `reason` is how urllib3's MaxRetryError has it.
+        wrapped = (getattr(error, "reason", None), error.__cause__, error.__context__, *error.args)
+        error = next((one for one in wrapped if isinstance(one, BaseException)), None)
+
+
 def tls_failure(error: BaseException) -> str:
     """What to say of a request that failed in the TLS handshake, with the way out; "" where it failed otherwise."""
-    inner: BaseException | None = error
-    seen: set[int] = set()
-    while inner is not None and id(inner) not in seen:
-        seen.add(id(inner))
-        if isinstance(inner, ssl.SSLCertVerificationError):
-            return f"its certificate is not trusted ({inner.verify_message}): {TRUST}"
-        if isinstance(inner, ssl.SSLError):
-            return f"it does not speak TLS as it should ({inner.reason or inner}): is it http:// that was meant?"
-        reasons = [one for one in (inner.__cause__, inner.__context__, *inner.args) if isinstance(one, BaseException)]
-        reason = getattr(inner, "reason", None)  # urllib3's MaxRetryError
-        inner = next(iter([*([reason] if isinstance(reason, BaseException) else []), *reasons]), None)
+    for cause in causes(error):
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return f"its certificate is not trusted ({cause.verify_message}): {TRUST}"
+        if isinstance(cause, ssl.SSLError):
+            return f"it does not speak TLS as it should ({cause.reason or cause}): is it http:// that was meant?"
     return ""

@@ -3,7 +3,7 @@
 It speaks ludic's own route (`generate_route`), and `/v1/completions` with token-id prompts where a server is plain vLLM.
 All completions of a prompt are one request, so that the server computes the prompt once. `connect` compares the server
 with what the run needs before anything is generated (`handshake`). From then on every answer must come from that start of
-the server: one that was started again has other weights.
+the server, which its token shows (`wire.LEASE_HEADER`): one that was started again has other weights.
 
 Left out: streaming, several servers. Getting a lost server back is the business of `recovery`.
 """
@@ -22,15 +22,14 @@ import aiohttp
 import torch
 
 from ludic.inference.client import handshake
-from ludic.inference.client.server_control import ServerControl, error_text
+from ludic.inference.client.server_control import REFUSALS, WANTS_KEY, ServerControl, error_text
 from ludic.inference.client.tls import tls_context
 from ludic.inference.client.weighted_semaphore import WeightedSemaphore
 from ludic.inference.weights.weight_sync import WeightSync
 from ludic.inference.wire import (
-    BOOT_HEADER,
     COMPLETIONS_ROUTE,
+    LEASE_HEADER,
     OWN_ROUTE,
-    TRAINER_HEADER,
     BadReplyError,
     Generated,
     GenerateRequest,
@@ -38,11 +37,8 @@ from ludic.inference.wire import (
 from ludic.rollout.engine import Policy, WeightSyncReport
 from ludic.rollout.errors import (
     EngineError,
-    ServerInUseError,
     ServerLostError,
     ServerMismatchError,
-    ServerRestartedError,
-    ServerUnauthorizedError,
     ServerUnreachableError,
     WeightSyncError,
 )
@@ -93,7 +89,6 @@ class VLLMEngine:
         vocab_size: rows of the model's embedding; a reply with another token id is refused. None: not checked.
         longrope_switch: of the model that trains, see `handshake.check_context`; None: not compared.
         fp32_head: whether the model that trains keeps logits in fp32, compared with the server; None: not compared.
-        trainer: the id under which the caller holds the server (`handshake.claim`); None for an evaluation.
     """
 
     overlaps_training: bool = True
@@ -110,13 +105,11 @@ class VLLMEngine:
         vocab_size: int | None = None,
         longrope_switch: int | None = None,
         fp32_head: bool | None = None,
-        trainer: str | None = None,
     ) -> None:
         if concurrency < 1:
             raise ValueError(f"concurrency must be at least 1, not {concurrency}")
         self.base_url = base_url.rstrip("/")
         self.model = model
-        self.trainer = trainer
         self.num_retries = 0
         """Requests that were sent again after a transient failure."""
         self.num_bad_replies = 0
@@ -127,17 +120,14 @@ class VLLMEngine:
         self._vocab_size = vocab_size
         self._longrope_switch = longrope_switch
         self._fp32_head = fp32_head
-        self._headers = {TRAINER_HEADER: trainer} if trainer else {}
-        if api_key:
-            self._headers["Authorization"] = f"Bearer {api_key}"
-        self.control = ServerControl(base_url, api_key=api_key, trainer=trainer)
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self.control = ServerControl(base_url, api_key=api_key)
         self._session: aiohttp.ClientSession | None = None
         self._in_flight = WeightedSemaphore(concurrency)
         self._policy_version = 0
         self._has_generate_route = False
         self._warn_at = 0.0
         self._run = uuid.uuid4().hex
-        self._boot: str | None = None
         self._num_syncs = 0
         self._sync: WeightSync | None = None
         self._given_up: WeightSync | None = None
@@ -150,32 +140,35 @@ class VLLMEngine:
     # -- before anything is generated ------------------------------------------------------------------------------
 
     async def connect(
-        self, tokenizer: "PreTrainedTokenizerBase", *, max_seq_len: int | None = None, may_be_paused: bool = False
+        self, tokenizer: "PreTrainedTokenizerBase", *, max_seq_len: int | None = None, will_sync: bool = False
     ) -> None:
-        """Check that this server is the one that the run needs, and find out which route it generates by, and, without a
-        trainer's id, which update's weights it holds.
+        """Check that this server is the one that the run needs, and find out which route it generates by, and, unless the
+        caller `will_sync` before it generates, which update's weights it holds.
 
         Raises:
             ServerUnreachableError: nothing listens there; names the command that starts a server.
             ServerUnauthorizedError: it wants an API key.
             ServerMismatchError: it serves another model, cuts the context shorter than `max_seq_len`, or has another
-                tokenizer or chat template; or it is paused, and not `may_be_paused`.
+                tokenizer, chat template or protocol; or it is paused, and no sync will set that right.
         """
-        await asyncio.to_thread(self._connect, tokenizer, max_seq_len, may_be_paused)
+        await asyncio.to_thread(self._connect, tokenizer, max_seq_len, will_sync)
 
-    def _connect(self, tokenizer: "PreTrainedTokenizerBase", max_seq_len: int | None, may_be_paused: bool) -> None:
+    def _connect(self, tokenizer: "PreTrainedTokenizerBase", max_seq_len: int | None, will_sync: bool) -> None:
         control = self.control
+        try:
+            state = handshake.server_state(control)
+        except ServerUnreachableError as error:
+            raise handshake.nothing_listens(self.base_url, self.model) from error
         served = handshake.served_model(control, self.model)
         if max_seq_len is not None:
             handshake.check_context(served, max_seq_len, self._longrope_switch)
         handshake.check_tokenizer(control, self.model, tokenizer)
         handshake.check_chat_template(control, self.model, tokenizer)
         self._has_generate_route = handshake.has_generate_route(control)
-        state = handshake.server_state(control)
-        self._boot = state.boot
-        if self.trainer is None:  # a trainer's version is its own
-            self._policy_version = state.policy_version
-        if not may_be_paused and handshake.stays_paused(control):
+        if will_sync:
+            return
+        self._policy_version = state.policy_version
+        if handshake.stays_paused(control):
             raise ServerMismatchError(
                 f"the server at {self.base_url} is paused, as a trainer that was killed in a sync leaves it, and its weights "
                 f"may be half replaced: restart it with `{handshake.start_command(self.base_url, self.model)}`"
@@ -237,75 +230,55 @@ class VLLMEngine:
             cache_salt=None,
             request_id="",
         )
-        generated, version = await self._post_with_retries(request)
-        return [
-            Completion(
-                token_ids=one.token_ids,
-                logprobs=one.logprobs,
-                finish_reason="stop" if one.finish_reason == "stop" else "length",
-                policy_version=version,
-            )
-            for one in generated
-        ]
-
-    @property
-    def _cache_salt(self) -> str:
-        """Names the weights that the server holds now: prefix-cache blocks are shared only under the same name.
-
-        The version alone would not do: the server may hold blocks of an earlier run, whose version had the same number.
-        """
-        return f"{self._run}-{self._num_syncs}"
-
-    async def _post_with_retries(self, request: GenerateRequest) -> tuple[list[Generated], int]:
-        """The server's answer, and the policy version at which the request that it answers was sent."""
-        failure, first_failure, num_timeouts, wait_s = "", "", 0, 0.0
-        for attempt in range(MAX_ATTEMPTS):
-            if attempt:
-                first_failure = first_failure or failure
-                self.num_retries += 1
-                self._warn(failure)
-                backoff_s = min(BACKOFF_S * 2**attempt, MAX_BACKOFF_S) * random.uniform(0.5, 1.0)
-                await asyncio.sleep(max(backoff_s, wait_s))
-            # The weights may be replaced while this attempt runs: it is stamped with those that it starts with.
-            version, wait_s = self._policy_version, 0.0
+        failures: list[Exception] = []
+        while len(failures) < MAX_ATTEMPTS and sum(isinstance(one, TimeoutError) for one in failures) < MAX_TIMEOUTS:
+            if failures:
+                await self._before_another(failures, request)
+            # The weights may be replaced while this attempt runs: it is stamped with those that it starts with. Prefix-cache
+            # blocks are shared only under the same salt, which names them. Their version alone would not do: the server may
+            # hold blocks of an earlier run, whose version had the same number.
+            version, salt = self._policy_version, f"{self._run}-{self._num_syncs}"
             try:
-                return await self._post(
-                    dataclasses.replace(request, cache_salt=self._cache_salt, request_id=uuid.uuid4().hex)
-                ), version
-            except TimeoutError:
-                failure, num_timeouts = f"no answer within {_deadline_s(request):.0f} s", num_timeouts + 1
-                if num_timeouts == MAX_TIMEOUTS:
-                    break
-            except _TransientError as error:
-                failure, wait_s = str(error), error.wait_s
-            except BadReplyError as error:
-                self.num_bad_replies += 1
-                failure = f"a bad reply: {error}"
-            except aiohttp.ClientError as error:
-                failure = f"{type(error).__name__}: {error}"
-        if failure.startswith("ClientConnectorError"):
-            command = handshake.start_command(self.base_url, self.model)
-            if first_failure.startswith("ClientConnectorError"):
-                happened = f"does not answer ({failure})"
+                group = await self._post(dataclasses.replace(request, cache_salt=salt, request_id=uuid.uuid4().hex))
+            except (TimeoutError, _TransientError, BadReplyError, aiohttp.ClientError) as error:
+                self.num_bad_replies += isinstance(error, BadReplyError)
+                failures.append(error)
             else:
-                happened = (
-                    f"stopped answering in the middle of a request ({first_failure}), and now nothing listens there"
-                )
-            raise ServerUnreachableError(
-                f"the server at {self.base_url} {happened}: its log says why; `{command}` starts it again"
-            )
-        raise ServerLostError(f"{attempt + 1} attempts failed, the last with {failure}")
+                return [
+                    Completion(
+                        token_ids=one.token_ids,
+                        logprobs=one.logprobs,
+                        finish_reason="stop" if one.finish_reason == "stop" else "length",
+                        policy_version=version,
+                    )
+                    for one in group
+                ]
+        raise self._lost(failures, request)
 
-    def _warn(self, failure: str) -> None:
-        """Say that requests are sent again: not for each of a thousand that fail alike at once."""
+    async def _before_another(self, failures: list[Exception], request: GenerateRequest) -> None:
+        """Wait, and say that a request is sent again: not for each of a thousand that fail alike at once."""
+        self.num_retries += 1
         if (now := time.monotonic()) >= self._warn_at:
             self._warn_at = now + WARN_EVERY_S
-            logger.warning(
-                "a request to %s failed (%s) and is sent again; %d were so far",
-                self.base_url,
-                failure,
-                self.num_retries,
-            )
+            said = "a request to %s failed (%s) and is sent again; %d were so far"
+            logger.warning(said, self.base_url, _words(failures[-1], request), self.num_retries)
+        backoff_s = min(BACKOFF_S * 2 ** len(failures), MAX_BACKOFF_S) * random.uniform(0.5, 1.0)
+        wanted_s = failures[-1].wait_s if isinstance(failures[-1], _TransientError) else 0.0
+        await asyncio.sleep(max(backoff_s, wanted_s))
+
+    def _lost(self, failures: list[Exception], request: GenerateRequest) -> ServerLostError:
+        """The error of a request whose every attempt has failed."""
+        first, last = failures[0], failures[-1]
+        if type(last) is not aiohttp.ClientConnectorError:
+            return ServerLostError(f"{len(failures)} attempts failed, the last with {_words(last, request)}")
+        if type(first) is aiohttp.ClientConnectorError:
+            happened = f"does not answer ({_words(last, request)})"
+        else:
+            happened = f"stopped answering in the middle of a request ({_words(first, request)}), and now nothing listens there"
+        command = handshake.start_command(self.base_url, self.model)
+        return ServerUnreachableError(
+            f"the server at {self.base_url} {happened}: its log says why; `{command}` starts it again"
+        )
 
     async def _post(self, request: GenerateRequest) -> list[Generated]:
         """One attempt.
@@ -315,46 +288,33 @@ class VLLMEngine:
             EngineError: it would not.
         """
         route = OWN_ROUTE if self._has_generate_route else COMPLETIONS_ROUTE
-        timeout = aiohttp.ClientTimeout(total=_deadline_s(request), sock_connect=CONNECT_TIMEOUT_S)
+        token = self.control.token
+        headers = {"Content-Type": "application/json"} | ({} if token is None else {LEASE_HEADER: token})
         # No redirects: they would carry prompts and the key to wherever a reply says.
         async with self._http().post(
             f"{self.base_url}{route.path}",  # whole, since the address may have a path of its own
             data=route.encode(request),
-            headers=_JSON,
-            timeout=timeout,
+            headers=headers,
+            timeout=aiohttp.ClientTimeout(total=_deadline_s(request), sock_connect=CONNECT_TIMEOUT_S),
             allow_redirects=False,
         ) as response:
-            if response.status == 200:
-                boot = response.headers.get(BOOT_HEADER)
-                if boot is None and self._boot is not None:  # the reply does not come from ludic's server
-                    raise BadReplyError("it does not say which start of the server it comes from")
-                self.check_boot(boot)
+            status = response.status
+            if status == 200:
+                if response.headers.get(LEASE_HEADER) != token:  # it comes from elsewhere, or a proxy drops the header
+                    raise BadReplyError(f"it does not repeat the request's {LEASE_HEADER}")
                 body = await _read(response, route.max_reply_bytes(request))
                 return route.decode(body, request, vocab_size=self._vocab_size)
             text = (await _read(response, MAX_ERROR_BYTES)).decode(errors="replace")
-        failure = f"{response.status}: {error_text(text)}"
-        if response.status in (401, 403):
-            raise ServerUnauthorizedError(
-                f"the server at {self.base_url} wants an API key: set LUDIC_API_KEY, or pass --api-key-file"
-            )
-        if response.status == 409:
-            raise ServerInUseError(f"the server at {self.base_url} refused a request with {failure}")
-        if response.status in TRANSIENT_STATUS or not 400 <= response.status < 500:
+        failure = f"{status}: {error_text(text)}"
+        if status in TRANSIENT_STATUS or not 400 <= status < 500:
             raise _TransientError(failure, wait_s=_retry_after_s(response.headers.get("Retry-After", "")))
-        raise EngineError(f"the server refused a request with {failure}")
-
-    def check_boot(self, boot: str | None) -> None:
-        """Raise ServerRestartedError if `boot` names another start of the server than the one that was connected to."""
-        if self._boot is not None and boot != self._boot:
-            raise ServerRestartedError(
-                f"the server at {self.base_url} was started again since this run gave it its weights: what it generates now "
-                "is of the weights that it was started with"
-            )
+        why = f"a request: {WANTS_KEY}" if status in (401, 403) else f"a request with {failure}"
+        raise REFUSALS.get(status, EngineError)(f"the server refused {why}")
 
     def _http(self) -> aiohttp.ClientSession:
         if self._session is None:
-            # The semaphore is the limit. A connection carries one request: what else comes on it, say a second reply, is for
-            # nobody, where on a kept connection it would be taken for the reply to the next request.
+            # The semaphore is the limit. A connection carries one request: what else comes on it, say a second reply, is dropped
+            # with it, where a kept connection would take it for the reply to the next request.
             tls = tls_context() if self.base_url.startswith("https://") else True
             connector = aiohttp.TCPConnector(limit=0, force_close=True, ssl=tls)
             self._session = aiohttp.ClientSession(
@@ -434,6 +394,14 @@ class _TransientError(Exception):
         self.wait_s = wait_s
 
 
+def _words(failure: Exception, request: GenerateRequest) -> str:
+    if isinstance(failure, TimeoutError):
+        return f"no answer within {_deadline_s(request):.0f} s"
+    if isinstance(failure, BadReplyError):
+        return f"a bad reply: {failure}"
+    return str(failure) if isinstance(failure, _TransientError) else f"{type(failure).__name__}: {failure}"
+
+
 def _retry_after_s(value: str) -> float:
     """The seconds for which the server asks to be left alone; 0 for a date, or what cannot be read."""
     return min(float(value), MAX_RETRY_AFTER_S) if value.isascii() and value.isdecimal() else 0.0
@@ -441,10 +409,6 @@ def _retry_after_s(value: str) -> float:
 
 async def _read(response: aiohttp.ClientResponse, limit: int) -> bytes:
     """The body, which may have at most `limit` bytes."""
-    if (response.content_length or 0) > limit:
-        raise BadReplyError(
-            f"a reply of {response.content_length} bytes, which is more than the {limit} that it can have"
-        )
     body = bytearray()
     async for chunk in response.content.iter_any():
         body += chunk
@@ -457,23 +421,16 @@ def _deadline_s(request: GenerateRequest) -> float:
     return GENERATION_TIMEOUT_S + GENERATION_TIMEOUT_PER_TOKEN_S * request.max_tokens
 
 
-_JSON = {"Content-Type": "application/json"}
-
-
 def stop_token_ids(
     model: str, tokenizer: "PreTrainedTokenizerBase", config: "PretrainedConfig | None" = None
 ) -> list[int]:
     """Every id that ends a turn: the tokenizer's, the model's, and its generation config's (which vLLM adds by itself, too)."""
     from transformers import GenerationConfig
 
-    config = load_config(model) if config is None else config
-
-    ids: set[int] = set()
-    if isinstance(tokenizer.eos_token_id, int):
-        ids.add(tokenizer.eos_token_id)
-    sources: list[Any] = [config]
+    sources: list[Any] = [tokenizer, load_config(model) if config is None else config]
     with contextlib.suppress(OSError):  # a model without generation_config.json
         sources.append(GenerationConfig.from_pretrained(model))
+    ids: set[int] = set()
     for source in sources:
         eos = getattr(source, "eos_token_id", None)
         ids.update([eos] if isinstance(eos, int) else eos or [])

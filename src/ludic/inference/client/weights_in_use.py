@@ -17,15 +17,10 @@ from ludic.storage.inert import inert
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightsInUse:
-    """The weights that an engine computes with, as far as it says.
-
-    Example:
-        >>> WeightsInUse(description="update 37 of the run in /runs/a (not those of m)", fingerprint="held 0123456789abcdef",
-        ...              policy_version=37, out_dir="/runs/a", device="cuda").policy_version
-        37
-    """
+    """The weights that an engine computes with, as far as it says."""
 
     description: str
+    """For people: `update 37 of the run in /runs/a (not those of m)`."""
     fingerprint: str
     """`held` and a digest, `files` and a digest, `commit` and its hash; "" where nothing tells."""
     policy_version: int | None = None
@@ -50,43 +45,42 @@ def weights_of_server(control: ServerControl, model: str, files: str) -> Weights
     """
     context = served_model(control, model).get("max_model_len")
     server = server_state(control)
-    if server.boot is None:
+    if not server.is_ours:
         return WeightsInUse(
             description=f"what the server serves as {model}; it does not say which they are",
             fingerprint=files_fingerprint(files),
             max_model_len=context,
         )
-    info, state = control.server_info(), server.weights
-    folder, device = inert(str(info.get("model", files)), 200), str(info.get("device", ""))
-    if state is None:
-        description, version, out_dir = f"those of {folder}, as the server loaded them at its start", None, None
-    else:
-        out_dir = inert(str(state["identity"].get("out_dir") or ""), 200) or None
-        run = f"the run in {out_dir}" if out_dir else "a trainer that did not say where it runs"
-        version = state["policy_version"] if state["proven"] else None
-        words = (
-            f"update {version} of {run}" if state["proven"] else f"not known: {run} is replacing them, or left them so"
-        )
-        description = f"{words} (not those of {folder})"
-    return WeightsInUse(
-        description=description,
-        fingerprint=_held(control),
-        policy_version=version,
-        out_dir=out_dir,
-        device=device,
-        is_ours=True,
-        from_run=state is not None,
-        max_model_len=context,
-    )
-
-
-def _held(control: ServerControl) -> str:
     try:
-        return f"held {control.weights_digest()}"
+        fingerprint = f"held {control.weights_digest()}"
     except ServerLostError:
         raise
     except EngineError:  # an update is under way
-        return ""
+        fingerprint = ""
+    info, weights = control.server_info(), server.weights
+    folder = inert(str(info.get("model", files)), 200)
+    version = out_dir = None
+    description = f"those of {folder}, as the server loaded them at its start"
+    if weights is not None:
+        out_dir = inert(str(weights["identity"].get("out_dir") or ""), 200) or None
+        run = f"the run in {out_dir}" if out_dir else "a trainer that did not say where it runs"
+        version = weights["policy_version"] if weights["proven"] else None
+        known = (
+            f"update {version} of {run}"
+            if weights["proven"]
+            else f"not known: {run} is replacing them, or left them so"
+        )
+        description = f"{known} (not those of {folder})"
+    return WeightsInUse(
+        description=description,
+        fingerprint=fingerprint,
+        policy_version=version,
+        out_dir=out_dir,
+        device=str(info.get("device", "")),
+        is_ours=True,
+        from_run=weights is not None,
+        max_model_len=context,
+    )
 
 
 def weights_of_files(files: str) -> WeightsInUse:

@@ -1,13 +1,10 @@
 """`POST /ludic/v1/generate`: token ids in, token ids and the sampled tokens' log-probs out, straight from vLLM's engine.
 
-It is an ASGI middleware in front of vLLM's own routes, and it keeps away what `/v1/completions` adds and a trainer throws
-away: texts, one object per token, defaults from files. Engine, scheduler and sampler are the same, and so are the tokens.
-The formats are in `wire`; an error is JSON as vLLM writes it:
+An ASGI middleware in front of vLLM's own routes, without what `/v1/completions` adds and a trainer throws away: texts, one
+object per token, defaults from files. Engine, scheduler and sampler are the same, and so are the tokens. The formats are in
+`wire`; an error is JSON as vLLM writes it:
 
     {"error": {"message": "...", "type": "BadRequestError", "param": null, "code": 400}}
-
-Where the worker can record log-probs (`vllm_logprobs`), they are taken from it when a request is done; else, and for greedy
-requests, they are vLLM's own, which cost more than the tokens themselves.
 
 A caller that leaves takes its generation with it. Left out: streaming, LoRA, vLLM's per-request headers. Authentication is
 the business of `vllm_server.RequireApiKey`, which must be outside. Nothing here imports vLLM before a request does.
@@ -15,6 +12,7 @@ the business of `vllm_server.RequireApiKey`, which must be outside. Nothing here
 
 import array
 import asyncio
+import http.client
 import json
 import logging
 import uuid
@@ -43,11 +41,6 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
-
-_ERROR_TYPES = {
-    400: "BadRequestError", 403: "ForbiddenError", 404: "NotFoundError", 408: "RequestTimeoutError",
-    409: "ConflictError", 413: "RequestEntityTooLarge", 415: "UnsupportedMediaType",
-}  # fmt: skip
 
 
 class GenerateRoute:
@@ -87,7 +80,7 @@ def request_path(scope: Scope) -> str:
 
 def error_body(status: int, message: str) -> bytes:
     """An error as vLLM writes it."""
-    kind = _ERROR_TYPES.get(status, "InternalServerError" if status >= 500 else "BadRequestError")
+    kind = http.client.responses.get(status, "Unknown").replace(" ", "").removesuffix("Error") + "Error"
     return json.dumps({"error": {"message": message, "type": kind, "param": None, "code": status}}).encode()
 
 
@@ -158,45 +151,38 @@ async def _unless_caller_leaves(receive: Receive, work: Coroutine[Any, Any, list
 # --- vLLM: the one place that knows its Python interface, and how its versions differ --------------------------------
 
 
-MAX_STARTS = 3
-"""How often the worker is asked to record log-probs, if it fails to begin."""
-
-
 class _Recorder:
-    """The front end's side of the worker's recorder of log-probs."""
+    """The front end's side of the worker's recorder of log-probs (`vllm_logprobs`).
+
+    vLLM's own log-probs cost more than the tokens themselves. Where the worker can record them, they are taken from it when
+    a request is done.
+    """
 
     def __init__(self) -> None:
-        self._starting: asyncio.Future[str] | None = None
-        self._num_starts = 0
+        self._starting: asyncio.Future[bool] | None = None
         self._abandoned: list[str] = []
         self._num_taken, self._num_unknown = 0, 0
 
     async def records(self, state: Any, request: GenerateRequest) -> bool:
         """Whether the worker records this request's log-probs. The first that could be recorded starts the recorder."""
         # Among the samples of a batch, vLLM replaces those of greedy requests after the log-probs were computed.
-        if (
-            self._is_unfit()
-            or not request.logprobs
-            or request.temperature <= 0
-            or state.args.worker_extension_cls != WORKER_EXTENSION
-        ):
+        wanted = request.logprobs and request.temperature > 0
+        if not wanted or self._is_unfit() or state.args.worker_extension_cls != WORKER_EXTENSION:
             return False
-        if self._starting is None or (_has_failed(self._starting) and self._num_starts < MAX_STARTS):
-            self._num_starts += 1
+        if self._starting is None:
             self._starting = asyncio.ensure_future(self._start(state.engine_client))
-        try:
-            return not await asyncio.shield(self._starting)  # a caller that leaves must not end it for the others
-        except Exception as error:  # a worker's failure reaches the front end as a bare Exception, in all versions
-            logger.warning("the recorder of log-probs could not be started, so these are vLLM's own: %s", error)
-            return False
+        return await asyncio.shield(self._starting)  # a caller that leaves must not end it for the others
 
-    async def _start(self, engine_client: Any) -> str:
-        (problem, *_) = await engine_client.collective_rpc("ludic_record_logprobs")
+    async def _start(self, engine_client: Any) -> bool:
+        try:
+            (problem, *_) = await engine_client.collective_rpc("ludic_record_logprobs")
+        except Exception as error:  # a worker's failure reaches the front end as a bare Exception, in all versions
+            problem = error
         if problem:
             logger.warning("log-probs are vLLM's own, which is slower than recording them in the worker: %s", problem)
         else:
             logger.info("log-probs are recorded in the worker, and taken from there when a request is done")
-        return str(problem)
+        return not problem
 
     async def take(self, engine_client: Any, key: str, request: GenerateRequest, group: list[Any]) -> list[Any]:
         """The log-probs of each completion of `group`, a list of floats; None where the records do not fit its tokens."""
@@ -210,9 +196,8 @@ class _Recorder:
             taken = [None] * len(group)
         logprobs = []
         for completion, entry in zip(group, taken, strict=True):
-            ids, values = entry or (b"", b"")
-            known = entry is not None and ids == array.array("i", completion.token_ids).tobytes()
-            logprobs.append(array.array("f", values).tolist() if known else None)
+            known = entry is not None and entry[0] == array.array("i", completion.token_ids).tobytes()
+            logprobs.append(array.array("f", entry[1]).tolist() if known else None)
         self._num_taken += len(group)
         unknown = logprobs.count(None)
         if unknown:
@@ -233,39 +218,32 @@ class _Recorder:
         self._abandoned.append(key)
 
 
-def _has_failed(future: asyncio.Future[str]) -> bool:
-    return future.done() and (future.cancelled() or future.exception() is not None)
-
-
 async def _generate(state: Any, request: GenerateRequest, recorder: _Recorder) -> list[Generated]:
-    """Draw the completions, in the order of their members.
-
-    Both versions yield one output in FINAL_ONLY mode, when the last of the n is finished, ordered by member.
-    """
-    engine_client = state.engine_client
-    recorded, taken = False, False
-    request_id = f"ludic-{uuid.uuid4().hex}"
+    """Draw the completions, in the order of their members."""
+    recorded = await recorder.records(state, request)
+    request_id = f"{RECORDED_PREFIX if recorded else 'ludic-'}{uuid.uuid4().hex}"
     try:
-        recorded = await recorder.records(state, request)
+        group = await _draw(state.engine_client, request, request_id, own_logprobs=request.logprobs and not recorded)
         if recorded:
-            request_id = f"{RECORDED_PREFIX}{uuid.uuid4().hex}"
-        group = await _draw(engine_client, request, request_id, own_logprobs=request.logprobs and not recorded)
-        if not recorded:
-            return [_generated(completion, _own_logprobs(completion, request)) for completion in group]
-        logprobs = await recorder.take(engine_client, request_id, request, group)
-        taken = True
-        return [_generated(completion, values) for completion, values in zip(group, logprobs, strict=True)]
+            logprobs = await recorder.take(state.engine_client, request_id, request, group)
+            recorded = False
+        else:
+            logprobs = [_own_logprobs(completion, request) for completion in group]
     except asyncio.CancelledError:
         # generate() aborts what it has handed over; 0.26 forgets the members it was still handing over one by one.
-        await engine_client.abort(request_id)
+        await state.engine_client.abort(request_id)
+        raise
+    except RequestRefusedError:
         raise
     except _vllm_errors() as error:
-        if isinstance(error, RequestRefusedError):
-            raise
         raise RequestRefusedError(_message(error), status=_status(error)) from error
     finally:
-        if recorded and not taken:
+        if recorded:  # and not taken
             recorder.abandon(request_id)
+    return [
+        Generated(token_ids=list(one.token_ids), logprobs=values, finish_reason=str(one.finish_reason))
+        for one, values in zip(group, logprobs, strict=True)
+    ]
 
 
 async def _draw(engine_client: Any, request: GenerateRequest, request_id: str, *, own_logprobs: bool) -> list[Any]:
@@ -274,6 +252,7 @@ async def _draw(engine_client: Any, request: GenerateRequest, request_id: str, *
 
     prompt = tokens_input(request.prompt_token_ids, cache_salt=request.cache_salt)
     params = _sampling_params(request, own_logprobs=own_logprobs)
+    # All versions yield one output in FINAL_ONLY mode, when the last of the n is finished, ordered by member.
     outputs = [one async for one in engine_client.generate(prompt, params, request_id)]
     if len(outputs) != 1 or len(outputs[0].outputs) != request.n:
         raise RequestRefusedError("the engine ended the request without its completions", status=500)
@@ -311,35 +290,22 @@ def _own_logprobs(completion: Any, request: GenerateRequest) -> list[float] | No
     return [flat.logprobs[start] for start in flat.start_indices]
 
 
-def _generated(completion: Any, logprobs: list[float] | None) -> Generated:
-    return Generated(
-        token_ids=list(completion.token_ids), logprobs=logprobs, finish_reason=str(completion.finish_reason)
-    )
-
-
 def _vllm_errors() -> tuple[type[Exception], ...]:
     """What the engine raises of its own: ValueErrors and two errors of the engine in 0.26, a family of errors later."""
     import vllm.exceptions
     from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
-    family = getattr(vllm.exceptions, "VLLMError", None)
-    return (ValueError, EngineDeadError, EngineGenerateError) + (() if family is None else (family,))
+    return ValueError, EngineDeadError, EngineGenerateError, getattr(vllm.exceptions, "VLLMError", ValueError)
 
 
 def _status(error: Exception) -> int:
     """400 for what the caller did, 500 for what the server did; a full queue brings its own status."""
     import vllm.exceptions
 
-    own_status = getattr(error, "http_status", None)
-    if own_status is not None:
-        return int(own_status)
-    callers_fault = getattr(vllm.exceptions, "VLLMClientError", ValueError)
-    return 400 if isinstance(error, (callers_fault, ValueError)) else 500
+    callers_fault = isinstance(error, (ValueError, getattr(vllm.exceptions, "VLLMClientError", ValueError)))
+    return int(getattr(error, "http_status", None) or (400 if callers_fault else 500))
 
 
 def _message(error: Exception) -> str:
     """The error's text, with its cause: EngineGenerateError has no text of its own."""
-    parts = [str(error) or type(error).__name__]
-    if error.__cause__ is not None:
-        parts.append(str(error.__cause__) or type(error.__cause__).__name__)
-    return ": ".join(parts)
+    return ": ".join(str(part) or type(part).__name__ for part in (error, error.__cause__) if part is not None)

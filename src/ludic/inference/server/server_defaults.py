@@ -37,9 +37,8 @@ class Machine:
     """What the defaults depend on beside the flags."""
 
     is_cpu: bool
-    """vLLM computes on the CPU."""
     free_bytes: int = 0
-    """Memory that is free there; only asked for on the CPU."""
+    """Memory that is free; only asked for where vLLM computes on the CPU."""
     transfer_backend: str = "ludic_shm"
 
 
@@ -48,118 +47,75 @@ class Default:
     """One setting of vLLM whose default ludic changes, in words and as a value.
 
     Example:
-        >>> Default(
-        ...     setting="--host", dest="host", vllm="all addresses", ludic="127.0.0.1", why="safe", value=lambda *_: "127.0.0.1"
-        ... ).setting
-        '--host'
+        >>> Default(setting="--host", vllm="all addresses", ludic="127.0.0.1", why="safe").dest
+        'host'
     """
 
     setting: str
     """As the user writes it: a flag, or an environment variable."""
-    dest: str
-    """Its name in the namespace of vLLM's parser; "" for a variable."""
     vllm: str
     ludic: str
-    why: str
-    value: Callable[[argparse.Namespace, Machine], object]
-    """From what the command line asks for under vLLM's own defaults, and the machine."""
+    value: Callable[[argparse.Namespace, Machine], object] | None = None
+    """From what the command line asks for under vLLM's own defaults, and the machine; None takes the text of `ludic`."""
     when: When = "always"
     unless: str = ""
     """Another setting, by its name in the namespace, which decides the same: if the user changes it, vLLM's default stays."""
+    why: str
+
+    @property
+    def dest(self) -> str:
+        """Its name in the namespace of vLLM's parser; "" for a variable."""
+        return self.setting.removeprefix("--").replace("-", "_") if self.setting.startswith("--") else ""
 
 
 DEFAULTS: tuple[Default, ...] = (
-    Default(
-        setting="--model", dest="model", vllm="Qwen/Qwen3-0.6B", ludic=DEFAULT_MODEL,
-        why="the model of the examples", value=lambda *_: DEFAULT_MODEL,
-    ),
-    Default(
-        setting="--host", dest="host", vllm="all addresses", ludic="127.0.0.1",
-        why="who reaches the server can use it, and replace its weights", value=lambda *_: "127.0.0.1",
-    ),
-    Default(
-        setting="--allowed-origins", dest="allowed_origins", vllm='["*"] in 0.26, [] in 0.32', ludic="[]",
-        why="a web page that is open in a browser of this machine must not ask the model", value=lambda *_: [],
-    ),
-    Default(
-        setting="--logprobs-mode", dest="logprobs_mode", vllm="raw_logprobs", ludic="processed_logprobs",
-        why="log-probs of the distribution that was sampled from", value=lambda *_: "processed_logprobs",
-    ),
-    Default(
-        setting="--generation-config", dest="generation_config", vllm="auto", ludic="vllm",
-        why="the model's generation_config.json must not change temperature, top_p or top_k", value=lambda *_: "vllm",
-    ),
-    Default(
-        setting="--middleware", dest="middleware", vllm="none", ludic="API key, token-id route, lease",
-        why="the key for every route but /health; /ludic/v1/generate; and, for training, one trainer at a time",
-        value=lambda asked, _: middleware([], training=not asked.no_training),
-    ),
-    Default(
-        setting=DEV_MODE_VARIABLE, dest="", vllm="0", ludic="1", when="training",
-        why="the routes that pause the server and take weights", value=lambda *_: "1",
-    ),
-    Default(
-        setting="--weight-transfer-config", dest="weight_transfer_config", vllm="none",
-        ludic="ludic_nccl or ludic_shm", when="training",
-        why="how weights arrive: NCCL where the machine has a second GPU, else shared memory",
-        # A new object each time: vLLM's parser turns the text into one.
-        value=lambda _, machine: json.dumps({"backend": machine.transfer_backend}),
-    ),
-    Default(
-        setting="--worker-extension-cls", dest="worker_extension_cls", vllm="none", ludic="LudicWorkerExtension",
-        when="training", why="proves weight syncs, and records log-probs", value=lambda *_: WORKER_EXTENSION,
-    ),
-    Default(
-        setting="--disable-log-stats", dest="disable_log_stats", vllm="off", ludic="on", when="training",
-        # LLM.generate leaves statistics out by default as well. They are more than a third of the Python that runs in the
-        # front end for each token (9 of 22 microseconds on a slow CPU), and at many hundred sequences that sets the pace.
-        why="statistics cost time at every token (--enable-log-stats keeps them; without, /metrics has no engine figures)",
-        value=lambda *_: True,
-    ),
-    Default(
-        setting="--disable-uvicorn-access-log", dest="disable_uvicorn_access_log", vllm="off", ludic="on", when="training",
-        why="a line for each rollout's request (--no-disable-uvicorn-access-log writes them)", value=lambda *_: True,
-    ),
-    Default(
-        setting="--log-error-stack", dest="log_error_stack", vllm="off", ludic="on", when="training",
-        why="a weight update that is refused leaves its trace in the log", value=lambda *_: True,
-    ),
-    Default(
-        setting="--kv-cache-memory-bytes", dest="kv_cache_memory_bytes", vllm="92% of the memory",
-        ludic="1/8 of the free memory, 256M to 2G", when="cpu", unless="gpu_memory_utilization",
-        why="the trainer and other programs live there too (--gpu-memory-utilization or VLLM_CPU_KVCACHE_SPACE override it)",
-        value=lambda _, machine: kv_cache_bytes(machine.free_bytes),
-    ),
-    Default(
-        setting="--max-model-len", dest="max_model_len", vllm="the model's context", ludic="auto", when="cpu",
-        why="the model's context, or as much of it as the KV cache holds", value=lambda *_: -1,
-    ),
-    Default(
-        setting="--dtype", dest="dtype", vllm="auto", ludic="float32 if config.json says so", when="cpu",
-        why="vLLM serves it in bfloat16, while the trainer computes in float32 on a CPU",
-        value=lambda asked, _: "float32" if is_float32(asked.model_tag or asked.model) else "auto",
-    ),
-    Default(
-        setting="--enforce-eager", dest="enforce_eager", vllm="off", ludic="on", when="cpu",
-        why="compiling the model takes minutes on a few cores (--no-enforce-eager does it)", value=lambda *_: True,
-    ),
+    Default(setting="--model", vllm="Qwen/Qwen3-0.6B", ludic=DEFAULT_MODEL, why="the model of the examples"),
+    Default(setting="--host", vllm="all addresses", ludic="127.0.0.1",
+            why="who reaches the server can use it, and replace its weights"),
+    Default(setting="--allowed-origins", vllm='["*"] in 0.26, [] in 0.32', ludic="[]", value=lambda *_: [],
+            why="a web page that is open in a browser of this machine must not ask the model"),
+    Default(setting="--logprobs-mode", vllm="raw_logprobs", ludic="processed_logprobs",
+            why="log-probs of the distribution that was sampled from"),
+    Default(setting="--generation-config", vllm="auto", ludic="vllm",
+            why="the model's generation_config.json must not change temperature, top_p or top_k"),
+    Default(setting="--middleware", vllm="none", ludic="API key, token-id route, lease",
+            value=lambda asked, _: middleware([], training=not asked.no_training),
+            why="the key for every route but /health; /ludic/v1/generate; and, for training, one trainer at a time"),
+    Default(setting=DEV_MODE_VARIABLE, vllm="0", ludic="1", when="training",
+            why="the routes that pause the server and take weights"),
+    Default(setting="--weight-transfer-config", vllm="none", ludic="ludic_nccl or ludic_shm", when="training",
+            value=lambda _, machine: json.dumps({"backend": machine.transfer_backend}),
+            why="how weights arrive: NCCL where the machine has a second GPU, else shared memory"),
+    Default(setting="--worker-extension-cls", vllm="none", ludic="LudicWorkerExtension", when="training",
+            value=lambda *_: WORKER_EXTENSION, why="proves weight syncs, and records log-probs"),
+    # LLM.generate leaves statistics out by default as well. They are more than a third of the Python that runs in the
+    # front end for each token (9 of 22 microseconds on a slow CPU), and at many hundred sequences that sets the pace.
+    Default(setting="--disable-log-stats", vllm="off", ludic="on", when="training", value=lambda *_: True,
+            why="statistics cost time at every token (--enable-log-stats keeps them; without, /metrics has no engine figures)"),
+    Default(setting="--disable-uvicorn-access-log", vllm="off", ludic="on", when="training", value=lambda *_: True,
+            why="a line for each rollout's request (--no-disable-uvicorn-access-log writes them)"),
+    Default(setting="--log-error-stack", vllm="off", ludic="on", when="training", value=lambda *_: True,
+            why="a weight update that is refused leaves its trace in the log"),
+    Default(setting="--kv-cache-memory-bytes", vllm="92% of the memory", ludic="1/8 of the free memory, 256M to 2G", when="cpu",
+            value=lambda _, machine: kv_cache_bytes(machine.free_bytes), unless="gpu_memory_utilization",
+            why="the trainer and other programs live there too (--gpu-memory-utilization or VLLM_CPU_KVCACHE_SPACE override it)"),
+    Default(setting="--max-model-len", vllm="the model's context", ludic="auto", when="cpu", value=lambda *_: -1,
+            why="the model's context, or as much of it as the KV cache holds"),
+    Default(setting="--dtype", vllm="auto", ludic="float32 if config.json says so", when="cpu",
+            value=lambda asked, _: "float32" if is_float32(asked.model_tag or asked.model) else "auto",
+            why="vLLM serves it in bfloat16, while the trainer computes in float32 on a CPU"),
+    Default(setting="--enforce-eager", vllm="off", ludic="on", when="cpu", value=lambda *_: True,
+            why="compiling the model takes minutes on a few cores (--no-enforce-eager does it)"),
 )  # fmt: skip
 
 
 def apply_defaults(parser: argparse.ArgumentParser, asked: argparse.Namespace, machine: Machine) -> None:
     """Give vLLM's parser the defaults of the table; `asked` is what it parsed before, with its own."""
-    rows = [row for row in DEFAULTS if row.dest and _applies(row, asked, machine)]
-    parser.set_defaults(
-        **{
-            row.dest: row.value(asked, machine)
-            for row in rows
-            if not row.unless or getattr(asked, row.unless) == parser.get_default(row.unless)
-        }
-    )
-
-
-def _applies(row: Default, asked: argparse.Namespace, machine: Machine) -> bool:
-    return {"always": True, "training": not asked.no_training, "cpu": machine.is_cpu}[row.when]
+    applies = {"always": True, "training": not asked.no_training, "cpu": machine.is_cpu}
+    for row in DEFAULTS:
+        decided = row.unless and getattr(asked, row.unless) != parser.get_default(row.unless)
+        if row.dest and applies[row.when] and not decided:
+            parser.set_defaults(**{row.dest: row.ludic if row.value is None else row.value(asked, machine)})
 
 
 def middleware(users: list[str], *, training: bool) -> list[str]:
@@ -183,12 +139,9 @@ def kv_cache_bytes(free_bytes: int) -> int:
 
 def is_float32(model: str) -> bool:
     """Whether `model` is a folder whose config.json names float32; a name on the hub is left to vLLM."""
-    path = Path(model) / "config.json"
-    if not path.is_file():
-        return False
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:  # vLLM will say what is wrong with it
+        config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # vLLM will say what is wrong with it
         return False
     names = [part.get("dtype") or part.get("torch_dtype") for part in (config, config.get("text_config") or {})]
     return next((name for name in names if name), None) == "float32"

@@ -1,26 +1,24 @@
-"""Guards ludic's vLLM server: it names each start, leases the server to one trainer at a time, and limits bodies.
+"""Guards ludic's vLLM server: it leases the server to one trainer at a time, names each start of it, and limits bodies.
 
-`ServerGuard` is an ASGI middleware in front of all routes, and behind the check of the API key. It does three things.
+`ServerGuard` is an ASGI middleware in front of all routes, and behind the check of the API key.
 
-Boot: each response has the header `x-ludic-boot`, an id of this start of the server. A server that was started again holds
-the weights that it was started with, and a client sees that by the first reply.
+Lease: a trainer replaces the server's weights, so a server has one trainer. `POST /ludic/v1/trainer` claims the lease and gets a
+token, which names this start of the server and the lease; the trainer sends it in `x-ludic-lease`, and each such request keeps
+the lease. It ends `LEASE_S` seconds after it was last kept, by a monotonic clock. While it lives, what could change the server
+is refused to everybody else: every method but GET, HEAD and OPTIONS on every route that is not known to be harmless
+(`HARMLESS_PATHS`), so that a route that a new version of vLLM adds is refused too. Who has no lease may generate.
 
-Lease: a trainer replaces the server's weights, so a server has one trainer. `POST /ludic/v1/trainer` claims it, and claims
-it anew to keep it; every request that names its trainer in `x-ludic-trainer` keeps it too. It ends `LEASE_S` seconds after
-it was last kept, by a monotonic clock. While it lives, what could change the server is refused to everybody else:
-every method but GET, HEAD and OPTIONS on every route that is not known to be harmless (`HARMLESS_PATHS`), so that a route
-that a new version of vLLM adds is refused too. A request without the header (an evaluation) may generate. A request that
-names a trainer that has not got the server neither changes it nor generates, and that is asked at its end as well as at its
-beginning: a trainer that slept through its lease must not go on unnoticed, and one that another has replaced never gets
-this server back.
+Token: it is asked for at the end of a request as well as at its beginning, and repeated in the reply. A token that this start
+did not give is refused with 410: a server that was started again has other weights. One whose lease was lost is refused with
+409 and the name of who has it: a trainer that slept through its lease must not go on unnoticed, and never gets this start of
+the server back. Who has no lease, as an evaluation, sends the token of the start alone, for the same proof.
 
-    POST   {"trainer": "<hex>", "identity": {"host": ..., "pid": ..., ...}, "takes_over": "<hex>" or null}
-           200 {"boot": "<hex>", "lease_s": 60.0, "renewed": false}: false where the server was not this trainer's before
-           409 {"error": {"message": ..., ...}, "holder": {"trainer", "identity", "seconds_since_seen"} or null,
-                "lost": true where this trainer held the server and lost it for good}
-    DELETE {"trainer": "<hex>"}; 200 or 409, as above
-    PUT    {"trainer": "<hex>", "policy_version": 37}, at the end of a sync that was proven; 200 or 409, as above
-    GET    {"boot": ..., "lease_s": 60.0, "holder": {...} or null, "weights": {...} or null}
+    GET    200 {"protocol": 3, "token": "<hex>", "lease_s": 60.0, "weights": {...} or null,
+                "holder": {"lease": 1, "identity", "seconds_since_seen"} or null}; the token is that of the caller
+    POST   {"identity": {"host": ..., "pid": ..., ...}, "takes_over": the number of a dead trainer's lease, or null}
+           200 {"protocol", "token": "<hex>-2", "lease_s"}; 409 {"error": {"message": ...}, "holder": {...} or null}
+    PUT    {"policy_version": 37} under a lease, at the end of a sync that was proven; 200 or 409, as above
+    DELETE under a lease, which ends it; 200 or 409, as above
 
 Weights: `GET` also says whose weights the server computes with, while their trainer is there and when it has left: null for
 those that the server was started with, else {"proven": true, "policy_version", "identity", "since"}. From the first request
@@ -37,7 +35,6 @@ import asyncio
 import json
 import logging
 import math
-import os
 import re
 import secrets
 import time
@@ -56,23 +53,21 @@ from ludic.inference.server.generate_route import (
     request_path,
     respond,
 )
-from ludic.inference.server.trainer_lease import IDENTITY_FIELDS, Holder, NotHolderError, TrainerLease
-from ludic.inference.wire import BOOT_HEADER, LEASE_S, TRAINER_HEADER, TRAINER_PATH
+from ludic.inference.server.trainer_lease import Holder, NotHolderError, TrainerLease
+from ludic.inference.wire import LEASE_HEADER, LEASE_S, PROTOCOL, TRAINER_PATH
 from ludic.inference.wire import PATH as GENERATE_PATH
 from ludic.storage.identity import Identity, describe
 
 logger = logging.getLogger(f"vllm.{__name__}")  # a child of vLLM's logger: the server has no other handler
 
-BOOT_VARIABLE = "LUDIC_SERVER_BOOT"
-
 BODY_DEADLINE_S = 60.0
 """A body must be there this long after its headers."""
-MAX_OTHER_BODY_BYTES = 8 * 2**20
-"""Of every route but ludic's generation (`MAX_BODY_BYTES`, 16 MiB) and the trainer's: a prompt of a million token ids, as
-JSON numbers, fits."""
 MAX_TRAINER_BODY_BYTES = 16 * 2**10
+MAX_BYTES = {GENERATE_PATH: MAX_BODY_BYTES, TRAINER_PATH: MAX_TRAINER_BODY_BYTES}
+MAX_OTHER_BODY_BYTES = 8 * 2**20
+"""Of every other route: a prompt of a million token ids, as JSON numbers, fits."""
 MAX_IDENTITY_FIELDS = 16
-TRAINER_FIELDS = frozenset({"trainer", "identity", "takes_over", "policy_version"})
+TRAINER_FIELDS = frozenset({"identity", "takes_over", "policy_version"})
 
 GENERATION_PATHS = frozenset(
     {
@@ -87,41 +82,37 @@ LOOKUP_PATHS = frozenset(
     }
 )  # fmt: skip
 HARMLESS_PATHS = GENERATION_PATHS | LOOKUP_PATHS
-"""Routes that anyone may post to while a trainer holds the server: none of them changes the next answer."""
+"""Routes that anyone may post to while a trainer has the server: none of them changes the next answer."""
 RPC_PATH = "/collective_rpc"
 HARMLESS_RPC_METHODS = frozenset({"ludic_server_info", "ludic_weights_digest"})
 KEEPS_WEIGHTS_PATHS = frozenset({"/pause", "/resume", "/init_weight_transfer_engine", "/reset_prefix_cache"})
-KEEPS_WEIGHTS_METHODS = frozenset({"ludic_expect_weights", "ludic_held_digests", "ludic_weight_digests"})
+KEEPS_WEIGHTS_METHODS = frozenset({"ludic_expect_weights", "ludic_held_digests"})
 """What only a trainer may ask, and what leaves the weights as they are; of anything else that is not known."""
 HARMLESS_SOCKETS = frozenset({"/v1/realtime"})
 
-_TRAINER_ID = re.compile(r"[0-9a-f]{8,64}")
+_TOKEN = re.compile(r"[0-9a-f]{32}(-[1-9][0-9]{0,8})?")
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 
 Kind = Literal["lookup", "generation", "control"]
 
 
-def new_boot() -> str:
-    """An id of one start of a server: 32 hex digits."""
-    return secrets.token_hex(16)
-
-
 class RefusedError(Exception):
     """An answer other than the one that was asked for."""
 
-    def __init__(self, status: int, message: str, more: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, status: int, message: str, holder: dict[str, Any] | None = None) -> None:
         super().__init__(message)
         self.status = status
-        self.more = more or {}
-        """Fields of the answer beside the error."""
+        self.holder = holder
+        """Who has the lease, beside the error of a 409."""
 
 
 class ServerGuard:
-    """ASGI middleware: the boot header, the trainer's lease and the limits of bodies, as the module says."""
+    """ASGI middleware: the trainer's lease, its token and the limits of bodies, as the module says."""
 
     def __init__(self, app: ASGIApp, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._app = app
-        self.boot = os.environ.get(BOOT_VARIABLE) or new_boot()
+        self.start = secrets.token_hex(16)
+        """Names this start of the server."""
         self.lease = TrainerLease(clock)
         self._weights: dict[str, Any] | None = None
         """The owner of the weights, as `GET` reports it; None for the weights that the server was started with."""
@@ -135,101 +126,114 @@ class ServerGuard:
             await self._app(scope, receive, send)
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
-        answer = _Answer(send, self.boot)
         path = request_path(scope)
         try:
-            trainer = _trainer_of(scope)
-            body = await _whole_body(receive, _limit(path))
+            token = _token_of(scope)
+            body = await _whole_body(receive, MAX_BYTES.get(path, MAX_OTHER_BODY_BYTES))
             if body is None:
                 return  # the caller left
+            lease = None if token is None else self._lease_of(token)
             kind = _kind(scope["method"], path, body)
             if kind == "control" and any(name.lower() == b"origin" for name, _ in scope["headers"]):
                 raise RefusedError(403, f"{path} changes the server, which a web page must not")
             if path == TRAINER_PATH:
-                await answer.json(200, self._trainer_route(scope["method"], body))
+                answer = self._trainer_route(scope["method"], body, lease)
+                await respond(send, 200, json.dumps(answer).encode(), _repeated(token))
                 return
-            self._admit(kind, trainer)
+            holder = self._admit(kind, lease)
             if kind == "control" and not _keeps_weights(path, body):
-                self._weights = {"proven": False, "identity": self._identity_of(trainer)}
-            if trainer is not None and kind != "lookup":
-                answer.check = lambda: self._admit("generation", trainer)  # once more, at the end
+                self._weights = {"proven": False, "identity": {} if holder is None else dict(holder.identity)}
         except RefusedError as error:
-            await answer.refuse(error)
+            await _refuse(send, error)
             return
-        await self._pass_on(scope, _replayed(body, receive), answer)
+        await self._app(scope, _replayed(body, receive), self._send_if_still_held(send, token, lease))
 
-    async def _pass_on(self, scope: Scope, receive: Receive, answer: "_Answer") -> None:
-        try:
-            await self._app(scope, receive, answer)
-        except Exception as error:
-            # Starlette answers to it outside of every middleware, and so without the header: the same answer, from here.
-            handler = scope["app"].exception_handlers.get(Exception)
-            if handler is not None and not answer.started:
-                from fastapi import Request
-
-                response = await handler(Request(scope), error)
-                await response(scope, receive, answer)
-            raise
-
-    def _admit(self, kind: Kind, trainer: str | None) -> None:
-        """Refuse what this caller may not ask, and keep the lease of the one who has it."""
-        holder = self.lease.holder()
-        holds = holder is not None and holder.trainer == trainer
-        try:
-            if trainer is not None and (holds or kind != "lookup"):
-                self.lease.keep(trainer, changes=kind == "control")
-            elif trainer is None and kind == "control":
-                self.lease.change_unnamed()
-        except NotHolderError as error:
-            raise self._conflict(error) from error
-
-    def _trainer_route(self, method: str, body: bytes) -> dict[str, Any]:
-        state: dict[str, Any] = {"boot": self.boot, "lease_s": LEASE_S}
-        if method in ("GET", "HEAD"):
-            return state | {"holder": self._described(self.lease.holder()), "weights": self._weights}
-        if method not in ("POST", "PUT", "DELETE"):
-            raise RefusedError(405, f"{TRAINER_PATH} takes GET, POST, PUT and DELETE, not {method}")
-        fields = _decoded(body)
-        trainer = _checked_id("trainer", fields.get("trainer"))
-        try:
-            if method == "PUT":
-                version = _checked_version(fields.get("policy_version"))
-                self.lease.keep(trainer, changes=True)
-                self._weights = {"proven": True, "policy_version": version, "identity": self._identity_of(trainer)}
-                self._weights["since"] = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-                return state
-            if method == "DELETE":
-                self.lease.release(trainer)
-                return state
-            takes_over = fields.get("takes_over")
-            renewed = self.lease.claim(
-                trainer,
-                _checked_identity(fields.get("identity")),
-                takes_over=None if takes_over is None else _checked_id("takes_over", takes_over),
+    def _lease_of(self, token: str) -> int | None:
+        """The number of the token's lease, None for the token of who has none."""
+        start, _, number = token.partition("-")
+        if start != self.start:
+            raise RefusedError(
+                410,
+                "this server was started again since it gave out this token, and no longer has the weights that it had",
             )
+        return int(number) if number else None
+
+    def _admit(self, kind: Kind, lease: int | None) -> Holder | None:
+        """Refuse what this caller may not ask. A lease is kept by that; its holder."""
+        try:
+            if lease is not None:
+                return self.lease.keep(lease)
+            if kind == "control":
+                self.lease.change()
         except NotHolderError as error:
             raise self._conflict(error) from error
-        holder = self.lease.holder()
-        if not renewed and holder is not None:
-            logger.info("the server now belongs to the trainer %s (%s)", trainer, describe(holder.identity))
-        return state | {"renewed": renewed}
+        return None
 
-    def _identity_of(self, trainer: str | None) -> Identity:
-        """What this trainer has said of itself; nothing of one that did not claim the server."""
-        holder = self.lease.holder()
-        return dict(holder.identity) if holder is not None and holder.trainer == trainer else {}
+    def _send_if_still_held(self, send: Send, token: str | None, lease: int | None) -> Send:
+        """`send`, which repeats the token; a lease that was lost meanwhile turns the answer into a refusal."""
+        refused = False
+
+        async def checked(message: Message) -> None:
+            nonlocal refused
+            if message["type"] == "http.response.start":
+                try:
+                    self._admit("generation", lease)
+                except RefusedError as error:
+                    refused = True
+                    await _refuse(send, error)
+                message = {**message, "headers": [*message.get("headers", ()), *_repeated(token)]}
+            if not refused:
+                await send(message)
+
+        return checked
+
+    def _trainer_route(self, method: str, body: bytes, lease: int | None) -> dict[str, Any]:
+        if method not in ("GET", "HEAD", "POST", "PUT", "DELETE"):
+            raise RefusedError(405, f"{TRAINER_PATH} takes GET, POST, PUT and DELETE, not {method}")
+        holder = self._admit("lookup", lease)
+        if method in ("GET", "HEAD"):
+            return self._state(holder) | {"holder": self._described(self.lease.holder()), "weights": self._weights}
+        if method == "POST":
+            return self._state(holder or self._claim(_decoded(body)))
+        if holder is None:
+            living = self._described(self.lease.holder())
+            raise RefusedError(409, f"{method} of {TRAINER_PATH} is for the trainer that has the lease", living)
+        if method == "DELETE":
+            self.lease.release(holder.lease)
+            return self._state(None)
+        version = _decoded(body).get("policy_version")
+        if type(version) is not int or not 0 <= version < 2**53:
+            raise RefusedError(400, f"policy_version must be a whole number from 0, not {version!r:.80}")
+        self._weights = {"proven": True, "policy_version": version, "identity": dict(holder.identity)}
+        self._weights["since"] = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+        return self._state(holder)
+
+    def _claim(self, fields: Mapping[str, Any]) -> Holder:
+        identity, takes_over = _checked_identity(fields.get("identity")), fields.get("takes_over")
+        if takes_over is not None and type(takes_over) is not int:
+            raise RefusedError(400, f"takes_over must be the number of a lease, or null, not {takes_over!r:.80}")
+        try:
+            holder = self.lease.claim(identity, takes_over=takes_over)
+        except NotHolderError as error:
+            raise self._conflict(error) from error
+        logger.info("lease %d of the server is that of the trainer %s", holder.lease, describe(identity))
+        return holder
+
+    def _state(self, holder: Holder | None) -> dict[str, Any]:
+        token = self.start if holder is None else f"{self.start}-{holder.lease}"
+        return {"protocol": PROTOCOL, "token": token, "lease_s": LEASE_S}
 
     def _conflict(self, error: NotHolderError) -> RefusedError:
-        return RefusedError(409, str(error), {"holder": self._described(error.holder), "lost": error.lost})
+        return RefusedError(409, str(error), self._described(error.holder))
 
     def _described(self, holder: Holder | None) -> dict[str, Any] | None:
         if holder is None:
             return None
         seconds = round(self.lease.seconds_since_seen(holder), 3)
-        return {"trainer": holder.trainer, "identity": dict(holder.identity), "seconds_since_seen": seconds}
+        return {"lease": holder.lease, "identity": dict(holder.identity), "seconds_since_seen": seconds}
 
     async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """As a request that names no trainer; its messages are limited by uvicorn, to 16 MiB."""
+        """As a request under no lease; its messages are limited by uvicorn, to 16 MiB."""
         path = request_path(scope)
         try:
             if path not in HARMLESS_SOCKETS:
@@ -243,66 +247,37 @@ class ServerGuard:
         await self._app(scope, receive, send)
 
 
-class _Answer:
-    """Sends one answer, with the boot header. `check` may turn it into a refusal before its first byte."""
+async def _refuse(send: Send, error: RefusedError) -> None:
+    answer = json.loads(error_body(error.status, str(error)))
+    if error.status == 409:
+        answer["holder"] = error.holder
+    # Where the body was not read to its end, the connection cannot be used again.
+    close = [(b"connection", b"close")] if error.status in (408, 413) else []
+    await respond(send, error.status, json.dumps(answer).encode(), close)
 
-    def __init__(self, send: Send, boot: str) -> None:
-        self._send = send
-        self._header = (BOOT_HEADER.encode(), boot.encode())
-        self._refused = False
-        self.started = False
-        self.check: Callable[[], None] | None = None
 
-    async def __call__(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
-            if self.check is not None:
-                try:
-                    self.check()
-                except RefusedError as error:
-                    await self.refuse(error)
-                    self._refused = True
-            self.started = True
-            message = {**message, "headers": [*message.get("headers", ()), self._header]}
-        if not self._refused:
-            await self._send(message)
-
-    async def json(self, status: int, answer: Mapping[str, Any], *, close: bool = False) -> None:
-        headers = [self._header] + ([(b"connection", b"close")] if close else [])
-        await respond(self._send, status, json.dumps(answer).encode(), headers)
-
-    async def refuse(self, error: RefusedError) -> None:
-        # Where the body was not read to its end, the connection cannot be used again.
-        answer = json.loads(error_body(error.status, str(error))) | error.more
-        await self.json(error.status, answer, close=error.status in (408, 413))
+def _repeated(token: str | None) -> list[tuple[bytes, bytes]]:
+    return [] if token is None else [(LEASE_HEADER.encode(), token.encode())]
 
 
 def _kind(method: str, path: str, body: bytes) -> Kind:
-    if method in _SAFE_METHODS or path in LOOKUP_PATHS or (path == RPC_PATH and _asks_worker(body)):
+    if method in _SAFE_METHODS or path in LOOKUP_PATHS or _rpc_method(path, body) in HARMLESS_RPC_METHODS:
         return "lookup"
     return "generation" if path in GENERATION_PATHS else "control"
 
 
-def _asks_worker(body: bytes) -> bool:
-    """Whether a call of the workers is one that only asks."""
-    return _rpc_method(body) in HARMLESS_RPC_METHODS
-
-
 def _keeps_weights(path: str, body: bytes) -> bool:
-    return path in KEEPS_WEIGHTS_PATHS or (path == RPC_PATH and _rpc_method(body) in KEEPS_WEIGHTS_METHODS)
+    return path in KEEPS_WEIGHTS_PATHS or _rpc_method(path, body) in KEEPS_WEIGHTS_METHODS
 
 
-def _rpc_method(body: bytes) -> str:
-    """The method that a call of the workers names; "" for a call that vLLM will refuse."""
+def _rpc_method(path: str, body: bytes) -> str:
+    """The method that a call of the workers names; "" for a call that vLLM will refuse, and for another request."""
     try:
-        call = json.loads(body)
+        call = json.loads(body) if path == RPC_PATH else None
     except (ValueError, RecursionError):
         return ""
     method = call.get("method") if isinstance(call, dict) else None
     return method if isinstance(method, str) else ""
-
-
-def _limit(path: str) -> int:
-    return {GENERATE_PATH: MAX_BODY_BYTES, TRAINER_PATH: MAX_TRAINER_BODY_BYTES}.get(path, MAX_OTHER_BODY_BYTES)
 
 
 async def _whole_body(receive: Receive, limit: int) -> bytes | None:
@@ -333,17 +308,14 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
     return next_message
 
 
-def _trainer_of(scope: Scope) -> str | None:
-    given = [value for name, value in scope["headers"] if name.lower() == TRAINER_HEADER.encode()]
-    if len(given) > 1:
-        raise RefusedError(400, f"the header {TRAINER_HEADER} was given {len(given)} times")
-    return _checked_id(TRAINER_HEADER, given[0].decode("latin-1")) if given else None
-
-
-def _checked_id(name: str, value: object) -> str:
-    if not isinstance(value, str) or not _TRAINER_ID.fullmatch(value):
-        raise RefusedError(400, f"{name} must be 8 to 64 hex digits, not {value!r:.80}")
-    return value
+def _token_of(scope: Scope) -> str | None:
+    given = [value for name, value in scope["headers"] if name.lower() == LEASE_HEADER.encode()]
+    if not given:
+        return None
+    token = str(given[0], "latin-1")
+    if len(given) > 1 or not _TOKEN.fullmatch(token):
+        raise RefusedError(400, f"{LEASE_HEADER} must be a token that this server gave, once, not {token!r:.80}")
+    return token
 
 
 def _decoded(body: bytes) -> dict[str, Any]:
@@ -356,17 +328,12 @@ def _decoded(body: bytes) -> dict[str, Any]:
     return fields
 
 
-def _checked_version(value: object) -> int:
-    if type(value) is not int or not 0 <= value < 2**53:
-        raise RefusedError(400, f"policy_version must be a whole number from 0, not {value!r:.80}")
-    return value
-
-
 def _checked_identity(value: object) -> Identity:
     """Who a trainer says it is: words and numbers for people to read, which nothing here acts on."""
     if not isinstance(value, dict) or len(value) > MAX_IDENTITY_FIELDS:
-        names = ", ".join(IDENTITY_FIELDS)
-        raise RefusedError(400, f"identity must be an object of at most {MAX_IDENTITY_FIELDS} fields, such as {names}")
+        raise RefusedError(
+            400, f"identity must be an object of at most {MAX_IDENTITY_FIELDS} fields, such as host and pid"
+        )
     for name, one in value.items():
         is_number = type(one) is int or (type(one) is float and math.isfinite(one))
         if not (one is None or is_number or isinstance(one, str)):

@@ -6,6 +6,7 @@ that are known here; the rest is left to that parser, which reads the same comma
 
 import argparse
 import ctypes
+import functools
 import importlib.metadata
 import importlib.util
 import os
@@ -14,7 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from ludic.completion import add_completion_argument
 from ludic.inference.server.server_defaults import plain_table
+from ludic.versions import add_version_argument
 
 VLLM_RANGE = (0, 26), (0, 33)
 """The first and the last minor version of vLLM that ludic is made for; a test holds pyproject.toml and the texts to it."""
@@ -36,7 +39,6 @@ examples:
   {PROG} --model checkpoints_gsm8k/step_100 --port 8001 --max-model-len 2048
   {PROG} --model checkpoints_gsm8k/step_100 --no-training --data-parallel-size 4
 """
-NONE_SEEN = "the driver sees none: look at nvidia-smi"
 # Each value that vLLM's platforms put into the version of a build that is for something else than NVIDIA's GPUs.
 OTHER_BUILDS = ("rocm", "xpu", "tpu", "empty")
 
@@ -52,7 +54,7 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
-def add_own_flags(parser: argparse.ArgumentParser) -> None:
+def add_own_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
     """The flags that are ludic's own."""
     parser.add_argument("--no-training", action="store_true",
                         help="serve and evaluate only: no routes that take weights, no trainer's lease; vLLM's statistics "
@@ -68,6 +70,13 @@ def quick_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
     Ends with one line and code 2 where one of these flags has no value, or one that is no number.
     """
+    words = [word for word in map(_with_dashes, argv) if not word.startswith("--help=")]
+    arguments, _ = quick_parser().parse_known_args(words)
+    return arguments
+
+
+def quick_parser() -> argparse.ArgumentParser:
+    """The flags that are known here; those of vLLM among them are not shown by --help."""
     parser = _OneLineParser(
         prog=PROG,
         usage=USAGE,
@@ -80,23 +89,20 @@ def quick_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("-h", "--help", action="help",
                         help="this; --help=all lists vLLM's flags, --help=WORD those with that word, or of that group, which "
                         "takes as long as loading vLLM")  # fmt: skip
-    add_own_flags(parser)
-    for names, kind in (
-        (("--host",), str),
-        (("--port",), int),
-        (("--uds",), str),
-        (("--api-server-count", "-asc"), int),
-        (("--data-parallel-size", "-dp"), int),
-        (("--weight-transfer-config",), str),
-    ):
-        parser.add_argument(*names, type=kind, help=argparse.SUPPRESS)
-    for name in ("--grpc", "--headless"):
-        parser.add_argument(name, action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--api-key", nargs="*", help=argparse.SUPPRESS)
-    parser.set_defaults(host="127.0.0.1", port=8000, data_parallel_size=1)
-    words = [word for word in map(_with_dashes, argv) if not word.startswith("--help=")]
-    arguments, _ = parser.parse_known_args(words)
-    return arguments
+    add_completion_argument(parser)
+    add_version_argument(parser)
+    add_own_flags(parser.add_argument_group("flags of ludic"))
+    add = functools.partial(parser.add_argument, help=argparse.SUPPRESS)
+    add("--host", default="127.0.0.1")
+    add("--port", type=int, default=8000)
+    add("--uds")
+    add("--api-server-count", "-asc", type=int)
+    add("--data-parallel-size", "-dp", type=int, default=1)
+    add("--weight-transfer-config")
+    add("--grpc", action="store_true")
+    add("--headless", action="store_true")
+    add("--api-key", nargs="*")
+    return parser
 
 
 def _with_dashes(word: str) -> str:
@@ -126,22 +132,20 @@ def missing_gpu() -> str:
         return ""
     if Path("/etc/nv_tegra_release").exists() or importlib.metadata.entry_points(group="vllm.platform_plugins"):
         return ""  # a Jetson, whose GPU NVML may not know; another maker's hardware
-    num_gpus = _num_nvidia_gpus()
-    if num_gpus is None:
-        return f"vLLM {build} is built for NVIDIA GPUs, and there is no driver (nvidia-smi): install it; or {CPU_ENVIRONMENT}"
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    num_gpus, visible = num_nvidia_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES")
     first = (visible or "").split(",")[0].strip()
-    if num_gpus == 0 or (visible is not None and (not first or first == "-1" or _is_beyond(first, num_gpus))):
-        why = f"CUDA_VISIBLE_DEVICES={visible!r} hides all {num_gpus} of them: change it" if num_gpus else NONE_SEEN
-        return f"vLLM {build} is built for NVIDIA GPUs, and {why}; or {CPU_ENVIRONMENT}"
-    return ""
+    if num_gpus is None:
+        why = "there is no driver (nvidia-smi): install it"
+    elif num_gpus == 0:
+        why = "the driver sees none: look at nvidia-smi"
+    elif visible is not None and (first in ("", "-1") or (first.isdecimal() and int(first) >= num_gpus)):  # else a UUID
+        why = f"CUDA_VISIBLE_DEVICES={visible!r} hides all {num_gpus} of them: change it"
+    else:
+        return ""
+    return f"vLLM {build} is built for NVIDIA GPUs, and {why}; or {CPU_ENVIRONMENT}"
 
 
-def _is_beyond(device: str, num_gpus: int) -> bool:
-    return device.isdecimal() and int(device) >= num_gpus  # a GPU may also be named by its UUID
-
-
-def _num_nvidia_gpus() -> int | None:
+def num_nvidia_gpus() -> int | None:
     """The GPUs of this machine, whatever CUDA_VISIBLE_DEVICES says; None where there is no driver."""
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")

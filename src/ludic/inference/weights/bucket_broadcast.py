@@ -1,8 +1,7 @@
 """Sends a set of tensors as a few broadcasts of flat buffers, with packing, transfer and unpacking at the same time.
 
 What is sent is agreed once (`WireLayout`); a round carries nothing but bytes. Two buffers on each side take turns: while one
-is broadcast on a stream of its own, the other is packed, or copied into the model. The communicator is anything that can
-broadcast a tensor in place; on the GPU it is vLLM's `PyNcclCommunicator`. It needs torch and nothing of vLLM.
+is broadcast on a stream of its own, the other is packed, or copied into the model. It needs torch and nothing of vLLM.
 
 Left out: several senders. Rank 0 holds everything.
 """
@@ -42,9 +41,6 @@ class WireLayout:
         """Size of the largest bucket."""
         return max((bucket.num_bytes for bucket in self.buckets), default=BLOCK_BYTES)
 
-    def kinds(self) -> list[tuple[torch.dtype, tuple[int, ...]]]:
-        return [(self.dtype, shape) for shape in self.shapes]
-
 
 class Communicator(Protocol):
     """Broadcasts in place from rank `src`; on a GPU on `stream`, without waiting."""
@@ -52,10 +48,11 @@ class Communicator(Protocol):
     def broadcast(self, tensor: torch.Tensor, src: int, stream: "torch.cuda.Stream | None" = None) -> None: ...
 
 
-class _Lane:
-    """Two buffers, and on a GPU the stream on which they are broadcast beside the work of the current one."""
+class _Side:
+    """One side: two buffers, and on a GPU the stream on which they are broadcast beside the work of the current one."""
 
     def __init__(self, layout: WireLayout, communicator: Communicator, device: torch.device) -> None:
+        self.layout = layout
         self._communicator = communicator
         self._device = device
         self._buffers = [torch.empty(layout.buffer_bytes, dtype=torch.uint8, device=device) for _ in range(2)]
@@ -63,13 +60,13 @@ class _Lane:
         self._stream = torch.cuda.Stream(device) if on_gpu else None
         self._done = [torch.cuda.Event(), torch.cuda.Event()] if on_gpu else []
 
-    def buffer(self, index: int) -> torch.Tensor:
+    def _buffer(self, index: int) -> torch.Tensor:
         """[buffer_bytes] uint8: where bucket number `index` is."""
         return self._buffers[index % 2]
 
-    def broadcast(self, index: int, bucket: Bucket) -> None:
+    def _broadcast(self, index: int) -> None:
         """Start the broadcast of bucket `index`, after everything that the current stream was given so far."""
-        data = self.buffer(index)[: bucket.num_bytes]
+        data = self._buffer(index)[: self.layout.buckets[index].num_bytes]
         if self._stream is None:
             self._communicator.broadcast(data, src=0)
             return
@@ -77,44 +74,35 @@ class _Lane:
         self._communicator.broadcast(data, src=0, stream=self._stream)
         self._done[index % 2].record(self._stream)
 
-    def wait(self, index: int) -> None:
+    def _wait(self, index: int) -> None:
         """Let the current stream wait until the last broadcast of bucket `index`'s buffer is over."""
         if self._stream is not None:
             torch.cuda.current_stream(self._device).wait_event(self._done[index % 2])
 
 
-class BucketSender:
+class BucketSender(_Side):
     """The trainer's side (rank 0)."""
-
-    def __init__(self, layout: WireLayout, communicator: Communicator, device: torch.device) -> None:
-        self._layout = layout
-        self._device = device
-        self._lane = _Lane(layout, communicator, device)
 
     def send(self, tensors: Sequence[torch.Tensor]) -> list[int]:
         """Cast, pack and broadcast `tensors` (of the layout's shapes, contiguous); their digests as they went out.
 
         Returns when all is sent. The digests are computed over the buffers while those are broadcast.
         """
-        digest = FlatDigest(len(self._layout.names), self._device)
-        for index, bucket in enumerate(self._layout.buckets):
-            self._lane.wait(index)
-            pack(bucket, tensors, self._lane.buffer(index), self._layout.dtype)
-            self._lane.broadcast(index, bucket)
-            digest.add(bucket, self._lane.buffer(index))
-        self._lane.wait(0)
-        self._lane.wait(1)
-        return digest.values(self._layout.kinds())  # waits for the current stream, and so for the broadcasts
+        layout = self.layout
+        digest = FlatDigest(len(layout.names), self._device)
+        for index, bucket in enumerate(layout.buckets):
+            self._wait(index)
+            pack(bucket, tensors, self._buffer(index), layout.dtype)
+            self._broadcast(index)
+            digest.add(bucket, self._buffer(index))
+        self._wait(0)
+        self._wait(1)
+        # Waits for the current stream, and so for the broadcasts.
+        return digest.values([(layout.dtype, shape) for shape in layout.shapes])
 
 
-class BucketReceiver:
+class BucketReceiver(_Side):
     """A worker's side."""
-
-    def __init__(self, layout: WireLayout, communicator: Communicator, device: torch.device) -> None:
-        self.layout = layout
-        self._communicator = communicator
-        self._device = device
-        self._lane = _Lane(layout, communicator, device)
 
     def receive_into(self, tensors: Sequence[torch.Tensor]) -> None:
         """Copy one round into `tensors`, in place and in the layout's order; on a GPU it is launched, not waited for."""
@@ -122,10 +110,10 @@ class BucketReceiver:
         for index in range(-1, len(buckets)):
             # The next bucket is on its way while this one is unpacked. It takes the buffer of the one before.
             if index + 1 < len(buckets):
-                self._lane.broadcast(index + 1, buckets[index + 1])
+                self._broadcast(index + 1)
             if index >= 0:
-                self._lane.wait(index)
-                unpack(buckets[index], self._lane.buffer(index), tensors)
+                self._wait(index)
+                unpack(buckets[index], self._buffer(index), tensors)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """One round as whole tensors, each in memory of its own, which the caller may keep."""

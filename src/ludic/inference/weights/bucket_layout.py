@@ -2,9 +2,7 @@
 
 Both sides of a weight transfer cut the same list of tensors in the same way, so the plan itself is never sent; a digest is
 computed over the same buffers. Every piece begins at a multiple of `BLOCK_BYTES` in its buffer and in its tensor, and what
-lies behind a piece's last byte is zero. It needs torch and nothing of vLLM.
-
-Left out: pieces of several tensors in one block. The gaps cost at most 4 KiB a tensor.
+lies behind a piece's last byte is zero. The gaps cost at most 4 KiB a tensor. It needs torch and nothing of vLLM.
 """
 
 from collections import defaultdict
@@ -109,11 +107,9 @@ def _pieces(
 
 def _copy(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
     """One fused copy for each pair of dtypes (torch's fused kernel takes one pair)."""
-    groups: dict[tuple[torch.dtype, torch.dtype], tuple[list[torch.Tensor], list[torch.Tensor]]]
-    groups = defaultdict(lambda: ([], []))
+    groups = defaultdict[tuple[torch.dtype, torch.dtype], list[tuple[torch.Tensor, torch.Tensor]]](list)
     for target, source in zip(targets, sources, strict=True):
-        group = groups[target.dtype, source.dtype]
-        group[0].append(target)
-        group[1].append(source)
-    for into, from_ in groups.values():
+        groups[target.dtype, source.dtype].append((target, source))
+    for group in groups.values():
+        into, from_ = map(list, zip(*group, strict=True))
         torch._foreach_copy_(into, from_, non_blocking=True)

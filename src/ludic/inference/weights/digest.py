@@ -4,15 +4,16 @@ They are made for finding mistakes, not for defending against an adversary: a tr
 two tensors swapped, a wrong dtype. Cryptographic hashes would need the bytes on the host; this one is a sum that runs
 at memory speed where the tensors lie. It needs torch and nothing of vLLM, so both sides of a transfer share it.
 
-Many tensors are digested at once: their bytes are laid into flat buffers (`bucket_layout`), a few kernels run over each buffer,
-and the host waits once, at the end. For each gigabyte, 4 kernels a pass move about 7 GB (product: 1 read, 1 written; fold: 1 and
-1; product: 1 and 1; sum: 1 read), and gathering the tensors 3 GB: some 3 ms at an H200's 4 TB/s, in about 20 passes.
+Many tensors are digested at once: their bytes are laid into flat buffers (`bucket_layout`), 4 kernels run over each part of a
+buffer, and the host waits once, at the end.
 """
 
 import functools
 import hashlib
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from ludic.inference.weights.bucket_layout import BLOCK_BYTES, Bucket, pack, plan_buckets
@@ -22,8 +23,9 @@ _BLOCK_WORDS = BLOCK_BYTES // _WORD_BYTES
 _PASS_BLOCKS = {"cpu": 1 << 9, "cuda": 1 << 13}
 """Blocks a pass: 2 MiB stay in a CPU's cache, 32 MiB in an H200's. The digests do not depend on it."""
 _GATHER_BYTES = 64 << 20
-_MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
+
+Words = npt.NDArray[np.uint64]
 
 
 def tensor_digest(tensor: torch.Tensor) -> int:
@@ -44,22 +46,24 @@ def tensor_digest(tensor: torch.Tensor) -> int:
     return tensor_digests([tensor])[0]
 
 
-def tensor_digests(tensors: Sequence[torch.Tensor]) -> list[int]:
-    """`tensor_digest` of each of `tensors`, which lie on one device, with one wait for the device at the end.
+def tensor_digests(tensors: Sequence[torch.Tensor], dtype: torch.dtype | None = None) -> list[int]:
+    """`tensor_digest` of each of `tensors`, cast to `dtype` if there is one, with one wait for the device at the end.
 
-    About 96 MiB of extra memory beside the copies of those that are not contiguous.
+    They lie on one device. About 96 MiB of extra memory beside the copies of those that are not contiguous.
     """
     if not tensors:
         return []
     contiguous = [tensor.detach().contiguous() for tensor in tensors]
-    sizes = [tensor.numel() * tensor.itemsize for tensor in contiguous]
+    kinds = [(dtype or tensor.dtype, tuple(tensor.shape)) for tensor in contiguous]
+    sizes = [tensor.numel() * kind.itemsize for tensor, (kind, _) in zip(contiguous, kinds, strict=True)]
     buckets = plan_buckets(sizes, _GATHER_BYTES)
-    digest = FlatDigest(len(tensors), contiguous[0].device)
-    buffer = torch.empty(max((b.num_bytes for b in buckets), default=0), dtype=torch.uint8, device=digest.device)
+    device = contiguous[0].device
+    digest = FlatDigest(len(tensors), device)
+    buffer = torch.empty(max((b.num_bytes for b in buckets), default=0), dtype=torch.uint8, device=device)
     for bucket in buckets:
-        pack(bucket, contiguous, buffer)
+        pack(bucket, contiguous, buffer, dtype)
         digest.add(bucket, buffer)
-    return digest.values([(tensor.dtype, tuple(tensor.shape)) for tensor in contiguous])
+    return digest.values(kinds)
 
 
 def canonical(tensor: torch.Tensor, *, flush: bool) -> torch.Tensor:
@@ -76,22 +80,22 @@ class FlatDigest:
     """
 
     def __init__(self, num_tensors: int, device: torch.device) -> None:
-        self.device = device
+        self._device = device
         self._sums = torch.zeros(num_tensors, dtype=torch.int64, device=device)
 
     @torch.no_grad()
     def add(self, bucket: Bucket, buffer: torch.Tensor) -> None:
         """Count in the pieces of `bucket`, which lie in `buffer` ([bytes] uint8), the gaps between them zero."""
-        weights = _word_weights(self.device)
-        tensor_of_block, weight_of_block = _block_tables(bucket, self.device)
+        weights = _word_weights(self._device)
+        tensor_of_block, weight_of_block = _block_tables(bucket, self._device)
         words = buffer[: bucket.num_bytes].view(torch.int64).view(-1, _BLOCK_WORDS)
-        step = _PASS_BLOCKS.get(self.device.type, _PASS_BLOCKS["cpu"])
-        sums = torch.empty(len(words), dtype=torch.int64, device=self.device)
-        scratch = torch.empty(min(step, len(words)), _BLOCK_WORDS, dtype=torch.int64, device=self.device)
+        step = _PASS_BLOCKS.get(self._device.type, _PASS_BLOCKS["cpu"])
+        sums = torch.empty(len(words), dtype=torch.int64, device=self._device)
+        scratch = torch.empty(min(step, len(words)), _BLOCK_WORDS, dtype=torch.int64, device=self._device)
         for first in range(0, len(words), step):
             part = words[first : first + step]
             products = scratch[: len(part)]
-            # int64 products and sums wrap around, which is the arithmetic mod 2^64 that is wanted.
+            # int64 products and sums wrap around, as numpy's uint64 below: the arithmetic mod 2^64 that is wanted.
             torch.mul(part, weights, out=products)
             halves = products.view(torch.int32)  # little-endian: the lower half of a word comes first
             halves[:, 0::2].bitwise_xor_(halves[:, 1::2])
@@ -101,8 +105,9 @@ class FlatDigest:
 
     def values(self, kinds: Sequence[tuple[torch.dtype, tuple[int, ...]]]) -> list[int]:
         """The digests, given each tensor's dtype and shape."""
-        sums: list[int] = self._sums.tolist()
-        return [_mix((total + _salt(*kind)) & _MASK) for total, kind in zip(sums, kinds, strict=True)]
+        salts = np.array([_salt(*kind) for kind in kinds], dtype=np.uint64)
+        digests: list[int] = _mix(self._sums.cpu().numpy().view(np.uint64) + salts + _GOLDEN).tolist()
+        return digests
 
 
 def digest_hex(digest: int) -> str:
@@ -117,43 +122,28 @@ def _salt(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
 
 @functools.lru_cache(maxsize=8)
 def _word_weights(device: torch.device) -> torch.Tensor:
-    """[_BLOCK_WORDS] odd int64 weights, made on the CPU so that every device has the same."""
-    return (_mixed(torch.arange(1, _BLOCK_WORDS + 1, dtype=torch.int64)) | 1).to(device)
+    """[_BLOCK_WORDS] odd int64 weights."""
+    return _weights(np.arange(1, _BLOCK_WORDS + 1, dtype=np.uint64)).to(device)
 
 
 @functools.lru_cache(maxsize=512)
 def _block_tables(bucket: Bucket, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """For each block of the bucket ([blocks] int64 both): which tensor it belongs to, and its weight there."""
-    tensors, places = [], []
-    for piece in bucket.pieces:
-        blocks = -(-piece.num_bytes // BLOCK_BYTES)
-        tensors.append(torch.full((blocks,), piece.tensor, dtype=torch.int64))
-        places.append(torch.arange(blocks, dtype=torch.int64) + piece.start // BLOCK_BYTES)
-    weights = _mixed(torch.cat(places) + (1 << 32)) | 1  # other places than the words', so other weights
-    return torch.cat(tensors).to(device), weights.to(device)
+    counts = [-(-piece.num_bytes // BLOCK_BYTES) for piece in bucket.pieces]
+    tensors = torch.from_numpy(np.repeat([piece.tensor for piece in bucket.pieces], counts))
+    firsts = [piece.start // BLOCK_BYTES for piece in bucket.pieces]
+    places = np.concatenate([np.arange(first, first + count) for first, count in zip(firsts, counts, strict=True)])
+    weights = _weights(places.astype(np.uint64) + (1 << 32))  # other places than the words', so other weights
+    return tensors.to(device), weights.to(device)
 
 
-def _mixed(values: torch.Tensor) -> torch.Tensor:
-    """`_mix` of each of the int64 `values`."""
-    values = values * _signed(_GOLDEN)
+def _weights(places: Words) -> torch.Tensor:
+    """The odd pseudo-random weights of these places, made on the CPU so that every device has the same."""
+    return torch.from_numpy((_mix(places * _GOLDEN) | 1).view(np.int64))
+
+
+def _mix(words: Words) -> Words:
+    """The finalizer of SplitMix64 (Steele, Lea and Flood 2014), a bijection of 64-bit integers, of each of `words`."""
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        values = (values ^ _unsigned_shift(values, shift)) * _signed(factor)
-    return values ^ _unsigned_shift(values, 31)
-
-
-def _unsigned_shift(values: torch.Tensor, bits: int) -> torch.Tensor:
-    """int64 `values` shifted right with zeros from the left, where torch's >> would repeat the sign."""
-    return (values >> bits).bitwise_and_((1 << (64 - bits)) - 1)
-
-
-def _mix(value: int) -> int:
-    """The finalizer of SplitMix64 (Steele, Lea and Flood 2014), a bijection of 64-bit integers."""
-    value = (value + _GOLDEN) & _MASK
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
-    return value ^ (value >> 31)
-
-
-def _signed(value: int) -> int:
-    """The int64 with the bits of an unsigned 64-bit integer."""
-    return value - (1 << 64) if value >> 63 else value
+        words = (words ^ (words >> np.uint64(shift))) * np.uint64(factor)
+    return words ^ (words >> np.uint64(31))

@@ -5,8 +5,6 @@ waits behind it. `ncclCommAbort` ends it, from another thread: `NcclLink.leave`.
 when the other side is seen to have gone: the TCP connection over which the group was formed stays open as long as the group,
 and ends with the trainer's process or its half of the group.
 
-vLLM's `PyNcclCommunicator` does the NCCL, and is imported when a group is formed; this module can be imported without vLLM.
-
 Left out: a deadline for `ncclCommInitRank`, which blocks in the host until every rank has come. It holds no GPU; whoever
 waits for the thread that it blocks needs a deadline of its own, and the link leaves as soon as that call ends.
 """
@@ -14,7 +12,7 @@ waits for the thread that it blocks needs a deadline of its own, and the link le
 import ctypes
 import math
 import threading
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -32,29 +30,15 @@ class NoNCCLError(RuntimeError):
     """vLLM finds no NCCL in this process's environment."""
 
 
-class Leavable(Protocol):
-    """What a `Watch` guards."""
-
-    def leave(self) -> None: ...
-
-    def peer_is_gone(self) -> bool: ...
-
-
 class NcclLink:
     """A group that is joined at most once. `broadcast` is for one thread, `leave` for any."""
-
-    disabled = False
 
     def __init__(self) -> None:
         self._communicator: Any = None
         self._store: Any = None
-        self._left = False
+        self.left = False
         self._calling = threading.Lock()
         """Held while NCCL launches: an abort frees what a launch uses."""
-
-    @property
-    def left(self) -> bool:
-        return self._left
 
     def join(self, address: str, port: int, *, rank: int, world_size: int, timeout_s: float) -> None:
         """Form the group; rank 0 listens on the port. Blocks until all ranks have come, on the current CUDA device.
@@ -77,7 +61,7 @@ class NcclLink:
         communicator = PyNcclCommunicator.__new__(PyNcclCommunicator)
         self._communicator = communicator
         PyNcclCommunicator.__init__(communicator, group, device=torch.accelerator.current_device_index())
-        if self._left:
+        if self.left:
             self.leave()  # it came too early for a communicator that was not there yet
             raise LinkLeftError("the NCCL group was given up while it was formed")
         if communicator.disabled:
@@ -86,18 +70,17 @@ class NcclLink:
     def broadcast(self, tensor: torch.Tensor, src: int, stream: "torch.cuda.Stream | None" = None) -> None:
         """Launch an in-place broadcast from rank `src`. Raises LinkLeftError once the link was left."""
         with self._calling:
-            if self._left:
-                raise LinkLeftError("the NCCL group was torn down in the middle of a transfer")
+            self.check()
             self._communicator.broadcast(tensor, src=src, stream=stream)
 
     def check(self) -> None:
         """Raise LinkLeftError if the link was left, so that what its last broadcasts carried is not what was sent."""
-        if self._left:
+        if self.left:
             raise LinkLeftError("the NCCL group was torn down in the middle of a transfer")
 
     def leave(self) -> None:
         """End all broadcasts that are under way, whatever the other side does, and free the group; some seconds at most."""
-        self._left = True
+        self.left = True
         calling = self._calling.acquire(timeout=_LOCK_S)  # a launch that is itself stuck is ended by the abort
         try:
             communicator = self._communicator
@@ -114,21 +97,16 @@ class NcclLink:
     def peer_is_gone(self) -> bool:
         """Ask over the connection to rank 0. Blocks where that neither answers nor has ended."""
         store = self._store
-        if store is None:
-            return False
         try:
-            store.check(["ludic"])
+            if store is not None:
+                store.check(["ludic"])
         except RuntimeError:  # torch's DistNetworkError: closed, by the other process or with it
             return True
         return False
 
 
 def share_unique_id(store: Any, unique_id: Any, *, is_source: bool) -> Any:
-    """NCCL's id, a ctypes structure, from one rank to the others through torch's store, as the bytes that it is.
-
-    Raises:
-        ValueError: what lies there has another length.
-    """
+    """NCCL's id, a ctypes structure, from one rank to the others through torch's store, as the bytes that it is."""
     if is_source:
         store.set(_ID_KEY, bytes(unique_id))
         return unique_id
@@ -140,13 +118,9 @@ def share_unique_id(store: Any, unique_id: Any, *, is_source: bool) -> Any:
 
 
 class Watch:
-    """For the length of a block, leaves the link at a deadline or when its other side has gone; `check` says why.
+    """For the length of a block, leaves the link after `deadline_s` seconds or when its other side has gone."""
 
-    Args:
-        deadline_s: seconds that the block may take.
-    """
-
-    def __init__(self, link: Leavable, *, deadline_s: float) -> None:
+    def __init__(self, link: NcclLink, *, deadline_s: float) -> None:
         self._link = link
         self._deadline_s = deadline_s
         self._over = threading.Event()

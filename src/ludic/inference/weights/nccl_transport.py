@@ -14,14 +14,17 @@ from urllib.parse import urlsplit
 from ludic.inference.client.server_control import TRANSFER_TIMEOUT_S, ServerControl
 from ludic.inference.client.server_process import free_port
 from ludic.inference.weights.background import BackgroundCall
-from ludic.inference.weights.bucket_broadcast import BUCKET_BYTES, BucketSender
+from ludic.inference.weights.bucket_broadcast import BUCKET_BYTES, BucketSender, WireLayout
 from ludic.inference.weights.nccl_link import NcclLink, NoNCCLError
 from ludic.inference.weights.weight_transport import WireWeights
 from ludic.rollout.errors import WeightSyncError
 
 
 class BucketTransport:
-    """Flat buckets over NCCL to every worker of the server. The server's half is `vllm_nccl.BucketWeightTransferEngine`."""
+    """Flat buckets over NCCL to every worker of the server. The server's half is `vllm_nccl.BucketWeightTransferEngine`.
+
+    Its methods and attributes are those of `SharedMemoryTransport`.
+    """
 
     name = "ludic_nccl"
 
@@ -31,60 +34,51 @@ class BucketTransport:
         self._link = NcclLink()
         self._sender: BucketSender | None = None
         self._problem = ""
-        self._confirmed = False
-        self._path = ""
+        self.path = ""
         self.touched = False
+        self.confirmed = False
 
     def open(self, weights: WireWeights, *, in_place_problem: str) -> None:
-        self._problem, self._confirmed = in_place_problem, False
+        self._problem, self.confirmed = in_place_problem, False
         world_size = int(self._control.request("GET", "/get_world_size")["world_size"]) + 1
         address, port = rendezvous(self._control.base_url)
-        layout = weights.layout(BUCKET_BYTES)
+        shapes = weights.shapes()
         init_info = {
             "master_address": address,
             "master_port": port,
             "rank_offset": 1,
             "world_size": world_size,
-            "names": list(layout.names),
-            "shapes": [list(shape) for shape in layout.shapes],
-            "dtype": str(layout.dtype).removeprefix("torch."),
+            "names": list(shapes),
+            "shapes": list(shapes.values()),
+            "dtype": str(weights.dtype).removeprefix("torch."),
             "bucket_bytes": BUCKET_BYTES,
             "deadline_s": self._deadline_s,
         }
         with BackgroundCall(lambda: self._control.init_weight_transfer_engine(init_info)):
-            self._connect(address, port, world_size)
+            try:
+                self._link.join(address, port, rank=0, world_size=world_size, timeout_s=self._deadline_s)
+            except NoNCCLError as error:
+                raise WeightSyncError(f"{error}, the trainer's, so weights cannot go from GPU to GPU") from error
+        layout = WireLayout.of(list(shapes), list(shapes.values()), weights.dtype, BUCKET_BYTES)
         self._sender = BucketSender(layout, self._link, weights.model.device)
-
-    def _connect(self, address: str, port: int, world_size: int) -> None:
-        try:
-            self._link.join(address, port, rank=0, world_size=world_size, timeout_s=self._deadline_s)
-        except NoNCCLError as error:
-            raise WeightSyncError(f"{error}, the trainer's, so weights cannot go from GPU to GPU") from error
 
     @property
     def one_step(self) -> bool:
-        return self._confirmed and not self._problem
+        return self.confirmed and not self._problem
 
     def send(self, weights: WireWeights, *, weight_version: str) -> list[int] | None:
         assert self._sender is not None
         self.touched = False
         self._control.start_weight_update()
-        in_place = self.one_step
-        update_info = {"apply": "copy" if in_place else "load", "deadline_s": self._deadline_s}
         why = self._problem or "the first time, to see where it puts each tensor"
-        self._path = "written in place" if in_place else f"reloaded by vLLM ({why})"
+        self.path = "written in place" if self.one_step else f"reloaded by vLLM ({why})"
+        update_info = {"apply": "copy" if self.one_step else "load", "deadline_s": self._deadline_s}
         self.touched = True
         with BackgroundCall(lambda: self._control.update_weights(update_info)):
             sent = self._sender.send(weights.masters())
             self._link.check()
         self._control.finish_weight_update()
         return sent
-
-    def path(self) -> str:
-        return self._path
-
-    def confirm(self) -> None:
-        self._confirmed = True
 
     def abort(self) -> None:
         self._link.leave()
@@ -96,13 +90,8 @@ class BucketTransport:
 
 
 def rendezvous(base_url: str) -> tuple[str, int]:
-    """This machine's address as the server sees it, and a free port there."""
-    address = _address_towards(urlsplit(base_url).hostname or "127.0.0.1")
-    return address, free_port(address)
-
-
-def _address_towards(host: str) -> str:
-    """This machine's address as `host` sees it; loopback stays loopback."""
+    """This machine's address as the server sees it (loopback stays loopback), and a free port there."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        sock.connect((host, 9))  # a datagram socket: nothing is sent
-        return str(sock.getsockname()[0])
+        sock.connect((urlsplit(base_url).hostname or "127.0.0.1", 9))  # a datagram socket: nothing is sent
+        address = str(sock.getsockname()[0])
+    return address, free_port(address)

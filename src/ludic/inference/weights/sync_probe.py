@@ -1,9 +1,4 @@
-"""The log-probs of a fixed prompt on both sides of a weight sync, and what it means where they differ.
-
-Where the digests of all tensors agree, and no probe has agreed before, the two sides hold the same weights and compute
-something else with them: transformers and vLLM differ in this model, and a second try would not help. The positions that
-differ tell a window; the model's settings name the other suspects.
-"""
+"""The log-probs of a fixed prompt on both sides of a weight sync, and what it means where they differ."""
 
 import math
 from typing import TYPE_CHECKING
@@ -27,12 +22,8 @@ to 0.02 for bf16 against fp32 masters, 0.9 for a stale output head (CPU backend 
 @torch.no_grad()
 def trainer_logprobs(model: "PreTrainedModel", token_ids: list[int], *, fp32_head: bool) -> torch.Tensor:
     """[P - 1] float32 on the CPU: the model's log-probability of each token after the first, as training computes it."""
-    probe = TrainingSample(
-        token_ids=token_ids,
-        loss_mask=[False] + [True] * (len(token_ids) - 1),
-        rollout_logprobs=None,
-        advantage=0.0,
-    )
+    loss_mask = [False] + [True] * (len(token_ids) - 1)
+    probe = TrainingSample(token_ids=token_ids, loss_mask=loss_mask, rollout_logprobs=None, advantage=0.0)
     device = next(model.parameters()).device
     (row,) = pack([probe], token_budget=len(token_ids), normalisation="token_mean")
     # Eager: a compiled policy would be compiled once more for a forward without gradients.
@@ -60,6 +51,7 @@ def gap_error(gaps: torch.Tensor, model: "PreTrainedModel", *, same_weights: boo
         return WeightSyncError(
             f"after the sync {differ}: the server does not compute with the weights that it was sent"
         )
+    # Transformers and vLLM differ in this model, and a second try would not help.
     cause, way_out = _difference(gaps, model.config.get_text_config())
     return ServerMismatchError(
         f"the server holds exactly the weights that it was sent, and yet {differ}: vLLM and transformers compute "

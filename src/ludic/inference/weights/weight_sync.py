@@ -4,36 +4,31 @@ The protocol is vLLM's own weight-transfer API: pause, start, update, finish, re
 Generation is held and not drained (`mode=keep`): running requests go on with the new weights, requests that come meanwhile
 wait. The prefix cache stays; its blocks are keyed by the `cache_salt` of each request, which the client renews with each sync.
 
-A sync that did not take is an error. After every sync, digests of the tensors that the server holds are compared with those
-of what was sent: of its memory, and of what packed layers multiply with (`vllm_packed`), as far as there is an exact way to
-see it. The log-probs of a fixed prompt are compared with the trainer's own at the first sync and at the first of another
-kind, then at every tenth (`probe_every`), and at each sync where the server's memory does not show all tensors: they also
-see what digests cannot, once the two policies differ by more than `sync_probe.PROBE_GAP_LIMIT`.
+A sync that did not take is an error. After every sync the digests of the tensors that the server holds are compared with
+those of what was sent, in its memory and in what packed layers multiply with, as far as there is an exact way to see it. Now
+and then, and wherever the memory does not show all tensors, so are the log-probs of a fixed prompt with the trainer's own.
 
-Everything has a deadline, and the server's own words are in the error. A sync that fails before anything was sent lets the
-server go on; after that it stays paused, since its weights may be half replaced, and the next sync of any trainer
-sets it right. Whatever a failed sync leaves behind, a thread in a call that does not end included, is cut off: it can reach
-neither the server nor the GPU any more.
+Everything has a deadline, and the server's own words are in the error. Whatever a failed sync leaves behind, a thread in a
+call that does not end included, is cut off: it can reach neither the server nor the GPU any more.
 
 Left out: sharded trainers and servers whose weights are quantised or split (their digests come back empty, and the
 log-prob proof stands alone).
 """
 
 import contextlib
-import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from concurrent.futures import wait
+from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from ludic.inference.client.server_control import HeldDigests, ServerControl
+from ludic.inference.client.server_control import ServerControl
 from ludic.inference.weights.background import BackgroundCall
 from ludic.inference.weights.digest import digest_hex
 from ludic.inference.weights.nccl_transport import BucketTransport
 from ludic.inference.weights.sync_probe import gap_error, trainer_logprobs
-from ludic.inference.weights.weight_transport import SharedMemoryTransport, WeightTransport, WireWeights
+from ludic.inference.weights.weight_transport import SharedMemoryTransport, WireWeights
 from ludic.rollout.engine import WeightSyncReport
 from ludic.rollout.errors import (
     EngineError,
@@ -61,10 +56,8 @@ IN_DOUBT = "if the server still runs, its weights may be half replaced: sync aga
 _PASS_ON = (ServerInUseError, ServerMismatchError, ServerUnauthorizedError)
 """Errors that another attempt would not mend."""
 
-TRANSPORTS: dict[str, type[BucketTransport | SharedMemoryTransport]] = {
-    "ludic_nccl": BucketTransport,
-    "ludic_shm": SharedMemoryTransport,
-}
+Transport = BucketTransport | SharedMemoryTransport
+TRANSPORTS: dict[str, type[Transport]] = {"ludic_nccl": BucketTransport, "ludic_shm": SharedMemoryTransport}
 
 
 @dataclass(slots=True)
@@ -72,9 +65,8 @@ class _Talk:
     """One conversation with the server, from a first sync to the first one that fails; then nothing of it is used again."""
 
     control: ServerControl
-    transport: WeightTransport
+    transport: Transport
     opened: bool = False
-    salted: bool = False
     found_paused: bool = False
     """Whether the server was paused when we came, as a trainer that failed leaves it: not ours to resume without a sync."""
     pausing: bool = False
@@ -83,51 +75,40 @@ class _Talk:
     syncs_since_probe: int = 0
 
 
+@dataclass(eq=False)
 class WeightSync:
-    """One trainer's syncs with one server: opened at the first, proven each time.
+    """One trainer's syncs with one server: opened at the first, proven each time."""
 
-    Args:
-        transport: `ludic_nccl` or `ludic_shm`; it must be the backend that the server was started with.
-        served_model: the name under which the probe asks for the model.
-        probe_token_ids: the fixed prompt whose log-probs are compared, 2 tokens at least.
-        deadline_s: after which one sync has failed, whatever it waits for.
-        probe_every: at every how many syncs the log-probs are compared when digests alone have nothing against it.
-        fp32_head: whether the probe's logits are kept in fp32, as the model that trains has them.
-    """
+    control: ServerControl
+    _: KW_ONLY
+    transport: str
+    """`ludic_nccl` or `ludic_shm`; it must be the backend that the server was started with."""
+    served_model: str
+    """The name under which the probe asks for the model."""
+    dtype: torch.dtype
+    probe_token_ids: list[int]
+    """The fixed prompt whose log-probs are compared, 2 tokens at least."""
+    deadline_s: float = 300.0
+    """After which one sync has failed, whatever it waits for."""
+    probe_every: int = 10
+    """At every how many syncs the log-probs are compared when digests alone have nothing against it."""
+    fp32_head: bool = False
+    """Whether the probe's logits are kept in fp32, as the model that trains has them."""
 
-    def __init__(
-        self,
-        control: ServerControl,
-        *,
-        transport: str,
-        served_model: str,
-        dtype: torch.dtype,
-        probe_token_ids: list[int],
-        deadline_s: float = 300.0,
-        probe_every: int = 10,
-        fp32_head: bool = False,
-    ) -> None:
-        if transport not in TRANSPORTS:
+    def __post_init__(self) -> None:
+        if self.transport not in TRANSPORTS:
             raise ValueError(
-                f"the server's weight transfer backend is {transport!r}; ludic knows {', '.join(TRANSPORTS)}: "
+                f"the server's weight transfer backend is {self.transport!r}; ludic knows {', '.join(TRANSPORTS)}: "
                 "start the server with `python -m ludic.inference.vllm_server`"
             )
-        self._control = control
-        self._transport = transport
-        self._served_model = served_model
-        self._dtype = dtype
-        self._probe = probe_token_ids
-        self._deadline_s = deadline_s
-        self._probe_every = probe_every
-        self._fp32_head = fp32_head
         self._abort_reason = ""
         self._has_agreed = False
         """Whether the log-probs of any probe have: then both sides compute the same with the same weights."""
         self._talk = self._new_talk()
 
     def _new_talk(self) -> _Talk:
-        control = self._control.branch()
-        return _Talk(control, TRANSPORTS[self._transport](control, deadline_s=self._deadline_s))
+        control = self.control.branch()
+        return _Talk(control, TRANSPORTS[self.transport](control, deadline_s=self.deadline_s))
 
     def sync(self, model: "PreTrainedModel", policy_version: int) -> WeightSyncReport:
         """Send `model`'s weights and prove them; blocking, at most `deadline_s` seconds and those that cleaning up takes.
@@ -138,125 +119,91 @@ class WeightSync:
             ServerMismatchError: it holds what was sent, and vLLM computes something else with it than transformers.
             ServerInUseError, ServerUnauthorizedError: the server is not ours.
         """
-        talk, outcome = self._talk, list[WeightSyncReport | BaseException]()
-        # On a daemon thread: a broken NCCL call cannot be interrupted, and must not hold the trainer for ever.
-        thread = threading.Thread(
-            target=lambda: outcome.append(self._attempt(talk, model, policy_version)), daemon=True
-        )
+        talk = self._talk
         talk.control.refusal = None
         self._abort_reason = ""
-        thread.start()
-        self._wait(thread, talk)
-        result = outcome[0] if outcome else None
-        if isinstance(result, WeightSyncReport):
-            return result
+        # On a daemon thread: a broken NCCL call cannot be interrupted, and must not hold the trainer for ever.
+        attempt = BackgroundCall(lambda: self._attempt(talk, model, policy_version))
+        ended = self._wait(attempt, talk)
+        cause = attempt.exception() if ended else None
+        if ended and cause is None:
+            return attempt.result()
         self._talk = self._new_talk()
-        left = _cut_off(talk, self._control)
-        error = self._failure(talk, result, policy_version)
-        if isinstance(error, _PASS_ON):
-            raise error
-        raise WeightSyncError(f"{error}{left}") from result
+        left = _cut_off(talk, self.control)
+        pass_on = cause if ended else talk.control.refusal
+        if isinstance(pass_on, _PASS_ON):
+            raise pass_on
+        raise WeightSyncError(self._failure(talk, cause, policy_version) + left) from cause
 
     def abort(self, reason: str) -> None:
         """From any thread: end the sync that is under way, if one is, at once; it raises WeightSyncError with the reason."""
         self._abort_reason = reason
 
-    def _wait(self, thread: threading.Thread, talk: _Talk) -> None:
-        """Until the thread ends, the deadline has passed, `abort` was called, or the server refused what it waits for."""
-        deadline = time.monotonic() + self._deadline_s
-        while thread.is_alive() and time.monotonic() < deadline and not self._abort_reason:
-            thread.join(min(POLL_S, max(0.0, deadline - time.monotonic())))
+    def _wait(self, attempt: BackgroundCall[WeightSyncReport], talk: _Talk) -> bool:
+        """Until it ends, the deadline has passed, `abort` was called, or the server refused; whether it has ended."""
+        deadline = time.monotonic() + self.deadline_s
+        while not attempt.done() and (left_s := deadline - time.monotonic()) > 0 and not self._abort_reason:
+            wait([attempt], min(POLL_S, left_s))
             if talk.control.refusal is not None:
                 deadline = min(deadline, time.monotonic() + REFUSAL_GRACE_S)
-                thread.join(max(0.0, deadline - time.monotonic()))
+                wait([attempt], max(0.0, deadline - time.monotonic()))
+        return attempt.done()
 
-    def _failure(self, talk: _Talk, result: BaseException | None, policy_version: int) -> Exception:
+    def _failure(self, talk: _Talk, cause: BaseException | None, policy_version: int) -> str:
         what = f"weight sync {policy_version} over {talk.transport.name}"
-        if isinstance(result, (WeightSyncError, *_PASS_ON)):
-            return result
-        if result is not None:
-            return WeightSyncError(f"{what} failed: {result}")
-        if isinstance(talk.control.refusal, _PASS_ON):
-            return talk.control.refusal
+        if cause is not None:
+            return str(cause) if isinstance(cause, WeightSyncError) else f"{what} failed: {cause}"
         if talk.control.refusal is not None:
-            return WeightSyncError(f"{what} was refused by the server: {talk.control.refusal}")
+            return f"{what} was refused by the server: {talk.control.refusal}"
         if self._abort_reason:
-            return WeightSyncError(f"{what} was given up: {self._abort_reason}")
-        return WeightSyncError(
-            f"{what} did not end within {self._deadline_s:g} s; the server's log says where it waits"
-        )
+            return f"{what} was given up: {self._abort_reason}"
+        return f"{what} did not end within {self.deadline_s:g} s; the server's log says where it waits"
 
     def close(self) -> None:
         self._talk.transport.close()
         self._talk = self._new_talk()
-        self._control.close()
-
-    def _attempt(self, talk: _Talk, model: "PreTrainedModel", policy_version: int) -> WeightSyncReport | BaseException:
-        try:
-            if model.device.type == "cuda":
-                torch.cuda.set_device(model.device)  # each thread has a current device of its own, and NCCL goes by it
-                # This thread may have another stream than the optimizer's, whose last step must be over.
-                torch.cuda.synchronize(model.device)
-            return self._sync(talk, model, policy_version)
-        except BaseException as error:  # handed to the caller's thread, which raises it
-            return error
+        self.control.close()
 
     def _open(self, talk: _Talk, weights: WireWeights) -> None:
         dtype_name = str(weights.dtype).removeprefix("torch.")
         talk.found_paused = talk.control.is_paused()
         if talk.found_paused:
             talk.control.end_open_update()
-        talk.salted = bool(talk.control.server_info().get("cache_salt", False))
         problems = talk.control.expect_weights(
             {name: {"dtype": dtype_name, "shape": shape} for name, shape in weights.shapes().items()}
         )
         talk.transport.open(weights, in_place_problem=next((problem for problem in problems if problem), ""))
         talk.opened = True
 
-    def _sync(self, talk: _Talk, model: "PreTrainedModel", policy_version: int) -> WeightSyncReport:
-        weights = WireWeights(model=model, dtype=self._dtype)
+    def _attempt(self, talk: _Talk, model: "PreTrainedModel", policy_version: int) -> WeightSyncReport:
+        if model.device.type == "cuda":
+            torch.cuda.set_device(model.device)  # each thread has a current device of its own, and NCCL goes by it
+            # This thread may have another stream than the optimizer's, whose last step must be over.
+            torch.cuda.synchronize(model.device)
+        weights = WireWeights(model=model, dtype=self.dtype)
         laps = _Laps()
         talk.transport.touched = False
         if not talk.opened:
             self._open(talk, weights)
             laps.end("open")
-        talk.pausing = True
-        pause = BackgroundCall(lambda: talk.control.pause(drain=not talk.salted))
-        try:
-            if not talk.transport.one_step:
-                pause.result()
-                laps.end("pause")
-            # Otherwise the pause, which takes vLLM 0.02 s and the step that runs, overlaps the rest: the server takes all
-            # weights in one call, and serves no call in the middle of a step.
-            sent = talk.transport.send(weights, weight_version=str(policy_version))
-            laps.end("send")
-            proof = _Proof.of(weights, talk.control, sent)
-            laps.end("digests")
-            pause.result()
-            laps.end("pause")
-        except BaseException:
-            with contextlib.suppress(EngineError):  # what went wrong first is what must be seen
-                pause.result()
-            raise
-        talk.control.resume()
-        laps.end("resume")
-        path, gap = talk.transport.path(), None
+        proof = _replace(talk, weights, policy_version, laps)
+        path, gap = talk.transport.path, None
         talk.syncs_since_probe += 1
-        if proof.in_memory < proof.total or path != talk.probed_path or talk.syncs_since_probe >= self._probe_every:
+        if proof.in_memory < proof.total or path != talk.probed_path or talk.syncs_since_probe >= self.probe_every:
             gap = self._prove_logprobs(talk, model, policy_version, same_weights=proof.compared == proof.total)
             talk.probed_path, talk.syncs_since_probe = path, 0
             laps.end("probe")
         if proof.in_memory == proof.total:
-            talk.transport.confirm()
-        if talk.control.trainer is not None:
-            talk.control.note_weights(talk.control.trainer, policy_version)
+            talk.transport.confirmed = True
+        if talk.control.has_lease:
+            talk.control.note_weights(policy_version)
             laps.end("note")
         talk.found_paused = talk.pausing = talk.transport.touched = False
         return WeightSyncReport(
             policy_version=policy_version,
             num_tensors=proof.total,
             num_bytes=weights.num_bytes(),
-            seconds=laps.total(),
+            seconds=sum(laps.seconds.values()),
             proof=_proof_words(path, proof, gap),
             logprob_gap=gap,
             phases_s=laps.seconds,
@@ -268,8 +215,10 @@ class WeightSync:
         """The mean |difference| in nats between the server's and the trainer's log-probs of the probe prompt."""
         talk.control.check_wanted()  # a thread that was left behind must not touch the model: the trainer has gone on
         salt = f"ludic-probe-{policy_version}-{time.monotonic_ns()}"
-        asked = BackgroundCall(lambda: talk.control.prompt_logprobs(self._served_model, self._probe, cache_salt=salt))
-        trained = trainer_logprobs(model, self._probe, fp32_head=self._fp32_head)
+        asked = BackgroundCall(
+            lambda: talk.control.prompt_logprobs(self.served_model, self.probe_token_ids, cache_salt=salt)
+        )
+        trained = trainer_logprobs(model, self.probe_token_ids, fp32_head=self.fp32_head)
         gaps = (torch.tensor(asked.result()) - trained).abs()
         error = gap_error(gaps, model, same_weights=same_weights and not self._has_agreed)
         if isinstance(error, ServerMismatchError):
@@ -278,6 +227,31 @@ class WeightSync:
             raise error
         self._has_agreed = True
         return gaps.mean().item()
+
+
+def _replace(talk: _Talk, weights: WireWeights, policy_version: int, laps: "_Laps") -> "_Proof":
+    """Pause the server, replace its weights, prove them, and let it go on."""
+    talk.pausing = True
+    pause = BackgroundCall(talk.control.pause)
+    try:
+        if not talk.transport.one_step:
+            pause.result()
+            laps.end("pause")
+        # Otherwise the pause, which takes vLLM 0.02 s and the step that runs, overlaps the rest: the server takes all
+        # weights in one call, and serves no call in the middle of a step.
+        sent = talk.transport.send(weights, weight_version=str(policy_version))
+        laps.end("send")
+        proof = _Proof.of(weights, talk.control, sent)
+        laps.end("digests")
+        pause.result()
+        laps.end("pause")
+    except BaseException:
+        with contextlib.suppress(EngineError):  # what went wrong first is what must be seen
+            pause.result()
+        raise
+    talk.control.resume()
+    laps.end("resume")
+    return proof
 
 
 def _cut_off(talk: _Talk, control: ServerControl) -> str:
@@ -312,54 +286,32 @@ class _Proof:
     def of(cls, weights: WireWeights, control: ServerControl, sent: list[int] | None) -> "_Proof":
         """Compare what the server holds with what was sent. Raises WeightSyncError where a tensor differs."""
         asked = BackgroundCall(control.held_digests)  # the server computes its own while the trainer does
-        wanted = weights.digests() if sent is None else sent
+        wanted = dict(enumerate(weights.digests() if sent is None else sent))
         workers = asked.result()
         names = list(weights.shapes())
         sizes = [len(row) for worker in workers for row in (worker.in_memory, worker.packed)]
         if any(size != len(names) for size in sizes):
             raise WeightSyncError(f"the server answered with digests of {sizes} tensors, not {len(names)}")
-        in_memory = _Comparison([worker.in_memory for worker in workers], dict(enumerate(wanted)))
-        through = [
-            _Comparison([worker.packed], weights.canonical_digests(_numbers(worker), flush=worker.flushes))
-            for worker in workers
-        ]
-        wrong = sorted(
-            (names[number], held, digest)
-            for comparison in (in_memory, *through)
-            for number, held, digest in comparison.wrong
-        )
+        in_memory, packed, wrong = set[int](), set[int](), list[tuple[str, str, str]]()
+        for worker in workers:
+            multiplied = [number for number, digest in enumerate(worker.packed) if digest]
+            canonical = weights.canonical_digests(multiplied, flush=worker.flushes)
+            for right, row, known in ((in_memory, worker.in_memory, wanted), (packed, worker.packed, canonical)):
+                for number, held in enumerate(row):
+                    if held and held == digest_hex(known[number]):
+                        right.add(number)
+                    elif held:
+                        wrong.append((names[number], held, digest_hex(known[number])))
         if wrong:
-            (first, held, digest), count = wrong[0], len({name for name, _, _ in wrong})
+            (first, held, digest), count = min(wrong), len({name for name, _, _ in wrong})
             finite = bool(dict(weights)[first].isfinite().all())
             raise WeightSyncError(
                 f"after the sync {count} of {len(names)} tensors on the server differ from those sent, "
                 f"the first is {first} (digest {held}, sent {digest})"
                 + ("" if finite else "; the trainer's own holds numbers that are not finite")
             )
-        compared = in_memory.right.union(*(comparison.right for comparison in through))
         inexact = next((worker.inexact for worker in workers if worker.inexact), "")
-        return cls(total=len(names), compared=len(compared), in_memory=len(in_memory.right), inexact=inexact)
-
-
-def _numbers(worker: HeldDigests) -> list[int]:
-    return [number for number, digest in enumerate(worker.packed) if digest]
-
-
-class _Comparison:
-    """Digests of several workers beside those wanted, by the tensor's number."""
-
-    def __init__(self, rows: Sequence[Sequence[str]], wanted: dict[int, int]) -> None:
-        self.right: set[int] = set()
-        self.wrong: list[tuple[int, str, str]] = []
-        for number, held in enumerate(zip(*rows, strict=True)):
-            digests = set(held) - {""}
-            if not digests:
-                continue
-            digest = digest_hex(wanted[number])
-            if digests == {digest}:
-                self.right.add(number)
-            else:
-                self.wrong.append((number, "/".join(sorted(digests)), digest))
+        return cls(total=len(names), compared=len(in_memory | packed), in_memory=len(in_memory), inexact=inexact)
 
 
 class _Laps:
@@ -373,9 +325,6 @@ class _Laps:
         now = time.perf_counter()
         self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
         self._last = now
-
-    def total(self) -> float:
-        return sum(self.seconds.values())
 
 
 def _proof_words(path: str, proof: _Proof, gap: float | None) -> str:

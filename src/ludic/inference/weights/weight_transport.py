@@ -1,10 +1,7 @@
-"""How a whole set of weights reaches a vLLM server, within vLLM's own weight-transfer API: what all ways share, and one.
+"""The policy as it goes over the wire, and the way to a server without NCCL on the same machine: a file in shared memory.
 
-- `SharedMemoryTransport`: a safetensors file in shared memory, for a server without NCCL on the same machine. The server's
-  half is `vllm_worker.SharedMemoryWeightTransferEngine`.
-- `nccl_transport` has the two between GPUs.
-
-Whether what was sent arrived is not decided here but in `weight_sync`.
+The server's half is `vllm_worker.SharedMemoryWeightTransferEngine`. `nccl_transport` is the way between GPUs. Whether what
+was sent arrived is decided in `weight_sync`.
 """
 
 import os
@@ -13,23 +10,19 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from transformers.core_model_loading import revert_weight_conversion
 
 from ludic.inference.cleanup import WeightsFolder, remove_orphaned_folders
 from ludic.inference.client.server_control import TRANSFER_TIMEOUT_S, ServerControl
-from ludic.inference.weights.bucket_broadcast import BUCKET_BYTES, WireLayout
-from ludic.inference.weights.bucket_layout import pack
-from ludic.inference.weights.digest import FlatDigest, canonical, digest_hex, tensor_digest, tensor_digests
+from ludic.inference.weights.digest import canonical, digest_hex, tensor_digest, tensor_digests
 from ludic.inference.wire import UNTOUCHED
-from ludic.rollout.errors import EngineError, ServerLostError
+from ludic.rollout.errors import EngineError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-"""In the text of a refusal: the server goes on with whole weights, those from before."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,9 +51,8 @@ class WireWeights:
         return {name: list(tensor.shape) for name, tensor in self._reverted(lambda master: master.to("meta")).items()}
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        if self.shapes().keys() == dict(self.model.named_parameters()).keys():
-            return self._reverted(lambda master: master)
-        return self._reverted(lambda master: master.to(self.dtype))
+        copies = self.shapes().keys() != dict(self.model.named_parameters()).keys()
+        return self._reverted(lambda master: master.to(self.dtype) if copies else master)
 
     @torch.no_grad()
     def _reverted(self, take: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -68,22 +60,12 @@ class WireWeights:
         reverted: dict[str, torch.Tensor] = revert_weight_conversion(self.model, named)
         return reverted
 
-    def layout(self, bucket_bytes: int = BUCKET_BYTES) -> WireLayout:
-        shapes = self.shapes()
-        return WireLayout.of(list(shapes), list(shapes.values()), self.dtype, bucket_bytes)
-
     def num_bytes(self) -> int:
         return sum(parameter.numel() for parameter in self.model.parameters()) * self.dtype.itemsize
 
     def digests(self) -> list[int]:
         """The digest of each tensor in the wire's dtype, cast a bucket at a time."""
-        layout, masters = self.layout(), self.masters()
-        digest = FlatDigest(len(masters), masters[0].device)
-        buffer = torch.empty(layout.buffer_bytes, dtype=torch.uint8, device=digest.device)
-        for bucket in layout.buckets:
-            pack(bucket, masters, buffer, self.dtype)
-            digest.add(bucket, buffer)
-        return digest.values(layout.kinds())
+        return tensor_digests(self.masters(), self.dtype)
 
     def canonical_digests(self, numbers: Iterable[int], *, flush: bool) -> dict[int, int]:
         """Of the tensors of these numbers, the digests of their `digest.canonical` form in the wire's dtype."""
@@ -91,56 +73,25 @@ class WireWeights:
         return {number: tensor_digest(canonical(masters[number].to(self.dtype), flush=flush)) for number in numbers}
 
 
-class WeightTransport(Protocol):
-    """Carries one whole set of weights to the server: start, update, finish. Opening it may block on the server."""
-
-    name: str
-    touched: bool
-    """Whether the server's weights may no longer be those from before the last `send`."""
-
-    def open(self, weights: WireWeights, *, in_place_problem: str) -> None:
-        """Agree with the server. `in_place_problem` is why it cannot take weights in place, "" where it can."""
-        ...
-
-    @property
-    def one_step(self) -> bool:
-        """Whether the next `send` replaces all weights between two steps of the model, and so needs no paused server."""
-        ...
-
-    def send(self, weights: WireWeights, *, weight_version: str) -> list[int] | None:
-        """Send; the digests of what went out where they were computed on the way."""
-        ...
-
-    def path(self) -> str:
-        """How the last send was applied, in a few words."""
-        ...
-
-    def confirm(self) -> None:
-        """The server was found to hold all tensors of the last send, each where `checkpoint_views` looks for it."""
-        ...
-
-    def abort(self) -> None:
-        """From another thread than the one that is stuck in `open` or `send`: let go of everything, never to be used again.
-
-        What that thread holds of the GPU comes free; it may itself stay in a call that cannot be interrupted.
-        """
-        ...
-
-    def close(self) -> None: ...
-
-
 class SharedMemoryTransport:
     """Writes the weights as safetensors into shared memory and tells the server where; same machine only."""
 
     name = "ludic_shm"
+    path = "reloaded from shared memory, digests of all tensors checked on receipt"
+    """How the last send was applied, in a few words."""
     one_step = False
+    """Whether the next `send` replaces all weights between two steps of the model, and so needs no paused server."""
 
     def __init__(self, control: ServerControl, *, deadline_s: float = TRANSFER_TIMEOUT_S) -> None:
         self._control = control
         self._folder: WeightsFolder | None = None
         self.touched = False
+        """Whether the server's weights may no longer be those from before the last `send`."""
+        self.confirmed = False
+        """Whether the server was found to hold all tensors of a send, each where `checkpoint_views` looks for it."""
 
     def open(self, weights: WireWeights, *, in_place_problem: str) -> None:
+        """Agree with the server. `in_place_problem` is why it cannot take weights in place, "" where it can."""
         root = Path("/dev/shm")
         free = shutil.disk_usage(root).free if root.is_dir() else 0
         base = root if free > 2 * weights.num_bytes() and os.access(root, os.W_OK) else None
@@ -149,6 +100,7 @@ class SharedMemoryTransport:
         self._control.init_weight_transfer_engine({"directory": str(self._folder.path)})
 
     def send(self, weights: WireWeights, *, weight_version: str) -> list[int] | None:
+        """Send; the digests of what went out where they were computed on the way."""
         from safetensors.torch import save_file
 
         assert self._folder is not None
@@ -159,29 +111,21 @@ class SharedMemoryTransport:
             save_file(tensors, path)
             digests = dict(zip(tensors, map(digest_hex, tensor_digests(list(tensors.values()))), strict=True))
             self._control.start_weight_update()
-            self._update({"path": str(path), "names": list(tensors), "digests": digests})
+            self.touched = True
+            self._control.update_weights({"path": str(path), "names": list(tensors), "digests": digests})
             self._control.finish_weight_update()
+        except EngineError as error:
+            self.touched &= UNTOUCHED not in str(error)
+            raise
         finally:
             path.unlink(missing_ok=True)
         return None  # computed from the policy itself instead: a file written from another model would be found out
 
-    def _update(self, update_info: dict[str, Any]) -> None:
-        self.touched = True
-        try:
-            self._control.update_weights(update_info)
-        except ServerLostError:
-            raise
-        except EngineError as error:
-            self.touched = UNTOUCHED not in str(error)
-            raise
-
-    def path(self) -> str:
-        return "reloaded from shared memory, digests of all tensors checked on receipt"
-
-    def confirm(self) -> None:
-        """Nothing changes: the CPU packs weights when they are loaded."""
-
     def abort(self) -> None:
+        """From another thread than the one that is stuck in `open` or `send`: let go of everything, never to be used again.
+
+        What that thread holds of the GPU comes free; it may itself stay in a call that cannot be interrupted.
+        """
         self.close()  # a server that comes to it later finds no file, and refuses
 
     def close(self) -> None:

@@ -6,12 +6,11 @@ later scattered into a table of one line per request. A finished request takes i
 
 An entry is filed under its position in the sequence, which is known on the host before the token is. So a position that is
 sampled again (a preempted request lost its last token) replaces what was there, and a token that was sampled past the end
-(the next step had begun) is left over. Rows that vLLM discards (a prompt that is prefilled in parts) are not filed. The
-token ids are recorded too: the caller compares them with the completion's, and believes no log-prob where they differ.
+(the next step had begun) is left over. The token ids are recorded too: the caller compares them with the completion's, and
+believes no log-prob where they differ.
 
-It fits both model runners of vLLM 0.26 to 0.33 on one device. `recording_problem` names what it does not fit: speculative
-decoding and parallelism (several samplers, or several tokens a step), unknown samplers, other log-probs than those of the
-distribution that was sampled from. Greedy requests must not be recorded. Nothing here imports vLLM.
+It fits both model runners of vLLM 0.26 to 0.33 on one device; `recording_problem` names what it does not fit. Greedy requests
+must not be recorded. Nothing here imports vLLM.
 """
 
 import inspect
@@ -46,18 +45,14 @@ _USED_V2 = ("req_ids", "num_reqs", "seq_lens_cpu_upper_bound", "prefill_len_np")
 class Rows:
     """The R rows of a step's batch that are recorded, and where they go."""
 
-    rows: Ints
-    """[R] rows of the batch"""
-    slots: Ints
-    """[R] lines of the table; line 0 belongs to no request"""
-    indices: Ints
-    """[R] index of the sampled token in its completion"""
+    rows: Ints  # [R] rows of the batch
+    slots: Ints  # [R] lines of the table; line 0 belongs to no request
+    positions: Ints  # [R] position of the sampled token in its sequence
 
 
 @dataclass(slots=True)
 class _Step:
-    packed: torch.Tensor
-    """[2, at least B] int32 on the host: token ids, and the bits of their float32 log-probs"""
+    packed: torch.Tensor  # [2, at least B] int32 on the host: token ids, and the bits of their float32 log-probs
     copied: "torch.cuda.Event | None"
     where: Rows
 
@@ -79,7 +74,6 @@ class LogprobRecorder:
     def _clear(self) -> None:
         self._table: npt.NDArray[np.int32] = np.full((2, 1, 1), -1, np.int32)
         """[2, lines, tokens]: token ids, and the bits of their log-probs; -1 where nothing was written"""
-        self._prompt_lengths: Ints = np.full(1, -1, np.int64)
         self._touched = np.zeros(1)
         self._free: list[int] = []
 
@@ -98,12 +92,7 @@ class LogprobRecorder:
         rows = np.flatnonzero((self._composition_slots > 0) & ~discarded)
         if not rows.size:
             return None
-        slots = self._composition_slots[rows]
-        positions = num_tokens[rows].astype(np.int64)
-        first = self._prompt_lengths[slots]
-        if (first < 0).any():  # the first token of a completion comes right after its prompt
-            first = self._prompt_lengths[slots] = np.where(first < 0, positions, first)
-        return Rows(rows, slots, positions - first)
+        return Rows(rows, self._composition_slots[rows], num_tokens[rows])
 
     def keep(self, where: Rows, packed: torch.Tensor) -> None:
         """File a step's `packed` ([2, at least B] int32: ids, and log-probs' bits). It is read later, not waited for."""
@@ -118,19 +107,12 @@ class LogprobRecorder:
             self._file(self._steps.popleft())
 
     def _file(self, step: _Step) -> None:
-        rows, slots, indices = step.where.rows, step.where.slots, step.where.indices
-        if indices.min() < 0:  # before what was taken for the first token: the request was not seen from its start
-            inside = indices >= 0
-            rows, slots, indices = rows[inside], slots[inside], indices[inside]
-            if not indices.size:
-                return
-        longest = int(indices.max()) + 1
+        where = step.where
+        longest = int(where.positions.max()) + 1
         lines, length = self._table.shape[1:]
         if longest > length:
             self._grow(lines, max(longest, 2 * length, 64))
-        values = step.packed.numpy()[:, rows]
-        self._table[0][slots, indices] = values[0]
-        self._table[1][slots, indices] = values[1]
+        self._table[:, where.slots, where.positions] = step.packed.numpy()[:, where.rows]
 
     def _compose(self, req_ids: list[str]) -> None:
         """Find the lines of another batch's rows. Mostly the batch is that of the step before."""
@@ -158,7 +140,6 @@ class LogprobRecorder:
             self._free.extend(range(self._table.shape[1] - 1, lines - 1, -1))
         slot = self._free.pop()
         self._table[0, slot] = -1
-        self._prompt_lengths[slot] = -1
         self._touched[slot] = time.monotonic()
         self._slot_of[req_id] = slot
         self._members.setdefault(match[2], {})[int(match[1] or 0)] = req_id
@@ -169,7 +150,6 @@ class LogprobRecorder:
         table = np.full((2, lines, length), -1, np.int32)
         table[:, :old_lines, :old_length] = self._table
         self._table = table
-        self._prompt_lengths = np.concatenate((self._prompt_lengths, np.full(lines - old_lines, -1, np.int64)))
         self._touched = np.concatenate((self._touched, np.zeros(lines - old_lines)))
 
     # --- when a request is done ---------------------------------------------------------------------------------------
@@ -177,28 +157,25 @@ class LogprobRecorder:
     def take(self, key: str, prompt_length: int, lengths: Sequence[int]) -> list[tuple[bytes, bytes] | None]:
         """The ids (int32) and log-probs (float32) of a request's members, `lengths[i]` each, and forget the request.
 
-        A member that was not recorded from the end of its prompt on is None; a gap has the id -1. It waits only for the
-        steps that sampled these tokens, and they are done by the time that vLLM has given the tokens out.
+        A member of whose first token nothing was recorded is None; a later gap has the id -1. It waits only for the steps
+        that sampled these tokens, and they are done by the time that vLLM has given the tokens out.
         """
-        members = {member: self._slot_of[req_id] for member, req_id in self._members.get(key, {}).items()}
+        req_ids = self._members.get(key, {})
+        slots = [self._slot_of[req_ids[member]] if member in req_ids else 0 for member in range(len(lengths))]
         wanted: Ints = np.zeros(self._table.shape[1], np.int64)
-        for member, slot in members.items():
-            if member < len(lengths):
-                wanted[slot] = lengths[member]
-        needed = [bool((step.where.indices < wanted[step.where.slots]).any()) for step in self._steps]
-        for _ in range(max((number + 1 for number, is_needed in enumerate(needed) if is_needed), default=0)):
+        wanted[slots] = [prompt_length + length for length in lengths]
+        wanted[0] = 0  # the line of no request
+        needed = [(step.where.positions < wanted[step.where.slots]).any() for step in self._steps]
+        for _ in range(max((count for count, is_needed in enumerate(needed, 1) if is_needed), default=0)):
             step = self._steps.popleft()
             if step.copied is not None:
                 step.copied.synchronize()
             self._file(step)
         taken: list[tuple[bytes, bytes] | None] = []
-        for member, length in enumerate(lengths):
-            slot = members.get(member, 0)
-            if not slot or self._prompt_lengths[slot] != prompt_length or length > self._table.shape[2]:
-                taken.append(None)
-            else:
-                ids, logprobs = self._table[:, slot, :length]
-                taken.append((ids.tobytes(), logprobs.tobytes()))
+        for slot, length in zip(slots, lengths, strict=True):
+            ids, logprobs = self._table[:, slot, prompt_length : prompt_length + length]
+            is_known = slot > 0 and len(ids) == length and (ids[:1] >= 0).all()
+            taken.append((ids.tobytes(), logprobs.tobytes()) if is_known else None)
         self.forget(key)
         return taken
 
@@ -210,7 +187,7 @@ class LogprobRecorder:
         self._composition = None
         for step in self._steps:
             where = step.where
-            step.where = Rows(where.rows, np.where(np.isin(where.slots, slots), 0, where.slots), where.indices)
+            step.where = Rows(where.rows, np.where(np.isin(where.slots, slots), 0, where.slots), where.positions)
         if self._slot_of:
             self._free.extend(slots)
         else:  # no request is left: release the memory too

@@ -4,16 +4,14 @@
 - `checkpoint_views` finds the memory that holds a checkpoint tensor. Where `in_place_problem` finds nothing against it, a
   new policy can be copied straight there: one pass at memory speed, and no address changes, so CUDA graphs stay valid.
 
-vLLM marks weights that are derived from others in two ways: a layer's `quant_method`, and a `process_weights_after_loading`
-of the module's own (MLA, fused kernels). Only methods that are known to leave weights as they were loaded may be written in
-place. Whether a checkpoint's values lie there unchanged cannot be read off a model; `weight_transport` writes in place only
-after a sync through vLLM's reload whose digests agreed at exactly these places.
+Whether a checkpoint's values lie there unchanged cannot be read off a model; `nccl_transport` writes in place only after a
+sync through vLLM's reload whose digests agreed at exactly these places.
 """
 
 import bisect
 import itertools
-from collections.abc import Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,60 +27,41 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig
     from vllm.config.parallel import ParallelConfig
 
-_CONV1D = {"GPT2Model": frozenset({"c_attn", "c_fc", "c_proj"})}
-"""Modules of vLLM's models whose checkpoints hold weights as [inputs, outputs]."""
+_CONV1D = dict.fromkeys(("c_attn", "c_fc", "c_proj"), "GPT2Model")
+"""Modules whose checkpoints hold weights as [inputs, outputs], with the class of vLLM's that they are part of."""
 _PLAIN_METHODS = (UnquantizedLinearMethod, UnquantizedEmbeddingMethod)
 
 
-def checkpoint_views(model: torch.nn.Module, shapes: Mapping[str, list[int]]) -> dict[str, torch.Tensor]:
+def checkpoint_views(
+    model: torch.nn.Module,
+    shapes: Mapping[str, Sequence[int]],
+    parameters: Mapping[str, torch.Tensor] | None = None,
+) -> dict[str, torch.Tensor]:
     """Views into `model`'s parameters for the checkpoint tensors named in `shapes`, leaving out what has no view.
 
     vLLM fuses some checkpoint tensors along dimension 0 (q, k and v into qkv), as `packed_modules_mapping` says, and pads
     the vocabulary; a view is the slice that holds the tensor. Sizes must add up exactly, else the layout is not the plain
-    one (tensor-parallel shards, packed or quantised weights) and there is no view.
+    one (tensor-parallel shards, packed or quantised weights) and there is no view. `parameters`, by their names in the
+    model, take the place of its own.
     """
-    # remove_duplicate=False: a tied lm_head is then found under its own name too.
-    return views_among(dict(model.named_parameters(remove_duplicate=False)), layout_of(model), shapes)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Layout:
-    """How a model holds checkpoint modules, by the last part of their names."""
-
-    fused: Mapping[str, tuple[str, list[str]]]
-    """For each that the model fuses with others, the fused module and all of its parts, in order."""
-    transposed: Container[str]
-    """Those whose weight it turns over."""
-
-
-def layout_of(model: torch.nn.Module) -> Layout:
+    if parameters is None:
+        # remove_duplicate=False: a tied lm_head is then found under its own name too.
+        parameters = dict(model.named_parameters(remove_duplicate=False))
     packed = _packed_modules(model)
-    classes = {type(module).__name__ for module in model.modules()}
-    return Layout(
-        fused={part: (whole, parts) for whole, parts in packed.items() for part in parts if part != whole},
-        transposed=frozenset[str]().union(*(names for owner, names in _CONV1D.items() if owner in classes)),
-    )
-
-
-def views_among(
-    parameters: Mapping[str, torch.Tensor], layout: Layout, shapes: Mapping[str, list[int]]
-) -> dict[str, torch.Tensor]:
-    """`checkpoint_views` into these parameters, by their names in the model."""
+    fused = {part: (whole, parts) for whole, parts in packed.items() for part in parts if part != whole}
     views: dict[str, torch.Tensor] = {}
     for name, shape in shapes.items():
         module, _, leaf = name.rpartition(".")
         parent, _, last = module.rpartition(".")
+        view = None
         if name in parameters:
             held = parameters[name]
             # A square one would fit either way.
-            turned = last in layout.transposed and held.dim() == 2
-            view = _leading_rows(held.t() if turned else held, shape)
-        elif last in layout.fused:
-            whole, parts = layout.fused[last]
+            view = _leading_rows(held.t() if held.dim() == 2 and _is_transposed(model, last) else held, shape)
+        elif last in fused:
+            whole, parts = fused[last]
             siblings = [f"{parent}.{part}.{leaf}" for part in parts]
             view = _fused_slice(parameters.get(f"{parent}.{whole}.{leaf}"), siblings, name, shapes)
-        else:
-            view = None
         # Falcon, Bloom and GPT-NeoX checkpoints interleave the heads of q, k and v, and vLLM reorders them.
         if view is not None and last != "query_key_value":
             views[name] = view
@@ -94,23 +73,26 @@ def _packed_modules(model: torch.nn.Module) -> dict[str, list[str]]:
     return mapping if isinstance(mapping, dict) else {}
 
 
-def _leading_rows(parameter: torch.Tensor, shape: list[int]) -> torch.Tensor | None:
+def _is_transposed(model: torch.nn.Module, last: str) -> bool:
+    return last in _CONV1D and any(type(module).__name__ == _CONV1D[last] for module in model.modules())
+
+
+def _leading_rows(parameter: torch.Tensor, shape: Sequence[int]) -> torch.Tensor | None:
     """The first shape[0] rows: vLLM pads the vocabulary to a multiple of 64 behind the real rows."""
-    padded = parameter.dim() == 2 and parameter.shape[1:] == torch.Size(shape[1:]) and parameter.shape[0] >= shape[0]
-    same = list(parameter.shape) == shape
-    if same:
+    if parameter.shape == torch.Size(shape):
         return parameter
-    return parameter[: shape[0]] if padded and parameter.shape[0] - shape[0] < 64 else None
+    same_rows = parameter.dim() == 2 and parameter.shape[1:] == torch.Size(shape[1:])
+    return parameter[: shape[0]] if same_rows and 0 < parameter.shape[0] - shape[0] < 64 else None
 
 
 def _fused_slice(
-    parameter: torch.Tensor | None, siblings: list[str], name: str, shapes: Mapping[str, list[int]]
+    parameter: torch.Tensor | None, siblings: list[str], name: str, shapes: Mapping[str, Sequence[int]]
 ) -> torch.Tensor | None:
     """The rows of `name` in a parameter that stacks `siblings` along dimension 0."""
     if parameter is None or any(sibling not in shapes for sibling in siblings):
         return None
     rows = [shapes[sibling][0] for sibling in siblings]
-    if list(parameter.shape) != [sum(rows), *shapes[name][1:]]:
+    if parameter.shape != torch.Size([sum(rows), *shapes[name][1:]]):
         return None
     place = siblings.index(name)
     return parameter.narrow(0, sum(rows[:place]), rows[place])
@@ -119,20 +101,18 @@ def _fused_slice(
 def in_place_problem(
     model: torch.nn.Module,
     parallel_config: "ParallelConfig",
-    names: Sequence[str],
-    shapes: Sequence[Sequence[int]],
+    shapes: Mapping[str, Sequence[int]],
     dtype: torch.dtype,
 ) -> str:
-    """Why the named checkpoint tensors cannot be copied straight into `model`; "" where nothing speaks against it."""
-    split = parallel_config.tensor_parallel_size, parallel_config.pipeline_parallel_size
-    if split != (1, 1):
-        return f"the server splits the model (tensor parallel {split[0]}, pipeline parallel {split[1]})"
+    """Why the checkpoint tensors named in `shapes` cannot be copied straight into `model`; "" where they can."""
+    tensor, pipeline = parallel_config.tensor_parallel_size, parallel_config.pipeline_parallel_size
+    if (tensor, pipeline) != (1, 1):
+        return f"the server splits the model (tensor parallel {tensor}, pipeline parallel {pipeline})"
     for name, module in model.named_modules():
-        problem = _derived_weights(module)
-        if problem:
+        if problem := _derived_weights(module):
             return f"{name or 'the model'} {problem}"
-    views = checkpoint_views(model, {name: list(shape) for name, shape in zip(names, shapes, strict=True)})
-    for name in names:
+    views = checkpoint_views(model, shapes)
+    for name in shapes:
         view = views.get(name)
         if view is None:
             return f"the served model holds {name} in another layout"
@@ -142,7 +122,10 @@ def in_place_problem(
 
 
 def _derived_weights(module: torch.nn.Module) -> str:
-    """What of the module's is computed from its weights when they are loaded, and so would go stale; "" if nothing."""
+    """What of the module's is computed from its weights when they are loaded, and so would go stale; "" if nothing.
+
+    vLLM marks it by a layer's `quant_method`, or by a `process_weights_after_loading` of the module's own (MLA, fused kernels).
+    """
     method = getattr(module, "quant_method", None)
     if isinstance(method, QuantizeMethodBase) and type(method) not in _PLAIN_METHODS:
         return f"is loaded by {type(method).__name__}"
@@ -171,17 +154,12 @@ def _misfit(model: torch.nn.Module, views: Mapping[str, torch.Tensor]) -> str:
     return ""
 
 
-class ReloadError(ValueError):
-    """vLLM's own loader did not take the policy; the model holds a mixture."""
-
-
 def reload_policy(
     model: torch.nn.Module, model_config: "ModelConfig", tensors: Iterator[tuple[str, torch.Tensor]]
 ) -> None:
-    """Hand a whole policy to vLLM's layerwise reload; `finish_reload` must follow unless this raises.
+    """Hand a whole policy to vLLM's layerwise reload; `finish_reload` must follow unless this raises ValueError.
 
-    Raises:
-        ReloadError: with one line that names the tensor. What was loaded until then stays.
+    The error is one line that names the tensor. What was loaded until then stays.
     """
     current, shape = "", torch.Size()
 
@@ -207,7 +185,7 @@ def reload_policy(
     if problem:
         # Ends the reload, so that the next update starts clean; what was loaded until here stays.
         finalize_layerwise_reload(model, model_config)
-        raise ReloadError(f"{problem}; the server now holds a mixture: send a whole policy that fits it, or restart it")
+        raise ValueError(f"{problem}; the server now holds a mixture: send a whole policy that fits it, or restart it")
 
 
 def finish_reload(model: torch.nn.Module, model_config: "ModelConfig") -> None:
@@ -217,10 +195,9 @@ def finish_reload(model: torch.nn.Module, model_config: "ModelConfig") -> None:
 
 
 def _let_experts_pack_anew(model: torch.nn.Module) -> None:
-    """Let the CPU backend pack the experts of a mixture when they are loaded again.
+    """Let the CPU backend pack the experts of a mixture when they are loaded again, and not only when their kernel is made.
 
-    vLLM has them packed together with their kernel, which it makes at the first load only, because a GPU's graphs hold its
-    addresses: at a later load it would multiply with weights that are not packed.
+    vLLM makes it at the first load only, because a GPU's graphs hold its addresses.
     """
     for layer in model.modules():
         method = getattr(layer, "quant_method", None)
@@ -232,7 +209,7 @@ def check_complete(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) 
     """Refuse an update that lacks some of the model's tensors: vLLM would keep the old ones with no more than a warning.
 
     Only where the checkpoint's names are the model's own (but for fused ones); where load_weights renames them, names
-    cannot be compared before loading, and `_load` compares what vLLM says it loaded.
+    cannot be compared before loading, and `reload_policy` compares what vLLM says it loaded.
     """
     packed = _packed_modules(model)
     parameters = {name for name, _ in model.named_parameters()}  # a tied head is left out here, as in checkpoints
@@ -248,7 +225,6 @@ def check_complete(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) 
 
 
 def _checkpoint_names(parameter: str, packed: Mapping[str, list[str]]) -> list[str]:
-    """The checkpoint tensors that one of the model's parameters is made of."""
     module, _, leaf = parameter.rpartition(".")
     parent, _, last = module.rpartition(".")
     return [f"{parent}.{part}.{leaf}" for part in packed[last]] if last in packed else [parameter]
@@ -260,15 +236,13 @@ def _rebuild_tied_cpu_heads(model: torch.nn.Module) -> None:
     On the CPU, vLLM multiplies with a packed copy of a layer's weight, made when the layer is loaded. A reload loads a
     tied weight through the embedding alone, so that the output head would go on with its copy of the old one.
     """
-    layers_by_weight: dict[int, list[torch.nn.Module]] = {}
+    layers_by_weight = defaultdict[int, list[torch.nn.Module]](list)
     for layer in model.modules():
         weight = layer._parameters.get("weight")
         if weight is not None and weight.numel() and hasattr(layer, "cpu_linear"):
-            layers_by_weight.setdefault(id(weight), []).append(layer)
+            layers_by_weight[id(weight)].append(layer)
     for layers in layers_by_weight.values():
-        if len(layers) < 2:
-            continue
-        for layer in layers:
+        for layer in layers if len(layers) > 1 else ():
             quant_method = getattr(layer, "quant_method")  # noqa: B009 (nn.Module types attributes as tensors)
             with torch.no_grad():
                 quant_method.process_weights_after_loading(layer)

@@ -1,35 +1,23 @@
 """The weight transport between GPUs inside vLLM's worker: a few NCCL broadcasts into the memory that the model computes with.
 
-The engine works within vLLM's weight-transfer API. Names, shapes and the cut into buckets are agreed when it is opened. A
-round then carries bytes alone (`bucket_broadcast`), and the trainer says what becomes of them: `copy` writes them in place,
-where `vllm_model.in_place_problem` finds nothing against it; `load` hands them to vLLM's layerwise reload, as vLLM's own
-`nccl` backend does.
+Names, shapes and the cut into buckets are agreed when it is opened. A round then carries bytes alone (`bucket_broadcast`),
+and the trainer says what becomes of them: `copy` writes them in place, where `vllm_model.in_place_problem` finds nothing
+against it; `load` hands them to vLLM's layerwise reload, as vLLM's own `nccl` backend does.
 
 A trainer that dies or stops in the middle of a round would leave the worker in NCCL for ever. So each round has the trainer's
 deadline, and is broken off as soon as the trainer is seen to have gone (`nccl_link`); what it wrote until then stays, and the
-round is an error. The next trainer, or the next sync of the same one, forms a new group.
-
-Left out: sharded senders, and updates of a draft model.
+round is an error. The next sync forms a new group. Left out: sharded senders, and updates of a draft model.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from vllm.distributed.weight_transfer.base import (
-    WeightTransferEngine,
-    WeightTransferInitInfo,
-    WeightTransferUpdateInfo,
-)
-from vllm.logger import init_logger
+from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 
 from ludic.inference.weights.bucket_broadcast import BucketReceiver, WireLayout
 from ludic.inference.weights.nccl_link import LinkLeftError, NcclLink, NoNCCLError, Watch
 from ludic.inference.worker.vllm_model import checkpoint_views, finish_reload, in_place_problem, reload_policy
-
-logger = init_logger(f"vllm.{__name__}")  # a child of vLLM's logger: workers have no other handler
-
-NCCL_BACKEND = "ludic_nccl"
 
 
 @dataclass
@@ -73,9 +61,8 @@ class BucketWeightTransferEngine(WeightTransferEngine[BucketInitInfo, BucketUpda
     def init_transfer_engine(self, init_info: BucketInitInfo) -> None:
         """Agree on the layout and join the trainer's NCCL group, in the place of any other. Raises ValueError."""
         self.shutdown()
-        layout = WireLayout.of(
-            init_info.names, init_info.shapes, getattr(torch, init_info.dtype), init_info.bucket_bytes
-        )
+        dtype = getattr(torch, init_info.dtype)
+        layout = WireLayout.of(init_info.names, init_info.shapes, dtype, init_info.bucket_bytes)
         self._may_copy = False
         self._link = self._connect(init_info)
         self._receiver = BucketReceiver(layout, self._link, self.device)
@@ -128,14 +115,13 @@ class BucketWeightTransferEngine(WeightTransferEngine[BucketInitInfo, BucketUpda
                 self.shutdown()
 
     def _copy(self, receiver: BucketReceiver) -> None:
-        layout = receiver.layout
-        problem = ""
-        if not self._may_copy:
-            problem = in_place_problem(self.model, self.parallel_config, layout.names, layout.shapes, layout.dtype)
-        shapes = {name: list(shape) for name, shape in zip(layout.names, layout.shapes, strict=True)}
+        dtype = receiver.layout.dtype
+        shapes = dict(zip(receiver.layout.names, receiver.layout.shapes, strict=True))
+        problem = "" if self._may_copy else in_place_problem(self.model, self.parallel_config, shapes, dtype)
         # Found anew each time: a reload, or sleep mode, may have put other parameters in place.
         views = checkpoint_views(self.model, shapes)
-        unfit = [name for name in layout.names if name not in views or not _fits(views[name], layout.dtype)]
+        fit = {name: view for name, view in views.items() if view.dtype == dtype and view.is_contiguous()}
+        unfit = [name for name in shapes if name not in fit]
         if problem or unfit:
             _drain(receiver.tensors())
             raise ValueError(f"the weights cannot be written in place: {problem or unfit[0]}")
@@ -143,7 +129,7 @@ class BucketWeightTransferEngine(WeightTransferEngine[BucketInitInfo, BucketUpda
         if self.device.type == "cuda":
             # A step may still be running on another stream than ours: nothing may change under it.
             torch.cuda.synchronize(self.device)
-        receiver.receive_into([views[name] for name in layout.names])
+        receiver.receive_into([fit[name] for name in shapes])
 
     def _load(self, receiver: BucketReceiver) -> None:
         tensors = receiver.tensors()
@@ -169,10 +155,6 @@ class BucketWeightTransferEngine(WeightTransferEngine[BucketInitInfo, BucketUpda
     def trainer_send_weights(iterator: Iterator[object], trainer_args: object) -> None:
         """Abstract until vLLM 0.27, so it must exist; ludic's sender is in `ludic.inference.weights.nccl_transport`."""
         raise NotImplementedError("ludic_nccl is sent by ludic.inference.weights.nccl_transport")
-
-
-def _fits(view: torch.Tensor, dtype: torch.dtype) -> bool:
-    return view.dtype == dtype and view.is_contiguous()
 
 
 def _drain(tensors: Iterator[object]) -> None:

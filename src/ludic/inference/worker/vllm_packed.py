@@ -9,18 +9,17 @@ What a multiplication cannot tell apart is not compared: 0.0 and -0.0, and, wher
 numbers (below 1.2e-38 in bfloat16) for zeros, those. `digest.canonical` makes both sides blind to exactly that. An infinity
 or a NaN makes its whole row NaN, and so differs from whatever was sent.
 
-The cost is a product with K rows for a weight of [N, K], so K times that of one token; memory is one layer's weight and a
-block of 256 rows. Left out: weights that are quantised, or of more than two dimensions.
+Left out: weights that are quantised, or of more than two dimensions.
 """
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 
 import torch
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
 from ludic.inference.weights.digest import canonical, digest_hex, tensor_digests
-from ludic.inference.worker.vllm_model import layout_of, views_among
+from ludic.inference.worker.vllm_model import checkpoint_views
 
 BLOCK_ROWS = 256
 DISAGREE = "readings-differ-"
@@ -29,10 +28,9 @@ _BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16:
 
 
 class PackedWeights:
-    """The packed layers of a worker's model.
+    """The packed layers of a worker's model, whose weights are loaded.
 
-    Args:
-        model: as vLLM holds it, its weights loaded.
+    Each kind of layer first holds random bits and gives them back: a few seconds for a large model.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -42,13 +40,7 @@ class PackedWeights:
         self.flushes = False
         """Whether any of the kernels takes subnormal numbers for zeros."""
         self._exact: dict[tuple[int, int, torch.dtype], bool] = {}
-        self._has_layers = True
-
-    def try_out(self) -> None:
-        """Let each kind of layer hold random bits and read them back: a few seconds for a large model."""
-        layers = packed_layers(self._model)
-        self._has_layers = bool(layers)
-        for names, layer in layers:
+        for names, layer in packed_layers(model):
             self._is_exact(names[0], layer)
 
     def _is_exact(self, name: str, layer: torch.nn.Module) -> bool:
@@ -60,19 +52,17 @@ class PackedWeights:
             self.inexact = self.inexact or name
         return self._exact[kind]
 
-    def digests(self, shapes: Mapping[str, list[int]]) -> dict[str, str]:
+    def digests(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, str]:
         """By checkpoint name, the digest of what the layers that hold it multiply with; "" where a kernel rounds.
 
         Names of which no packed layer holds anything are left out.
         """
         found: dict[str, str] = {}
-        if not self._has_layers:  # on a GPU: not a millisecond of each sync goes into looking for them
+        if not self._exact:  # on a GPU: not a millisecond of each sync goes into looking for packed layers
             return found
-        layout = layout_of(self._model)
         for names, layer in packed_layers(self._model, shapes):
             exact = self._is_exact(names[0], layer)
-            weight = read_weight(layer)
-            views = views_among({name: weight for name in names}, layout, shapes)
+            views = checkpoint_views(self._model, shapes, dict.fromkeys(names, read_weight(layer)))
             digests = tensor_digests([canonical(view, flush=self.flushes) for view in views.values()])
             for name, digest in zip(views, map(digest_hex, digests), strict=True):
                 other = found.get(name, digest)
@@ -89,7 +79,7 @@ def packed_layers(model: torch.nn.Module, sent: Container[str] = ()) -> list[tup
     """
     layers: dict[torch.nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if hasattr(module, "cpu_linear") and not _parameter(module).is_meta:
+        if hasattr(module, "cpu_linear") and not module.get_parameter("weight").is_meta:
             layers.setdefault(module, []).append(f"{name}.weight")
     embeddings = [layer for layer in layers if isinstance(layer, VocabParallelEmbedding)]
     heads = [layer for layer in embeddings if isinstance(layer, ParallelLMHead)]
@@ -104,24 +94,20 @@ def packed_layers(model: torch.nn.Module, sent: Container[str] = ()) -> list[tup
 
 @torch.no_grad()
 def read_weight(layer: torch.nn.Module) -> torch.Tensor:
-    """[N, K] what a layer with K inputs and N outputs multiplies with, by multiplying the identity, without the bias."""
-    _, width, dtype = _kind(layer)
+    """[N, K] what a layer with K inputs and N outputs multiplies with, at the cost of K tokens' products."""
+    height, width, dtype = _kind(layer)
     picks = torch.zeros(min(BLOCK_ROWS, width), width, dtype=dtype)
-    whole: torch.Tensor | None = None
+    whole = torch.empty(height, width, dtype=dtype)
     for first in range(0, width, BLOCK_ROWS):
         rows = picks[: width - first].zero_()
         rows.diagonal(first).fill_(1)
-        columns = _multiply(layer, rows)  # [rows, N]
-        if whole is None:
-            whole = torch.empty(columns.shape[1], width, dtype=dtype)
-        whole[:, first : first + len(rows)] = columns.t()
-    assert whole is not None
+        whole[:, first : first + len(rows)] = _multiply(layer, rows).t()  # of [rows, N]
     return whole
 
 
 def _kind(layer: torch.nn.Module) -> tuple[int, int, torch.dtype]:
     """Outputs, inputs and dtype: what decides on the kernel."""
-    dtype = _parameter(layer).dtype
+    dtype = layer.get_parameter("weight").dtype
     if isinstance(layer, VocabParallelEmbedding):
         width = layer.embedding_dim
     else:  # linear layers that can be split along their inputs have the former
@@ -132,14 +118,7 @@ def _kind(layer: torch.nn.Module) -> tuple[int, int, torch.dtype]:
 def _multiply(layer: torch.nn.Module, rows: torch.Tensor) -> torch.Tensor:
     """What the layer makes of `rows`, without its bias."""
     kernel: Callable[[torch.Tensor, torch.Tensor, None], torch.Tensor] = layer.cpu_linear  # type: ignore[assignment]
-    return kernel(rows, _parameter(layer), None)
-
-
-def _parameter(layer: torch.nn.Module) -> torch.nn.Parameter:
-    """The layer's weight as it is registered: empty, where vLLM has dropped it for the packed copy."""
-    weight = layer.weight
-    assert isinstance(weight, torch.nn.Parameter)
-    return weight
+    return kernel(rows, layer.get_parameter("weight"), None)  # empty, where vLLM has dropped it for the packed copy
 
 
 @torch.no_grad()

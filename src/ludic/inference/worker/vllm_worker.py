@@ -1,8 +1,7 @@
 """What ludic adds inside vLLM's worker processes: its weight transports, digests of what is held, recorded log-probs.
 
 vLLM imports this module in every worker because `--worker-extension-cls` names `LudicWorkerExtension`; importing it
-registers the transports: `ludic_nccl` of `vllm_nccl`, and the one here. These, `vllm_model` and `vllm_packed` are the modules
-that import vLLM at the top; nothing else imports them.
+registers the transports: `ludic_nccl` of `vllm_nccl`, and the one here.
 
 The transport `ludic_shm` takes a whole policy from a safetensors file on a directory that trainer and server share
 (`/dev/shm`, or any disk), for the CPU backend and for machines with one GPU. Every check of the file happens before the
@@ -10,25 +9,19 @@ model is touched, so a file that is refused leaves the old weights serving. It n
 """
 
 import hashlib
-import inspect
 import json
 import os
 import stat
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 
 import torch
 import vllm
 from safetensors import SafetensorError, safe_open
-from vllm.distributed.weight_transfer.base import (
-    WeightTransferEngine,
-    WeightTransferInitInfo,
-    WeightTransferUpdateInfo,
-)
+from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.logger import init_logger
-from vllm.v1.request import Request
 
 from ludic.inference.weights.digest import digest_hex, tensor_digest, tensor_digests
 from ludic.inference.wire import UNTOUCHED
@@ -40,7 +33,7 @@ from ludic.inference.worker.vllm_model import (
     in_place_problem,
     reload_policy,
 )
-from ludic.inference.worker.vllm_nccl import NCCL_BACKEND, BucketWeightTransferEngine
+from ludic.inference.worker.vllm_nccl import BucketWeightTransferEngine
 from ludic.inference.worker.vllm_packed import PackedWeights, packed_layers, read_weight
 
 if TYPE_CHECKING:
@@ -49,8 +42,8 @@ if TYPE_CHECKING:
 
 logger = init_logger(f"vllm.{__name__}")  # a child of vLLM's logger: workers have no other handler
 
-SHARED_MEMORY_BACKEND = "ludic_shm"
 NOT_HELD = "-" * 16
+"""In the place of a digest."""
 
 
 @dataclass
@@ -144,13 +137,6 @@ class SharedMemoryWeightTransferEngine(WeightTransferEngine[SharedMemoryInitInfo
         raise NotImplementedError("ludic_shm is sent by ludic.inference.weights.weight_transport")
 
 
-class TensorSpec(TypedDict):
-    """What a caller of `ludic_weight_digests` expects of one tensor."""
-
-    dtype: str
-    shape: list[int]
-
-
 class LudicWorkerExtension:
     """Methods that `POST /collective_rpc` can call on every worker. vLLM mixes this class into its own worker."""
 
@@ -158,16 +144,18 @@ class LudicWorkerExtension:
         vllm_config: VllmConfig
         model_runner: GPUModelRunner
         device: torch.device
-        rank: int
         _weight_update_active: bool
-        _ludic_specs: dict[str, "TensorSpec"]
+        _ludic_dtype: torch.dtype
         _ludic_packed: PackedWeights
-        _ludic_recorder: LogprobRecorder
+
+    _ludic_shapes: Mapping[str, list[int]] | None = None
+    _ludic_recorder: LogprobRecorder | None = None
 
     def ludic_server_info(self) -> dict[str, str | int | bool]:
         """What a trainer must know before it sends weights: their dtype, where they live, how they travel."""
         config = self.vllm_config
         transfer = config.weight_transfer_config
+        on_gpu = self.device.type == "cuda"
         return {
             "dtype": str(config.model_config.dtype).removeprefix("torch."),
             "head_dtype": str(config.model_config.head_dtype).removeprefix("torch."),
@@ -177,33 +165,31 @@ class LudicWorkerExtension:
             "model": config.model_config.model,
             "logprobs_mode": str(config.model_config.logprobs_mode),
             "generation_config": str(config.model_config.generation_config),
-            "device_uuid": _device_uuid(self.device),
+            # Names the GPU, whatever number each process gives it.
+            "device_uuid": str(torch.cuda.get_device_properties(self.device).uuid) if on_gpu else "",
             "tp_size": config.parallel_config.tensor_parallel_size,
-            "pp_size": config.parallel_config.pipeline_parallel_size,
-            "rank": self.rank,
-            "cache_salt": "cache_salt" in inspect.signature(Request.__init__).parameters,
         }
 
     def ludic_expect_weights(self, specs_json: str) -> dict[str, str]:
-        """Agree on the tensors that `ludic_held_digests` is about, in order; `specs_json` as for `ludic_weight_digests`.
+        """Agree on the tensors that `ludic_held_digests` is about, by checkpoint (HF) name and in order.
 
+        `specs_json` is `{name: {"dtype": "bfloat16", "shape": [...]}}`, a string because vLLM's route passes only strings.
         The answer's `in_place_problem` says why they could not be written straight into this worker's model, "" if they can.
         """
-        specs: dict[str, TensorSpec] = json.loads(specs_json)
-        self._ludic_specs = specs
-        self._ludic_packed = PackedWeights(self.model_runner.get_model())
-        self._ludic_packed.try_out()
-        dtypes = {spec["dtype"] for spec in specs.values()}
-        problem = f"it is sent in several dtypes ({', '.join(sorted(dtypes))})" if len(dtypes) > 1 else ""
-        if not problem:
-            problem = in_place_problem(
-                self.model_runner.get_model(),
-                self.vllm_config.parallel_config,
-                list(specs),
-                [spec["shape"] for spec in specs.values()],
-                getattr(torch, next(iter(dtypes), "float32")),
-            )
+        specs = json.loads(specs_json)
+        (dtype_name,) = {spec["dtype"] for spec in specs.values()}  # weights are sent in one
+        model, shapes = self.model_runner.get_model(), {name: spec["shape"] for name, spec in specs.items()}
+        self._ludic_shapes, self._ludic_dtype = shapes, getattr(torch, dtype_name)
+        self._ludic_packed = PackedWeights(model)
+        problem = in_place_problem(model, self.vllm_config.parallel_config, shapes, self._ludic_dtype)
         return {"in_place_problem": problem}
+
+    def _ludic_whole_model(self) -> torch.nn.Module:
+        """Raises ValueError while not all of its weights are in place."""
+        model: torch.nn.Module = self.model_runner.get_model()
+        if self._weight_update_active or any(parameter.is_meta for parameter in model.parameters()):
+            raise ValueError("a weight update was begun and not finished: what it carried is not in place")
+        return model
 
     def ludic_held_digests(self) -> dict[str, str | bool]:
         """Digests of what the model holds now, as strings of 16 characters a tensor, 16 dashes where there is none.
@@ -212,41 +198,29 @@ class LudicWorkerExtension:
         a tensor can have both, and then both must be right. `flushes` says that those take subnormal numbers for zeros,
         `inexact` names a layer that cannot be read back exactly, "" for none.
         """
-        specs = getattr(self, "_ludic_specs", None)
-        if specs is None:
+        shapes = self._ludic_shapes
+        if shapes is None:
             raise ValueError("nothing was agreed on: call ludic_expect_weights first (was the server restarted?)")
-        model = self.model_runner.get_model()
-        if self._weight_update_active or any(parameter.is_meta for parameter in model.parameters()):
-            raise ValueError("a weight update was begun and not finished: what it carried is not in place")
-        packed = self._ludic_packed.digests({name: spec["shape"] for name, spec in specs.items()})
-        in_memory = dict(zip(specs, _held_digests(model, specs), strict=True))
-        unread = {name for name, digest in packed.items() if not digest}
+        model = self._ludic_whole_model()
+        packed = self._ludic_packed.digests(shapes)
+        views = checkpoint_views(model, shapes)
+        digests = tensor_digests([_held_as(view, self._ludic_dtype) for view in views.values()])
+        # What a layer that rounds multiplies with is not known: the memory beside it proves nothing.
+        held = {name: digest_hex(one) for name, one in zip(views, digests, strict=True) if packed.get(name) != ""}
         return {
-            "digests": _row_of(in_memory, specs, unread),
-            "packed": _row_of(packed, specs, unread),
+            "digests": "".join(held.get(name, NOT_HELD) for name in shapes),
+            "packed": "".join(packed.get(name) or NOT_HELD for name in shapes),
             "flushes": self._ludic_packed.flushes,
             "inexact": self._ludic_packed.inexact,
         }
-
-    def ludic_weight_digests(self, specs_json: str) -> dict[str, str]:
-        """Digests of the weights that the model holds now, by checkpoint (HF) name.
-
-        `specs_json` is `{name: {"dtype": "bfloat16", "shape": [...]}}`, a string because vLLM's route passes only strings.
-        The answer has every name; "" means that this worker's memory does not hold the tensor in a form that can be compared:
-        packed for the CPU, quantised, a tensor-parallel shard, another pipeline stage.
-        """
-        specs: dict[str, TensorSpec] = json.loads(specs_json)
-        return dict(zip(specs, _held_digests(self.model_runner.get_model(), specs), strict=True))
 
     def ludic_weights_digest(self) -> str:
         """One digest of all that this worker's model multiplies with, in the form in which it holds it.
 
         The same weights in another dtype, on another kind of device or in other shards have another digest.
         """
-        model = self.model_runner.get_model()
+        model = self._ludic_whole_model()
         tensors = dict(sorted(model.named_parameters()))
-        if self._weight_update_active or any(tensor.is_meta for tensor in tensors.values()):
-            raise ValueError("a weight update is under way: ask again when it is finished")
         digests = list(zip(tensors, tensor_digests(list(tensors.values())), strict=True))
         for names, layer in packed_layers(model):  # on the CPU, where the parameter is empty
             digests.append((names[0], tensor_digest(read_weight(layer))))
@@ -254,7 +228,7 @@ class LudicWorkerExtension:
 
     def ludic_record_logprobs(self) -> str:
         """From now on record the log-probs of the requests marked for it. The answer says why not, "" if it does."""
-        if hasattr(self, "_ludic_recorder"):  # another front end has asked
+        if self._ludic_recorder is not None:  # another front end has asked
             return ""
         problem = recording_problem(self.model_runner, self.vllm_config)
         if not problem:
@@ -268,40 +242,22 @@ class LudicWorkerExtension:
         self, key: str, prompt_length: int, lengths: list[int], abandoned: list[str]
     ) -> list[tuple[bytes, bytes] | None]:
         """`LogprobRecorder.take` of the request `key`; what was recorded for `abandoned` requests is forgotten."""
+        assert self._ludic_recorder is not None, "ludic_record_logprobs comes first"
         for other in abandoned:
             self._ludic_recorder.forget(other)
         return self._ludic_recorder.take(key, prompt_length, lengths)
 
     def ludic_recorder_sizes(self) -> dict[str, int]:
         """What the recorder of log-probs holds; empty if it was never started."""
-        recorder = getattr(self, "_ludic_recorder", None)
-        return {} if recorder is None else recorder.sizes()
+        return {} if self._ludic_recorder is None else self._ludic_recorder.sizes()
 
 
-def _row_of(digests: Mapping[str, str], names: Iterable[str], unread: Container[str]) -> str:
-    return "".join((digests.get(name) if name not in unread else "") or NOT_HELD for name in names)
-
-
-def _device_uuid(device: torch.device) -> str:
-    """Names the GPU, whatever number each process gives it; "" on the CPU."""
-    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
-
-
-def _held_digests(model: torch.nn.Module, specs: Mapping[str, TensorSpec]) -> list[str]:
-    """Digests of the model's own memory in the order of `specs`, "" where it holds no comparable tensor."""
-    views = checkpoint_views(model, {name: spec["shape"] for name, spec in specs.items()})
-    held = {name: _held_as(views[name], spec["dtype"]) for name, spec in specs.items() if name in views}
-    digests = dict(zip(held, tensor_digests(list(held.values())), strict=True))
-    return [digest_hex(digests[name]) if name in digests else "" for name in specs]
-
-
-def _held_as(held: torch.Tensor, dtype_name: str) -> torch.Tensor:
+def _held_as(held: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The held tensor in the asked dtype where its values fit that exactly, else as it is (its digest then differs)."""
-    dtype = getattr(torch, dtype_name, None)
-    if isinstance(dtype, torch.dtype) and dtype != held.dtype:
-        cast = held.to(dtype)
-        return cast if torch.equal(cast.to(held.dtype), held) else held
-    return held
+    if dtype == held.dtype:
+        return held
+    cast = held.to(dtype)
+    return cast if torch.equal(cast.to(held.dtype), held) else held
 
 
 def _checked_path(path: str, directory: str | None) -> str:
@@ -309,8 +265,7 @@ def _checked_path(path: str, directory: str | None) -> str:
     if directory is None:
         raise ValueError("ludic_shm has no directory yet: POST /init_weight_transfer_engine first")
     real_parent = os.path.realpath(os.path.dirname(path))
-    inside = os.path.isabs(path) and os.path.commonpath([directory, real_parent]) == directory
-    if not inside:
+    if not os.path.isabs(path) or os.path.commonpath([directory, real_parent]) != directory:
         raise ValueError(f"weight file {path!r} is outside {directory!r}, the directory agreed at init")
     try:
         mode = os.lstat(path).st_mode
@@ -323,17 +278,16 @@ def _checked_path(path: str, directory: str | None) -> str:
 
 def _check_file(path: str, tensors: Mapping[str, torch.Tensor], update_info: SharedMemoryUpdateInfo) -> None:
     """The file holds exactly the announced names, each with the announced digest."""
-    if not update_info.names:
-        raise ValueError("update_info.names is empty: an update carries the whole policy")
     announced = set(update_info.names)
-    for name in update_info.names:
-        if name not in tensors:
-            raise ValueError(f"tensor {name!r} was announced but is missing from {path}")
-        if name not in update_info.digests:
-            raise ValueError(f"tensor {name!r} has no digest in update_info.digests")
+    if not announced:
+        raise ValueError("update_info.names is empty: an update carries the whole policy")
+    if missing := announced - tensors.keys():
+        raise ValueError(f"tensor {min(missing)!r} was announced but is missing from {path}")
+    if missing := announced - update_info.digests.keys():
+        raise ValueError(f"tensor {min(missing)!r} has no digest in update_info.digests")
+    if extra := tensors.keys() - announced:
+        raise ValueError(f"tensor {min(extra)!r} is in {path} but was not announced in update_info.names")
     for name, digest in zip(tensors, tensor_digests(list(tensors.values())), strict=True):
-        if name not in announced:
-            raise ValueError(f"tensor {name!r} is in {path} but was not announced in update_info.names")
         found = digest_hex(digest)
         if found != update_info.digests[name]:
             raise ValueError(
@@ -341,5 +295,5 @@ def _check_file(path: str, tensors: Mapping[str, torch.Tensor], update_info: Sha
             )
 
 
-WeightTransferEngineFactory.register_engine(SHARED_MEMORY_BACKEND, SharedMemoryWeightTransferEngine)
-WeightTransferEngineFactory.register_engine(NCCL_BACKEND, BucketWeightTransferEngine)
+WeightTransferEngineFactory.register_engine("ludic_shm", SharedMemoryWeightTransferEngine)
+WeightTransferEngineFactory.register_engine("ludic_nccl", BucketWeightTransferEngine)
