@@ -25,7 +25,9 @@ from transformers import (
 
 from ludic.train.attention import prepare_packed_attention
 from ludic.train.logprobs import token_logprobs
-from ludic.train.losses import LOSSES, LossSettings, fetch_metrics, loss_inputs, reduce_columns
+from ludic.train.loss_inputs import LossSettings, loss_inputs
+from ludic.train.loss_metrics import fetch_metrics, reduce_columns
+from ludic.train.losses import LOSSES
 from ludic.train.packing import pack
 from ludic.types import MicroBatch, TrainingSample
 
@@ -79,10 +81,24 @@ def _model(family: str) -> PreTrainedModel:
     return MODELS[family]()
 
 
-def _settings(name: str) -> LossSettings:
+OPTIONS: dict[str, dict[str, Any]] = {
+    "ratio to the sampler": {"tis_cap": None, "ratio_to": "sampler"},
+    "dual clip": {"dual_clip": 1.5},
+    "token mask": {"tis_cap": None, "importance_mask": "token", "mask_low": 0.8, "mask_high": 1.2},
+    "sequence mask": {"tis_cap": None, "importance_mask": "sequence", "mask_low": 0.8, "mask_high": 2.0},
+    "geometric mask": {"importance_mask": "geometric", "mask_low": 0.9, "mask_high": 1.1},
+    "token mask, ratio to the sampler": {
+        "tis_cap": None, "ratio_to": "sampler", "importance_mask": "token", "mask_low": 0.8, "mask_high": 1.2
+    },
+}  # fmt: skip
+"""Beside the settings of all tests here."""
+
+
+def _settings(name: str, option: str = "") -> LossSettings:
     # The ratio of a whole sequence strays less than a token's: its clip must be narrower to cut anything here.
     clip = 0.04 if name == "gspo" else 0.2
-    return LossSettings(clip_low=clip, clip_high=1.4 * clip, kl_coef=KL_COEF, tis_cap=TIS_CAP)
+    given = {"tis_cap": TIS_CAP, **OPTIONS.get(option, {})}
+    return LossSettings(clip_low=clip, clip_high=1.4 * clip, kl_coef=KL_COEF, **given)
 
 
 def _row_logprobs(model: PreTrainedModel, sample: TrainingSample) -> torch.Tensor:
@@ -125,18 +141,38 @@ def _update(family: str) -> tuple[list[TrainingSample], list[torch.Tensor], list
 
 
 def _paper_loss(
-    name: str, new: torch.Tensor, old: torch.Tensor, ref: torch.Tensor, rollout: torch.Tensor, advantage: float
+    name: str,
+    new: torch.Tensor,
+    old: torch.Tensor,
+    ref: torch.Tensor,
+    rollout: torch.Tensor,
+    advantage: float,
+    option: str = "",
 ) -> torch.Tensor:
     """[C]: each token's loss, before any mean."""
-    settings, ratio = _settings(name), (new - old).exp()
-    if name == "gspo":
-        ratio = (new - old).mean().exp() * torch.ones_like(new)
+    settings = _settings(name, option)
+    log_ratio = new - (rollout if settings.ratio_to == "sampler" else old)
+    ratio = log_ratio.mean().exp() * torch.ones_like(new) if name == "gspo" else log_ratio.exp()
     clipped = ratio.clamp(1 - settings.clip_low, 1 + settings.clip_high)
     objective = torch.minimum(ratio * advantage, clipped * advantage)
+    if settings.dual_clip and advantage < 0:
+        objective = objective.clamp(min=settings.dual_clip * advantage)
     if name == "cispo":
         objective = clipped.detach() * advantage * new
     kl = (ref - new).exp() - (ref - new) - 1
-    return -objective * (old - rollout).exp().clamp(max=TIS_CAP) + KL_COEF * kl
+    return -objective * _paper_weight(settings, old - rollout) + KL_COEF * kl
+
+
+def _paper_weight(settings: LossSettings, log_rho: torch.Tensor) -> torch.Tensor:
+    """[C]: what the correction multiplies a token's policy loss by."""
+    truncated = torch.ones_like(log_rho) if settings.tis_cap is None else log_rho.exp().clamp(max=settings.tis_cap)
+    if settings.importance_mask == "none":
+        return truncated
+    of_the_mask = {"token": log_rho, "sequence": log_rho.sum(), "geometric": log_rho.mean()}[settings.importance_mask]
+    kept = (of_the_mask.exp() >= settings.mask_low) & (of_the_mask.exp() <= settings.mask_high)
+    if settings.importance_mask == "geometric" or settings.ratio_to == "sampler":
+        return truncated * kept
+    return torch.ones_like(log_rho) * of_the_mask.exp() * kept
 
 
 def _flat_gradient(model: PreTrainedModel) -> torch.Tensor:
@@ -144,14 +180,14 @@ def _flat_gradient(model: PreTrainedModel) -> torch.Tensor:
 
 
 @cache
-def _separate_rows(family: str, name: str) -> tuple[float, torch.Tensor]:
+def _separate_rows(family: str, name: str, option: str = "") -> tuple[float, torch.Tensor]:
     """The loss of the update and its gradient, from one plain forward a sample."""
     model, (samples, olds, refs) = _model(family), _update(family)
     losses = []
     for sample, old, ref in zip(samples, olds, refs, strict=True):
         on, rollout = torch.tensor(sample.loss_mask), torch.tensor(sample.rollout_logprobs)
         new = _row_logprobs(model, sample)
-        losses.append(_paper_loss(name, new, old[on], ref[on], rollout[on], sample.advantage))
+        losses.append(_paper_loss(name, new, old[on], ref[on], rollout[on], sample.advantage, option))
     if name in ("dapo", "cispo"):
         loss = torch.cat(losses).mean()
     elif name == "dr_grpo":
@@ -182,7 +218,12 @@ def _of_row(values: list[torch.Tensor], batch: MicroBatch) -> torch.Tensor:
 
 
 def _backward(
-    model: PreTrainedModel, batches: list[MicroBatch], name: str, olds: list[torch.Tensor], refs: list[torch.Tensor]
+    model: PreTrainedModel,
+    batches: list[MicroBatch],
+    name: str,
+    olds: list[torch.Tensor],
+    refs: list[torch.Tensor],
+    option: str = "",
 ) -> dict[str, float]:
     """Add up the gradients of the rows in the model; the figures of the update."""
     device, metrics = model.device, []
@@ -190,7 +231,7 @@ def _backward(
         row = batch.to(device)
         stats = token_logprobs(model, row, temperature=TEMPERATURE, chunk_size=7)
         old, ref = (_of_row(values, batch).to(device) for values in (olds, refs))
-        output = LOSSES[name].loss(loss_inputs(stats, row, old_logprobs=old, ref_logprobs=ref), _settings(name))
+        output = LOSSES[name].loss(loss_inputs(stats, row, old_logprobs=old, ref_logprobs=ref), _settings(name, option))
         output.loss.backward()
         metrics.append(output.metrics)
     return figures_of(metrics)
@@ -213,6 +254,29 @@ def test_the_gradient_is_the_same_however_the_update_is_cut_and_whether_prompts_
     assert (gradient - expected).norm() < 1e-5 * expected.norm()
     assert figures["loss"] == pytest.approx(expected_loss, rel=1e-5, abs=1e-6)
     assert 0 < figures["clip_fraction"] < 1 and 0 < figures["tis_capped_fraction"] < 1  # nothing is idle here
+
+
+@pytest.mark.parametrize("cut", BUDGETS)
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        (name, option)
+        for name in ("dapo", "gspo", "cispo")
+        for option in OPTIONS
+        if (name, option) != ("cispo", "dual clip")
+    ],
+)
+def test_the_gradient_of_every_option_is_the_same_however_the_update_is_cut(name: str, option: str, cut: str) -> None:
+    expected_loss, expected = _separate_rows("qwen2", name, option)
+    model, (samples, olds, refs) = _model("qwen2"), _update("qwen2")
+    prepare_packed_attention(model)
+    figures = _backward(model, _pack(samples, name, BUDGETS[cut], True), name, olds, refs, option)
+    assert (_flat_gradient(model) - expected).norm() < 1e-5 * expected.norm()
+    assert figures["loss"] == pytest.approx(expected_loss, rel=1e-5, abs=1e-6)
+    if "mask" in option:
+        assert 0 < figures["importance_masked_fraction"] < 1  # nothing is idle here
+    if name == "dapo":
+        assert not torch.equal(expected, _separate_rows("qwen2", name)[1])
 
 
 @pytest.mark.parametrize("family", MODELS)

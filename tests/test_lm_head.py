@@ -1,5 +1,7 @@
 """The output layer without its logits: the same log-probs, entropies and gradients as the plain way, whatever the chunks."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch.nn.functional import linear, one_hot
@@ -53,6 +55,42 @@ def test_log_probs_entropies_and_gradients_are_those_of_full_logits(kind: str, c
     found, wanted = gradients(logprobs, weights, leaves), gradients(expected, weights, leaves)
     for one, other in zip(found, wanted, strict=True):
         assert float((one - other).norm() / other.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("chunk_size", [64, 300])
+@pytest.mark.parametrize("frozen", [("weight",), ("bias",), ("weight", "bias")])
+def test_a_frozen_heads_gradient_is_not_made_and_the_others_are_the_same(
+    frozen: tuple[str, ...], chunk_size: int
+) -> None:
+    targets, weights = torch.randint(97, (300,)), torch.randn(300)
+
+    def passed_back(*frozen: str) -> dict[str, torch.Tensor | None]:
+        hidden, weight, bias = tensors(bias=True)
+        assert hidden is not None and weight is not None and bias is not None
+        weight.requires_grad_("weight" not in frozen)
+        bias.requires_grad_("bias" not in frozen)
+        logprobs, _ = head_stats(
+            Head(weight, bias, 1.0, None),
+            hidden,
+            targets,
+            temperature=TEMPERATURE,
+            chunk_size=chunk_size,
+            with_entropy=False,
+            compiled=False,
+        )
+        # What the function itself returns: autograd would hide a gradient that nobody asked for.
+        made: Any = logprobs.grad_fn
+        if made.name() == "SliceBackward0":
+            made = made.next_functions[0][0]
+        with torch.no_grad():
+            returned = made.apply(weights, torch.zeros(300))
+        return dict(zip(("hidden", "weight", "bias"), returned[:3], strict=True))
+
+    every, some = passed_back(), passed_back(*frozen)
+    assert {name for name, gradient in some.items() if gradient is None} == set(frozen)
+    for name in every.keys() - set(frozen):
+        one, other = every[name], some[name]
+        assert one is not None and other is not None and torch.equal(one, other)
 
 
 def test_entropies_have_no_gradient_and_can_be_left_out() -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from ludic.train import master_weights
 from ludic.train.master_weights import MasterWeights, cast_parameters
 
 
@@ -104,8 +105,12 @@ def test_a_frozen_parameter_stays_frozen() -> None:
 # --- what a step changed ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("bucket", [2**26, 10])
 @pytest.mark.parametrize("compute_dtype", [torch.float32, torch.bfloat16])
-def test_publishing_counts_the_weights_that_are_others_once_they_are_rounded(compute_dtype: torch.dtype) -> None:
+def test_publishing_counts_the_weights_that_are_others_once_they_are_rounded(
+    compute_dtype: torch.dtype, bucket: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(master_weights, "_BUCKET", bucket)
     model = torch.nn.Sequential(torch.nn.Linear(4, 4, bias=False), torch.nn.Linear(4, 2))
     with torch.no_grad():
         for parameter in model.parameters():

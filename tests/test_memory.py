@@ -1,13 +1,19 @@
 """The budget that fits: found by trials of the worst micro-batch, refused with figures, never guessed."""
 
+import sys
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from ludic.config import GRPOConfig
+from ludic.train import memory
 from ludic.train.learner import ROW_MULTIPLE
 from ludic.train.memory import BudgetError, choose_budget, smallest_budget, worst_samples
 from ludic.train.packing import pack
+from ludic.train.token_budget import OutOfMemory
 
 GIB = 2**30
 
@@ -81,3 +87,30 @@ def test_the_smallest_budget_holds_the_longest_sequence_in_padded_rows(max_seq_l
     samples = worst_samples(config, budget)
     (row,) = pack(samples, token_budget=budget, normalisation="token_mean", scale=1.0, pad_to_multiple=ROW_MULTIPLE)
     assert len(samples[0].token_ids) == max_seq_len and row.input_ids.numel() <= budget
+
+
+def test_a_trial_that_runs_out_of_memory_is_over_and_forgotten_before_its_memory_is_given_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    done: list[str] = []
+
+    class Full:
+        """A learner whose trials never fit."""
+
+        config, num_ranks, token_budget, device = GRPOConfig(max_seq_len=64), 1, 512, torch.device("cpu")
+        masters = SimpleNamespace(parameters=[torch.nn.Parameter(torch.ones(2))])
+
+        def add_up(self, samples: object) -> None:
+            raise OutOfMemory("too small")
+
+        def discard(self) -> None:
+            done.append("discarded")
+
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append(f"emptied within {sys.exc_info()[0]}"))
+    learner: Any = Full()
+    assert memory._need(learner, 1024) is None
+    assert done == ["discarded", "emptied within None"] and learner.token_budget == 512
+    learner.num_ranks = 2  # the others would wait for ever
+    with pytest.raises(OutOfMemory):
+        memory._need(learner, 1024)

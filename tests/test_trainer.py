@@ -107,7 +107,7 @@ class Run:
     ) -> None:
         self.out_dir, self.logger = out_dir, ListLogger()
         self.config = dataclasses.replace(SMALL, **settings)
-        self.paths = RunPaths(out_dir=out_dir)
+        self.paths = RunPaths(out_dir=out_dir, name="gsm8k")
         checkpoint = latest_checkpoint(self.paths.checkpoints) if resume else None
         self.model = load(masters_folder(checkpoint) if checkpoint else policy)
         self.engine = LocalEngine.from_pretrained(policy)  # always the initial weights, as a server that was restarted
@@ -893,7 +893,7 @@ def test_groups_older_than_the_limit_are_dropped_and_counted(digit_policy_dir: P
 def test_training_on_groups_as_they_arrive_takes_the_same_step_as_training_on_all(
     digit_policy_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: str, epochs: int
 ) -> None:
-    monkeypatch.setattr("ludic.train.trainer.ENOUGH_TOKENS", 60)
+    monkeypatch.setattr("ludic.train.learner.ENOUGH_TOKENS", 60)
     figures, models, pieces = [], [], []
     for name in ("waits", "streams"):
         run = Run(
@@ -905,9 +905,9 @@ def test_training_on_groups_as_they_arrive_takes_the_same_step_as_training_on_al
         accumulate = run.trainer.learner.accumulate
         sizes: list[int] = []
 
-        def counted(samples: Any, accumulate: Any = accumulate, sizes: list[int] = sizes) -> None:
+        def counted(samples: Any, watch: Any = None, accumulate: Any = accumulate, sizes: list[int] = sizes) -> None:
             sizes.append(len(samples))
-            accumulate(samples)
+            accumulate(samples, watch)
 
         run.trainer.learner.accumulate = counted  # type: ignore[method-assign]
         run.go()
@@ -927,10 +927,10 @@ def test_on_policy_rollouts_ask_for_the_log_probs_of_a_share_of_the_groups_only(
     digit_policy_dir: Path, tmp_path: Path
 ) -> None:
     run = Run(digit_policy_dir, tmp_path, rollouts_per_update=64, logprob_share=0.25)
-    asked = [[prompt.sampling.logprobs for prompt in run.trainer._prompts(step)] for step in (0, 1)]
+    asked = [[prompt.sampling.logprobs for prompt in run.trainer.prompts.take(update)] for update in (1, 2)]
     assert [flags.count(True) for flags in asked] == [2, 2]
     corrected = Run(digit_policy_dir, tmp_path / "corrected", tis_cap=2.0)
-    assert all(prompt.sampling.logprobs for prompt in corrected.trainer._prompts(0))
+    assert all(prompt.sampling.logprobs for prompt in corrected.trainer.prompts.take(1))
     asyncio.run(run.engine.aclose())
     asyncio.run(corrected.engine.aclose())
 
@@ -998,8 +998,30 @@ def test_a_later_epoch_that_is_not_finite_is_left_out_and_the_earlier_ones_stay(
     monkeypatch.setattr(torch.nn.utils, "get_total_norm", poisoned)
     run.go()
     rows = run.logger.updates()
-    assert sum(row.get("skipped_epochs", 0) for row in rows) == 1
+    assert sum(row.get("skipped_steps", 0) for row in rows) == 1
     assert not any(row.get("skipped_update") for row in rows), "its first epoch was taken"
+
+
+def test_a_step_that_is_not_finite_in_every_update_is_said_each_time_and_ends_the_run(
+    digit_policy_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(digit_policy_dir, tmp_path, train_steps=9, eval_limit=0, epochs_per_update=2)
+    norm, calls, said = torch.nn.utils.get_total_norm, iter(range(100)), list[str]()
+
+    def poisoned(gradients: Any) -> torch.Tensor:
+        if next(calls) % 2:  # each second epoch
+            gradients[0][0, 0] = float("nan")
+        return norm(gradients)
+
+    monkeypatch.setattr(torch.nn.utils, "get_total_norm", poisoned)
+    monkeypatch.setattr(run.logger, "event", lambda step, message: said.append(message))
+    with pytest.raises(FloatingPointError, match=r"updates 1 to 3 were not finite and were skipped, whole or in part"):
+        run.go()
+    assert [line.partition(": ")[0] for line in said] == [
+        f"update {step} skipped 1 of its 2 optimizer steps" for step in (1, 2, 3)
+    ]
+    assert all("not finite: the gradient, in 1 of" in line for line in said)
+    assert run.trainer.state.skipped_in_a_row == 3 and run.trainer.state.skipped_updates == 0
 
 
 async def test_a_cancellation_during_the_optimizer_step_counts_logs_and_saves_the_update(

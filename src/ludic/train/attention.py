@@ -3,13 +3,11 @@
 The function is registered with transformers' attention interface, so any causal language model that uses the interface
 can run it. The boundaries of the segments travel as the keyword arguments that transformers passes to flash attention
 (`cu_seq_lens_q` and its kin). On a GPU in bf16 or fp16 the work is one call of `torch.nn.attention.varlen`; elsewhere
-one `scaled_dot_product_attention` a segment, which on the CPU is faster than one padded batch at the head sizes of
-small models (14 against 19 ms, forward and backward, for 32 sequences of 60 to 120 tokens).
+one `scaled_dot_product_attention` a segment.
 
 A prompt that several sequences share stands in the row once (see `MicroBatch`). What follows it sees it through
-`key_indices`, by which keys and values are gathered along each segment's path before attention, at the few heads that
-grouped-query attention stores. A segment's queries are the last of its keys, which is how causality and windows are
-aligned where there are fewer queries than keys. The gradients of a key that is seen along several paths add up in fp32.
+`key_indices`, by which keys and values are gathered along each segment's path before attention. A segment's queries are the
+last of its keys, which is how causality and windows are aligned where there are fewer queries than keys.
 
 transformers can isolate packed sequences by itself, from restarting positions, but builds a T x T mask for it and drops
 the isolation without a word when it is given an attention mask or leaves `use_cache` on. Here a call without boundaries
@@ -266,15 +264,18 @@ def compile_layers(model: PreTrainedModel) -> None:
     Raises:
         ValueError: if the model has no layers that can be told apart.
     """
-    layers = [module for module in model.base_model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if not layers:
-        raise ValueError(
-            f"{type(model).__name__} has no decoder layers of transformers' kind to compile: add --no-compile"
-        )
     # Read when a layer is traced, and for the whole process: torch has no argument for it.
     functorch_config.activation_memory_budget = ACTIVATION_BUDGET
-    for layer in layers:
+    for layer in decoder_layers(model, "compile: add --no-compile"):
         layer.compile(dynamic=True)
+
+
+def decoder_layers(model: PreTrainedModel, purpose: str) -> list[Any]:
+    """The layers of the backbone, in order. Raises ValueError, with the `purpose`, if they cannot be told apart."""
+    layers = [module for module in model.base_model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no decoder layers of transformers' kind to {purpose}")
+    return layers
 
 
 def checkpoint_layers(model: PreTrainedModel) -> None:
@@ -283,11 +284,7 @@ def checkpoint_layers(model: PreTrainedModel) -> None:
     Raises:
         ValueError: if the model has no layers that can be told apart.
     """
-    layers: list[Any] = [one for one in model.base_model.modules() if isinstance(one, GradientCheckpointingLayer)]
-    if not layers:
-        raise ValueError(
-            f"{type(model).__name__} has no decoder layers of transformers' kind to recompute: leave out --gradient-checkpointing"
-        )
+    layers = decoder_layers(model, "recompute: leave out --gradient-checkpointing")
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for layer in layers:
         # transformers recomputes only where the layer's own flag says that it trains. It is up at that question alone: the

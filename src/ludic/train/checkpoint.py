@@ -3,17 +3,16 @@
     step_N/                         a transformers model folder: what is served, evaluated, and `--model` of a new run
         config.json, *.safetensors  the weights in the dtype that config.json names
         ...                         generation config, tokenizer, chat template, processor files
+        adapter/                    with --lora-rank: the adapter as peft writes it, in float32; above it lies merged
         manifest.json               size and SHA-256 of all the others (see `manifest`)
         training/                   what only `--resume` reads; vLLM and transformers look at the files above alone
             trainer_state.json      step, policy version, settings, what was measured so far
+            prompts.json            the place in the data, and how often each prompt was solved (see `prompt_source`)
             optimizer.safetensors       AdamW's state (see `optimizer_state`)
-            masters/                the float32 masters, a model folder too; absent where the model is float32 itself
-
-Earlier all of it lay side by side, with the masters as the model; such a checkpoint can still be resumed.
+            masters/                the float32 masters, a model folder too; none if the model is float32, or has an adapter
 
 A checkpoint is written into a hidden folder, synced to disk, and renamed: a kill, a power cut or a full disk at any moment
-leaves the earlier ones as they were. `recover_folder` tidies up after a kill; one run at a time may use a folder
-(`run_lock`).
+leaves the earlier ones as they were. `recover_folder` tidies up after a kill. One run at a time may use a folder (`run_lock`).
 """
 
 import contextlib
@@ -38,6 +37,7 @@ from ludic.storage.manifest import (
     verify_checkpoint,
     write_manifest,
 )
+from ludic.train.lora import Adapter
 from ludic.train.model_folder import save_model
 from ludic.train.optimizer_state import load_optimizer, save_optimizer
 
@@ -54,6 +54,7 @@ __all__ = [
     "list_checkpoints",
     "load_optimizer",
     "masters_folder",
+    "read_prompts",
     "read_state",
     "recover_folder",
     "save_checkpoint",
@@ -64,16 +65,17 @@ __all__ = [
 _TRAINING_FOLDER = "training"
 _MASTERS_FOLDER = "masters"
 _STATE_FILE = "trainer_state.json"
+_PROMPTS_FILE = "prompts.json"
 _FOLDER_NAME = re.compile(r"step_(0|[1-9][0-9]{0,11})")
 _HIDDEN_NAME = re.compile(r"\.(step_(?:0|[1-9][0-9]{0,11}))\.(partial|replaced|removed)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainerState:
-    """What a run is at the end of an update, beside its tensors. The data cursor follows from `step`."""
+    """What a run is at the end of an update, beside its tensors and the state of its prompts."""
 
     step: int
-    """Updates done; the next one trains on prompts `step * groups_per_update` and on."""
+    """Updates done."""
     policy_version: int
     model: str
     """What the run was started from."""
@@ -83,7 +85,7 @@ class TrainerState:
     seconds: float = 0.0
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     skipped_in_a_row: int = 0
-    """Updates that were skipped since the last one that was applied."""
+    """Updates that were skipped, whole or in part, since the last one that was applied in full."""
     skipped_updates: int = 0
     """Updates of the whole run that were skipped because a loss or gradient was not finite."""
     wandb_run_id: str | None = None
@@ -112,12 +114,15 @@ def save_checkpoint(
     model_dtype: torch.dtype,
     source_files: Mapping[str, bytes],
     keep: int,
+    adapter: Adapter | None = None,
+    prompts: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write `folder/step_N` atomically and remove all but the last `keep`; returns the new checkpoint's path.
 
     `weights` is the model's state dict with its float32 masters; the model itself may compute in less, and is served in
-    `model_dtype`. `source_files` are those of `pretrained.serving_files`. The optimizer's parameters are in the order of the
-    model's.
+    `model_dtype`. `source_files` are those of `pretrained.serving_files`, `prompts` is `PromptSource.state()`. The optimizer's
+    parameters are in the order of the model's. With an `adapter`, that is saved, and the model with it merged in, in the place
+    of `weights`.
 
     Raises:
         CheckpointError: the disk is full or the folder cannot be written; earlier checkpoints are untouched.
@@ -128,7 +133,9 @@ def save_checkpoint(
         _make_folder(folder)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        _write(partial, model, weights, tokenizer, optimizer, state, model_dtype, source_files)
+        _write(partial, model, weights, tokenizer, optimizer, state, model_dtype, source_files, adapter)
+        if prompts is not None:
+            (partial / _TRAINING_FOLDER / _PROMPTS_FILE).write_text(json.dumps(prompts, allow_nan=False) + "\n")
         write_manifest(partial)
         _put_in_place(partial, final)
     except (OSError, SafetensorError, ValueError, TypeError, RuntimeError) as error:
@@ -169,12 +176,18 @@ def _write(
     state: TrainerState,
     model_dtype: torch.dtype,
     source_files: Mapping[str, bytes],
+    adapter: Adapter | None,
 ) -> None:
     training = partial / _TRAINING_FOLDER
     training.mkdir()
-    save_model(partial, model, weights, model_dtype)
-    if model_dtype != torch.float32:
-        save_model(training / _MASTERS_FOLDER, model, weights, torch.float32)
+    if adapter is not None:
+        with adapter.merged() as merged:
+            save_model(partial, merged, merged.state_dict(), model_dtype)
+        adapter.save(partial)
+    else:
+        save_model(partial, model, weights, model_dtype)
+        if model_dtype != torch.float32:
+            save_model(training / _MASTERS_FOLDER, model, weights, torch.float32)
     tokenizer.save_pretrained(partial)
     for name, content in source_files.items():
         if not (partial / name).exists():  # what was just saved is what was trained with
@@ -310,6 +323,16 @@ def read_state(checkpoint: Path) -> TrainerState:
     if missing := [name for name in names if name not in record]:
         raise CheckpointError(f"{path} cannot be read: the field {missing[0]!r} is missing")
     return TrainerState(**record)
+
+
+def read_prompts(checkpoint: Path) -> dict[str, Any] | None:
+    """What `PromptSource` knew then; None in checkpoints of versions before it.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    path = training_folder(checkpoint) / _PROMPTS_FILE
+    return read_json(path) if path.exists() else None
 
 
 def _one_line(error: Exception) -> str:

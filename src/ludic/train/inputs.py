@@ -10,50 +10,35 @@ from ludic.task.environment import Environment
 from ludic.task.prompts import encode_prompt
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 SampleT = TypeVar("SampleT")
 
 
 def prompt_token_ids(
+    config: GRPOConfig,
     samples: Sequence[SampleT],
     given: Sequence[list[int]] | None,
     environment: Environment[SampleT],
     tokenizer: "PreTrainedTokenizerBase",
-    *,
-    max_len: int,
-    max_seq_len: int,
-) -> Sequence[list[int]]:
+) -> list[list[int]]:
     """Every prompt's token ids, once for the whole run, or those that were `given`.
 
     Raises:
-        ValueError: one of them is longer than `max_len`, with its place and length.
+        ValueError: one of them leaves no room for an answer.
     """
     if given is not None and len(given) != len(samples):
         raise ValueError(f"train_prompts holds {len(given)} prompts, train_samples {len(samples)} samples")
     token_ids = []
     for index, sample in enumerate(samples):
         ids = encode_prompt(tokenizer, environment.messages(sample)) if given is None else given[index]
-        if len(ids) > max_len:
+        if len(ids) > config.max_prompt_len:
             raise ValueError(
                 f"the prompt of training sample {index} is {len(ids)} tokens, more than --max-seq-len "
-                f"{max_seq_len} allows with one token for an answer"
+                f"{config.max_seq_len} allows with one token for an answer"
             )
         token_ids.append(ids)
     return token_ids
-
-
-def name_of(model: "PreTrainedModel") -> str:
-    """The folder or hub name that `model` was loaded from.
-
-    Raises:
-        ValueError: it has none.
-    """
-    if not model.name_or_path:
-        raise ValueError(
-            "this model was made in code and has no name: give model_name, the folder or hub name of its files"
-        )
-    return str(model.name_or_path)
 
 
 def check_task(task: Mapping[str, Any], config: GRPOConfig) -> None:

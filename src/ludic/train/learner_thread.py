@@ -1,9 +1,10 @@
 """The one thread that touches the model, so that the event loop goes on talking to the server meanwhile."""
 
 import asyncio
-from collections.abc import Callable, Coroutine
+import threading
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, ParamSpec, Self, TypeVar
+from typing import ParamSpec, Self, TypeVar
 
 import torch
 
@@ -13,8 +14,9 @@ Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
-async def to_its_end(work: "Coroutine[Any, Any, Result]") -> Result:
-    """The result of `work`. A cancellation of the caller does not reach it, and is raised when it has ended.
+async def to_its_end(work: Awaitable[Result], *, withdraw: Callable[[], bool] = lambda: False) -> Result:
+    """The result of `work`. A cancellation of the caller does not reach it, and is raised when it has ended, or at once where
+    `withdraw` says that the work had not begun and never will.
 
     For what cannot be interrupted: a device at work, a write to disk, an update that is counted when it is done.
     """
@@ -23,6 +25,8 @@ async def to_its_end(work: "Coroutine[Any, Any, Result]") -> Result:
         try:
             await asyncio.wait([task])
         except asyncio.CancelledError as error:
+            if withdraw():
+                raise
             cancelled = error
     result = task.result()  # an error of the work's own comes first
     if cancelled is not None:
@@ -54,23 +58,14 @@ class LearnerThread:
             max_workers=1, thread_name_prefix="ludic-learner", initializer=choose_device
         )
         self._closed = False
+        self._reading = threading.Lock()
 
     async def call(
         self, function: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
     ) -> Result:
         """The result of `function`. A cancellation withdraws a call that has not begun; a running call is waited for."""
         future = self._executor.submit(function, *args, **kwargs)
-        result, cancelled = asyncio.wrap_future(future), None
-        while not result.done():
-            try:
-                await asyncio.wait([result])
-            except asyncio.CancelledError as error:
-                if future.cancel():
-                    raise
-                cancelled = error
-        if cancelled is not None and result.exception() is None:
-            raise cancelled
-        return result.result()
+        return await to_its_end(asyncio.wrap_future(future), withdraw=future.cancel)
 
     async def read(self, reader: Callable[[torch.nn.Module, int], Result]) -> Result:
         """The result of `reader(model, version)`."""
@@ -82,9 +77,11 @@ class LearnerThread:
         """Wait until the thread is free, so that a call that cannot be withdrawn begins at once."""
         await self.call(lambda: None)
 
-    async def step(self, *, learning_rate: float, num_without_loss: int = 0) -> dict[str, float]:
+    async def step(
+        self, *, learning_rate: float, num_without_loss: int = 0, advantage_scale: float = 1.0
+    ) -> dict[str, float]:
         """`Learner.step`, which makes the next version, also where it skips the update. Raises what that raises."""
-        return await self.call(self._step, learning_rate, num_without_loss)
+        return await self.call(self._step, learning_rate, num_without_loss, advantage_scale)
 
     async def skip_step(self) -> None:
         """The next version has the same weights: there was nothing to train on."""
@@ -93,11 +90,15 @@ class LearnerThread:
     def _read(self, reader: Callable[[torch.nn.Module, int], Result]) -> Result:
         if self.version is None:
             raise RuntimeError("the last update failed half way: the weights belong to no version")
-        return reader(self.learner.model, self.version)
+        # After the end readers come on threads of their own, several servers at once; an adapter is merged for one at a time.
+        with self._reading, self.learner.whole_model() as model:
+            return reader(model, self.version)
 
-    def _step(self, learning_rate: float, num_without_loss: int) -> dict[str, float]:
+    def _step(self, learning_rate: float, num_without_loss: int, advantage_scale: float) -> dict[str, float]:
         try:
-            figures = self.learner.step(learning_rate=learning_rate, num_without_loss=num_without_loss)
+            figures = self.learner.step(
+                learning_rate=learning_rate, num_without_loss=num_without_loss, advantage_scale=advantage_scale
+            )
         except BaseException:
             if self.learner.stepped:
                 self.version = None

@@ -114,6 +114,7 @@ class _HeadStats(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden)
         grad_weight: torch.Tensor | None = None
         grad_bias: torch.Tensor | None = None
+        weight_trains, bias_trains = ctx.needs_input_grad[1:3]  # a frozen head's gradient, [V, H], is not made
         parts = _chunks(hidden.shape[0], ctx.chunk_size)
         for part in parts:
             logits = _product(hidden[part], weight, bias, ctx.fp32_product)
@@ -127,19 +128,20 @@ class _HeadStats(torch.autograd.Function):
             )
             del logits
             torch.mm(grad_logits, weight, out=grad_hidden[part])
-            product = grad_logits.t() @ hidden[part]
-            if grad_weight is None:  # chunks add up in fp32: a bf16 sum would lose the small ones
-                grad_weight = product if len(parts) == 1 else product.float()
-            else:
-                grad_weight += product
-            if bias is not None:
+            if weight_trains:
+                product = grad_logits.t() @ hidden[part]
+                if grad_weight is None:  # chunks add up in fp32: a bf16 sum would lose the small ones
+                    grad_weight = product if len(parts) == 1 else product.float()
+                else:
+                    grad_weight += product
+            if bias_trains:
                 row_sum = grad_logits.sum(0, dtype=torch.float32)
                 grad_bias = row_sum if grad_bias is None else grad_bias + row_sum
-        if grad_weight is None:
-            grad_weight = torch.zeros_like(weight)
-        if bias is not None:
+        if weight_trains:
+            grad_weight = torch.zeros_like(weight) if grad_weight is None else grad_weight.to(weight.dtype)
+        if bias_trains:
             grad_bias = torch.zeros_like(bias) if grad_bias is None else grad_bias.to(bias.dtype)
-        return grad_hidden, grad_weight.to(weight.dtype), grad_bias, None, None, None, None, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None, None
 
 
 def _product(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, fp32: bool) -> torch.Tensor:

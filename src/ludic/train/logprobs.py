@@ -1,8 +1,7 @@
 """Token log-probabilities of a packed row.
 
 The backbone runs once over the row; only positions whose next token is trained on meet the LM head, a chunk at a time,
-and a chunk's logits are thrown away and made again in the backward pass. Memory for logits is that of one chunk, however
-long the row.
+and a chunk's logits are thrown away and made again in the backward pass.
 """
 
 from typing import NamedTuple

@@ -7,11 +7,13 @@
 Each is a property of the architecture and its settings, so once a run is enough.
 """
 
+from typing import Any
+
 import torch
 from transformers import PreTrainedModel
 
 from ludic.task.architectures import OTHER_FAMILY
-from ludic.train.attention import boundary_kwargs, packed_attention_kwargs
+from ludic.train.attention import packed_attention_kwargs
 from ludic.train.logprobs import output_layer, token_logprobs
 from ludic.train.packing import pack
 from ludic.types import MicroBatch, TrainingSample
@@ -32,12 +34,7 @@ def check_isolation(model: PreTrainedModel, *, max_seq_len: int) -> None:
     Raises:
         ValueError: if a sequence behind another, or with a shared prompt, is not what it is alone.
     """
-    _check_lengths(
-        model,
-        _SHORT,
-        _SHORT,
-        _MIXES_POSITIONS,
-    )
+    _check_lengths(model, _SHORT, _SHORT, _MIXES_POSITIONS)
     limits = [limit for limit in _length_limits(model) if limit < max_seq_len]
     if limits:
         long = min(max(limits) + _SHORT, max_seq_len)
@@ -85,15 +82,19 @@ def _check_lengths(model: PreTrainedModel, neighbour: int, length: int, reason: 
 def _last_states(model: PreTrainedModel, sequences: list[list[int]], prompt: int) -> torch.Tensor:
     """[L, H]: the last sequence's hidden states from one row; prompts of `prompt` tokens are shared where they are equal."""
     row = _row(model, sequences, prompt)
-    states: torch.Tensor = model.base_model(
-        input_ids=row.input_ids.unsqueeze(0),
-        position_ids=row.position_ids.unsqueeze(0),
-        use_cache=False,
-        **packed_attention_kwargs(row),
-    ).last_hidden_state[0]
+    states: torch.Tensor = model.base_model(**_arguments(row)).last_hidden_state[0]
     if row.key_indices is not None:
         states = states.index_select(0, row.key_indices)
     return states[-len(sequences[-1]) :].float()
+
+
+def _arguments(row: MicroBatch) -> dict[str, Any]:
+    return {
+        "input_ids": row.input_ids.unsqueeze(0),
+        "position_ids": row.position_ids.unsqueeze(0),
+        "use_cache": False,
+        **packed_attention_kwargs(row),
+    }
 
 
 def _row(model: PreTrainedModel, sequences: list[list[int]], prompt: int) -> MicroBatch:
@@ -118,18 +119,10 @@ def check_head(model: PreTrainedModel) -> None:
         ValueError: if they differ.
     """
     head = output_layer(model)
-    device = head.weight.device
-    length = 8
-    cu_seqlens = torch.tensor([0, length], dtype=torch.int32, device=device)
+    row = _row(model, [[token % head.weight.shape[0] for token in range(1, 9)]], 1)
     with torch.no_grad():
-        arguments = {
-            "input_ids": torch.arange(1, length + 1, device=device).unsqueeze(0) % head.weight.shape[0],
-            "position_ids": torch.arange(length, device=device).unsqueeze(0),
-            "use_cache": False,
-            **boundary_kwargs(cu_seqlens, length),
-        }
-        theirs = model(**arguments).logits[0].float()
-        ours = head.logits(model.base_model(**arguments).last_hidden_state[0])
+        theirs = model(**_arguments(row)).logits[0].float()
+        ours = head.logits(model.base_model(**_arguments(row)).last_hidden_state[0])
     gap = (ours - theirs).abs().max().item()
     if not gap <= 1e-2 * max(1.0, theirs.abs().max().item()):
         raise ValueError(

@@ -5,104 +5,31 @@ left out is why they did: that takes the samples of the update, which are in the
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 
 LARGEST_NORM = 1e15
 """A gradient beyond this is refused like one that is not finite: squared, it is at home in no fp32 second moment of AdamW,
 and no update that means anything comes near it."""
+MAX_SKIPPED = 3
+"""This many consecutive updates with a NaN or an infinity in any of their steps end the run: it would not recover."""
 _NAMED = 3
 """So many parameters are named; the others are counted."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NonFinite:
+class NonFinite(NamedTuple):
     """Where NaN or Inf stood in a step that was skipped."""
 
-    learning_rate: float
-    num_micro_batches: int
-    losses: int
-    """Micro-batches whose loss is not finite."""
-    logprobs: int
-    """Tokens whose log-probability under the policy is not finite."""
-    logprob_micro_batches: int
-    """Micro-batches with such tokens."""
-    grad_norm: float
     gradients: tuple[str, ...]
     """Parameters whose gradient is not finite, in the model's order."""
-    num_parameters: int
-    """How many have a gradient at all."""
     weights: tuple[str, ...]
     """Parameters that are themselves not finite: they never should be."""
-    largest_log_ratio: float | None
-    """To the sampler, in nats, over the tokens where it is known and finite."""
-    other: tuple[str, ...]
-    """Metrics that are not finite either."""
-
-    def figures(self) -> dict[str, float]:
-        """The counts, for the metrics of the skipped update."""
-        return {
-            "nonfinite_losses": self.losses,
-            "nonfinite_policy_logprobs": self.logprobs,
-            "nonfinite_gradients": len(self.gradients),
-        }
-
-    def describe(self) -> str:
-        """One line: what was not finite and where, the circumstances, and what to turn."""
-        found = []
-        if self.losses:
-            found.append(f"the loss, in {self.losses} of {self.num_micro_batches} micro-batches")
-        if self.logprobs:
-            found.append(
-                f"{self.logprobs} of the policy's log-probs, in {self.logprob_micro_batches} of {self.num_micro_batches} "
-                "micro-batches"
-            )
-        if self.gradients:
-            found.append(
-                f"the gradient, in {len(self.gradients)} of {self.num_parameters} parameters{_some(self.gradients)}"
-            )
-        if not math.isfinite(self.grad_norm) and not self.gradients:
-            found.append(
-                f"the norm of the gradient ({self.grad_norm}: the parts are finite, the sum of squares is not)"
-            )
-        parts = ["not finite: " + "; ".join(found)] if found else []
-        if math.isfinite(self.grad_norm) and self.grad_norm > LARGEST_NORM:
-            parts.append(
-                f"the gradient's norm is {self.grad_norm:.3g}, beyond the {LARGEST_NORM:.0e} that AdamW can square"
-            )
-        if self.other:
-            parts.append(f"metrics that are not finite: {', '.join(self.other)}")
-        gap = "unknown" if self.largest_log_ratio is None else f"{self.largest_log_ratio:.3g} nats"
-        parts.append(f"learning rate {self.learning_rate:.3g}, largest |log-ratio| to the sampler {gap}")
-        parts.append(
-            f"THE WEIGHTS THEMSELVES ARE NOT FINITE, in {len(self.weights)} parameters{_some(self.weights)}"
-            if self.weights
-            else "the weights are finite, and as they were"
-        )
-        return ". ".join(parts) + ". " + self._advice()
-
-    def _advice(self) -> str:
-        if self.weights:
-            return (
-                "No step of AdamW made that, and none mends it: --resume from an earlier checkpoint, and mistrust the one that "
-                "they came from, or the machine's memory"
-            )
-        if self.logprobs:
-            return (
-                "Finite weights whose forward pass overflows have drifted far: --resume from an earlier checkpoint with a "
-                "lower --learning-rate (a tenth, say), and a lower --max-grad-norm"
-            )
-        if self.losses:
-            return (
-                "The log-probs are finite and what is made of them is not: a ratio that overflows. A lower --learning-rate, "
-                "fewer --epochs-per-update, a --tis-cap, or no --kl-coef, whichever of them is in use"
-            )
-        return (
-            "The loss is finite and its gradient overflows on the way back: a lower --learning-rate, and a --tis-cap "
-            "where rollouts are stale; look at logprob_gap_max and grad_norm of the updates before"
-        )
+    figures: dict[str, float]
+    """Counts for the metrics of the skipped update."""
+    text: str
+    """One line: what was not finite and where, the circumstances, and what to turn."""
 
 
 @torch.no_grad()
@@ -114,6 +41,7 @@ def find_nonfinite(
     grad_norm: float,
     learning_rate: float,
     other: Sequence[str],
+    find: Callable[[Sequence[str], Sequence[torch.Tensor]], tuple[str, ...]],
 ) -> NonFinite:
     """Look for NaN and Inf in one step's metrics, gradients and weights. Waits for the device.
 
@@ -123,24 +51,62 @@ def find_nonfinite(
         masters: the fp32 weights, with their gradients, in the same order.
         grad_norm: of the whole gradient.
         other: metrics of the update that came out not finite.
+        find: `nonfinite_names`, of all ranks where there are several.
     """
-    gradients = [(name, master.grad) for name, master in zip(names, masters, strict=True) if master.grad is not None]
+    trained = [(name, master.grad) for name, master in zip(names, masters, strict=True) if master.grad is not None]
+    gradients = find([name for name, _ in trained], [gradient for _, gradient in trained])
+    weights = find(names, masters)
+    num_losses = int((~columns["loss"].isfinite()).sum())
     tokens = columns["num_nonfinite_policy_logprobs"]
-    gaps = columns.get("logprob_gap_max")
-    known = gaps is not None and float(columns["num_gap_tokens"].sum()) > 0
-    return NonFinite(
-        learning_rate=learning_rate,
-        num_micro_batches=len(columns["loss"]),
-        losses=int((~columns["loss"].isfinite()).sum()),
-        logprobs=int(tokens.sum()),
-        logprob_micro_batches=int(tokens.count_nonzero()),
-        grad_norm=grad_norm,
-        gradients=nonfinite_names([name for name, _ in gradients], [gradient for _, gradient in gradients]),
-        num_parameters=len(gradients),
-        weights=nonfinite_names(names, masters),
-        largest_log_ratio=float(gaps.max()) if gaps is not None and known else None,
-        other=tuple(name for name in other if name != "loss"),
-    )
+    num_logprobs, num_rows = int(tokens.sum()), len(tokens)
+    found = []
+    if num_losses:
+        found.append(f"the loss, in {num_losses} of {num_rows} micro-batches")
+    if num_logprobs:
+        rows = int(tokens.count_nonzero())
+        found.append(f"{num_logprobs} of the policy's log-probs, in {rows} of {num_rows} micro-batches")
+    if gradients:
+        found.append(f"the gradient, in {len(gradients)} of {len(trained)} parameters{_some(gradients)}")
+    elif not math.isfinite(grad_norm):
+        found.append(f"the norm of the gradient ({grad_norm}: the parts are finite, the sum of squares is not)")
+    parts = ["not finite: " + "; ".join(found)] if found else []
+    if math.isfinite(grad_norm) and grad_norm > LARGEST_NORM:
+        parts.append(f"the gradient's norm is {grad_norm:.3g}, beyond the {LARGEST_NORM:.0e} that AdamW can square")
+    if other := [name for name in other if name != "loss"]:
+        parts.append(f"metrics that are not finite: {', '.join(other)}")
+    known = "logprob_gap_max" in columns and float(columns["num_gap_tokens"].sum()) > 0
+    gap = f"{float(columns['logprob_gap_max'].max()):.3g} nats" if known else "unknown"
+    parts.append(f"learning rate {learning_rate:.3g}, largest |log-ratio| to the sampler {gap}")
+    if weights:
+        parts.append(f"THE WEIGHTS THEMSELVES ARE NOT FINITE, in {len(weights)} parameters{_some(weights)}")
+        advice = _WEIGHTS
+    else:
+        parts.append("the weights are finite, and as they were")
+        advice = _LOGPROBS if num_logprobs else _LOSSES if num_losses else _GRADIENTS
+    figures: dict[str, float] = {
+        "nonfinite_losses": num_losses,
+        "nonfinite_policy_logprobs": num_logprobs,
+        "nonfinite_gradients": len(gradients),
+    }
+    return NonFinite(gradients=gradients, weights=weights, figures=figures, text=". ".join([*parts, advice]))
+
+
+_WEIGHTS = (
+    "No step of AdamW made that, and none mends it: --resume from an earlier checkpoint, and mistrust the one that "
+    "they came from, or the machine's memory"
+)
+_LOGPROBS = (
+    "Finite weights whose forward pass overflows have drifted far: --resume from an earlier checkpoint with a "
+    "lower --learning-rate (a tenth, say), and a lower --max-grad-norm"
+)
+_LOSSES = (
+    "The policy's log-probs are finite and what is made of them is not, although ratios are bounded: look at the rewards, with "
+    "--kl-coef at the reference policy, and lower --learning-rate"
+)
+_GRADIENTS = (
+    "The loss is finite and its gradient overflows on the way back: a lower --learning-rate, and a --tis-cap "
+    "where rollouts are stale; look at logprob_gap_max and grad_norm of the updates before"
+)
 
 
 @torch.no_grad()
@@ -155,3 +121,38 @@ def nonfinite_names(names: Sequence[str], tensors: Sequence[torch.Tensor]) -> tu
 def _some(names: Sequence[str]) -> str:
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return f" ({', '.join(names[:_NAMED])}{more})"
+
+
+def what_was_skipped(figures: Mapping[str, float]) -> str | None:
+    """Of an update's figures: what was skipped, whole or in part, since it was not finite. None where nothing was.
+
+    Example:
+        >>> what_was_skipped({"skipped_update": 0.0, "optimizer_steps": 1, "skipped_steps": 3})
+        'skipped 3 of its 4 optimizer steps'
+    """
+    if figures.get("skipped_update"):
+        return "was skipped"
+    if skipped := figures.get("skipped_steps"):
+        return f"skipped {skipped:.0f} of its {skipped + figures['optimizer_steps']:.0f} optimizer steps"
+    return None
+
+
+def skipped_in_a_row(before: int, figures: Mapping[str, float]) -> int:
+    """How many updates in a row were skipped, whole or in part, after one more, with these figures. One that had nothing to
+    train on neither counts nor ends the row."""
+    if "skipped_update" not in figures:
+        return before
+    return before + 1 if what_was_skipped(figures) else 0
+
+
+def check_skipped(step: int, *, in_a_row: int, diagnosis: str) -> None:
+    """After an update that was skipped, whole or in part, the last of so many in a row.
+
+    Raises:
+        FloatingPointError: it is the third.
+    """
+    if in_a_row >= MAX_SKIPPED:
+        raise FloatingPointError(
+            f"updates {step - in_a_row + 1} to {step} were not finite and were skipped, whole or in part; the weights are those "
+            f"of the last finite step. {diagnosis}"
+        )

@@ -2,9 +2,7 @@
 
 `optimizer.safetensors` holds `exp_avg.<parameter>`, `exp_avg_sq.<parameter>` and `step.<parameter>` under the model's own
 names, so that a parameter can never be given another one's moments, and in its metadata the names of all parameters in
-the optimizer's order. Learning rate, betas and weight decay are not here: they are the run's settings. Nor are the states of
-random generators: ludic draws from none that outlives an update (see `schedule` and `local_decoding`). A `generators.json`
-of an earlier version is ignored.
+the optimizer's order. Learning rate, betas and weight decay are not here: they are the run's settings.
 """
 
 import json
@@ -45,13 +43,20 @@ def save_optimizer(folder: Path, optimizer: torch.optim.Optimizer, names: Sequen
     save_file(tensors, folder / OPTIMIZER_FILE, metadata=metadata)
 
 
-def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, *, model: torch.nn.Module) -> None:
+def load_optimizer(
+    folder: Path,
+    optimizer: torch.optim.Optimizer,
+    *,
+    model: torch.nn.Module,
+    rows: Sequence[tuple[torch.Size, slice]] | None = None,
+) -> None:
     """Restore AdamW's state.
 
     Args:
         folder: that `save_optimizer` wrote into, of a checkpoint that was verified.
         optimizer: its learning rate, betas and weight decay stay as they are.
         model: whose parameters the optimizer has, in their order; names, shapes and dtypes are compared.
+        rows: for an optimizer that has only a part of each parameter: the whole one's shape, and which rows it has.
 
     Raises:
         CheckpointError: the file is missing or damaged, or belongs to another model.
@@ -59,7 +64,7 @@ def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, *, model: tor
     path = folder / OPTIMIZER_FILE
     names = [name for name, _ in model.named_parameters()]
     try:
-        state = _read_optimizer(path, _parameters(optimizer), names)
+        state = _read_optimizer(path, _parameters(optimizer), names, rows)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise CheckpointError(f"{path} is damaged or does not fit this model: {error}") from error
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
@@ -70,7 +75,10 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
 
 
 def _read_optimizer(
-    path: Path, parameters: Sequence[torch.Tensor], names: Sequence[str]
+    path: Path,
+    parameters: Sequence[torch.Tensor],
+    names: Sequence[str],
+    rows: Sequence[tuple[torch.Size, slice]] | None,
 ) -> dict[int, dict[str, torch.Tensor]]:
     """The state by the place of its parameter, each tensor copied out of the file."""
     state: dict[int, dict[str, torch.Tensor]] = {}
@@ -86,12 +94,16 @@ def _read_optimizer(
         for place, (name, like) in enumerate(zip(names, parameters, strict=True)):
             if name not in stepped:
                 continue
-            stored = {part: file.get_tensor(f"{part}.{name}") for part in _PARTS}
+            shape, part_of_it = rows[place] if rows is not None else (like.shape, slice(None))
+            moments = {}
             for part in _MOMENTS:
-                if (stored[part].shape, stored[part].dtype) != (like.shape, like.dtype):
-                    found = f"{stored[part].dtype} {list(stored[part].shape)}"
-                    raise ValueError(f"{part}.{name} is {found}, in the model it is {like.dtype} {list(like.shape)}")
-            moments = {part: stored[part].to(like.device, copy=True) for part in _MOMENTS}
+                stored = file.get_slice(f"{part}.{name}")
+                found = torch.Size(stored.get_shape())
+                tensor = stored[part_of_it] if found else file.get_tensor(f"{part}.{name}")
+                if (found, tensor.dtype) != (shape, like.dtype):
+                    found_words = f"{tensor.dtype} {list(found)}"
+                    raise ValueError(f"{part}.{name} is {found_words}, in the model it is {like.dtype} {list(shape)}")
+                moments[part] = tensor.to(like.device, copy=True)
             # A count of steps stays on the CPU unless AdamW is fused, and `load_state_dict` moves it then.
-            state[place] = {**moments, "step": stored["step"].clone()}
+            state[place] = {**moments, "step": file.get_tensor(f"step.{name}").clone()}
     return state

@@ -5,38 +5,41 @@ row holds that prompt once, however many of them it holds, and the token before 
 all. What each token's loss is multiplied by is settled here, over the whole update, before it is cut into micro-batches,
 so that no cut can change the gradient.
 
-The tokens of an update are Python lists; they are turned into one array each, and rows are cut out of those, so that
-the host's time does not grow with a Python loop over tokens. Left out on purpose: sharing between samples of which one's
-prompt only begins like the other's, sequence splitting (context parallelism), and balancing by attention cost: at the
-lengths of reasoning completions on small models the time goes with the tokens.
+Left out on purpose: sharing between samples of which one's prompt only begins like the other's, sequence splitting (context
+parallelism), and balancing by attention cost: at the lengths of reasoning completions on small models the time goes with the
+tokens.
 """
 
 from array import array
 from bisect import bisect_left, insort
+from collections import Counter
 from collections.abc import Sequence
 from heapq import heapify, heappop, heappush, heapreplace
 from itertools import accumulate
-from typing import Literal, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from ludic import config
 from ludic.types import MicroBatch, TrainingSample
 
-Normalisation = Literal["token_mean", "sequence_mean", "constant"]
-"""What a token's loss is divided by, with N the sequences and M the loss tokens of the update:
+Normalisation: TypeAlias = config.Normalisation
+"""What a token's loss is divided by, with N the sequences, M the loss tokens and P the prompts of the update:
 
 - `token_mean`: M, so that every token counts the same (DAPO, arXiv 2503.14476, and CISPO, arXiv 2506.13585);
 - `sequence_mean`: N times the loss tokens of its own sequence, so that every sequence counts the same (GRPO,
   arXiv 2402.03300, and GSPO, arXiv 2507.18071);
+- `prompt_mean`: P times the loss tokens of all samples of its own prompt, so that every prompt counts the same (the prompt
+  average of ScaleRL, arXiv 2510.13786);
 - `constant`: N times the longest completion allowed, so that a token's share does not depend on the lengths that came
   out (Dr. GRPO, arXiv 2503.20783).
 
 What is counted where all rewards of a group are equal, so that its policy loss is 0 and it need not be packed: GRPO (eq. 3),
 Dr. GRPO and GSPO (eq. 5) average over all sampled sequences, so N counts it. DAPO (eq. 8) and CISPO draw other prompts until
-no group is like that, so M does not count it (`LossSpec.counts_zero_variance`). With a KL penalty such groups are packed and
-trained on, and every N and M counts what is packed."""
+no group is like that, so M does not count it, and ScaleRL filters it, so P does not. With a KL penalty such groups are packed
+and trained on, and every N, M and P counts what is packed."""
 
 _Ints: TypeAlias = npt.NDArray[np.int64]
 
@@ -46,15 +49,31 @@ def num_loss_tokens(samples: Sequence[TrainingSample]) -> int:
     return sum(sample.loss_mask.count(True) for sample in samples)
 
 
-def update_scale(normalisation: Normalisation, *, num_sequences: int, num_loss_tokens: int) -> float:
-    """The factor of an update's normalisation that is known only when all its samples are: 1 / M or 1 / N.
+def prompts_of(samples: Sequence[TrainingSample]) -> list[int]:
+    """The number in the run of each sample's prompt.
+
+    Raises:
+        ValueError: a sample was not made of a rollout.
+    """
+    numbers = [sample.rollout[0] for sample in samples if sample.rollout is not None]
+    if len(numbers) < len(samples):
+        raise ValueError(
+            f"{len(samples) - len(numbers)} of {len(samples)} samples have no `rollout`, so that their group is unknown; give it"
+        )
+    return numbers
+
+
+def update_scale(
+    normalisation: Normalisation, *, num_sequences: float, num_loss_tokens: int, num_prompts: int = 0
+) -> float:
+    """The factor of an update's normalisation that is known only when all its samples are: 1 / M, 1 / N or 1 / P.
 
     Micro-batches packed with `scale=1.0` give the same gradient once it is multiplied by this.
 
     Raises:
         ValueError: if there is nothing to divide by.
     """
-    count = num_loss_tokens if normalisation == "token_mean" else num_sequences
+    count = {"token_mean": num_loss_tokens, "prompt_mean": num_prompts}.get(normalisation, num_sequences)
     if count < 1:
         raise ValueError(f"an update of {num_sequences} sequences and {num_loss_tokens} loss tokens has no mean")
     return 1.0 / count
@@ -70,31 +89,25 @@ def pack(
     scale: float | None = None,
     pad_to_multiple: int = 1,
 ) -> list[MicroBatch]:
-    """Pack samples into as few micro-batches as a best-fit heuristic finds, evenly filled.
+    """Pack samples into as few micro-batches as a best-fit heuristic finds, evenly filled; none for no samples.
 
-    The same samples give the same micro-batches. Within a micro-batch sequences stand in the order of `samples`, but for
-    those that share a prompt, which stand together; the fullest micro-batch comes first, so that memory runs out at once
-    or never. Samples of one prompt that do not fit beside one another are spread over several rows, each with the prompt.
+    The same samples give the same micro-batches, on the CPU. Sequences stand in the order of `samples`, those that share a
+    prompt together; those of one prompt that do not fit beside one another are spread over rows that each hold the prompt.
 
     Args:
         samples: The whole update, or with a `scale` a part of it.
         token_budget: Tokens that a micro-batch may hold.
         normalisation: How the loss is averaged over the update.
         max_completion_tokens: The limit that completions were sampled under; for `constant` alone, which needs it.
-        share_prompts: Whether a prompt stands once in a row for all samples there that begin with it. Rows then have key
-            indices even where nothing is shared: a compiled forward would be compiled once more for a row without.
-        scale: Used in the place of 1 / M or 1 / N (see `update_scale`); None computes it from these samples.
-        pad_to_multiple: Lengths of rows are rounded up to a multiple of this, with tokens that are no one's, in the budget.
-
-    Returns:
-        Micro-batches of CPU tensors; none for no samples.
+        share_prompts: Whether a prompt stands once in a row for all samples there that begin with it.
+        scale: In the place of 1 / M, 1 / N or 1 / P (see `update_scale`); None computes it from these samples. A part must
+            then hold whole groups, for `prompt_mean`.
+        pad_to_multiple: Rows are rounded up to a multiple of this within the budget, with tokens of no sequence.
 
     Raises:
-        ValueError: for a sample longer than the budget, or malformed (lengths that differ, nothing to train on, a loss on
-            its first token).
+        ValueError: a sample is longer than the budget, or malformed.
 
-    Example: three sequences with loss on their last 2, 1 and 1 tokens, a budget of 5 and `token_mean`, 4 loss tokens. The
-    first two share the prompt [7, 8].
+    Example: three sequences, the first two with the prompt [7, 8], a budget of 5 and `token_mean` of 4 loss tokens.
 
         samples[0] = [7, 8, 12, 13]  advantage  1.0
         samples[1] = [7, 8, 22]      advantage -1.0
@@ -119,11 +132,17 @@ def pack(
     _check(samples, masks, token_budget, pad_to_multiple)
     trained = [mask.count(1) for mask in masks]
     if scale is None:
-        scale = update_scale(normalisation, num_sequences=len(samples), num_loss_tokens=sum(trained))
-    weights = _sequence_weights(trained, scale, normalisation, max_completion_tokens)
-    flat = _Flat.of(samples, masks, weights, pad_to_multiple)
-    bundles = _bundles(flat, masks, share_prompts)
-    rows = _rows(bundles, token_budget - token_budget % pad_to_multiple)
+        prompts = len(set(prompts_of(samples))) if normalisation == "prompt_mean" else 0
+        scale = update_scale(
+            normalisation, num_sequences=len(samples), num_loss_tokens=sum(trained), num_prompts=prompts
+        )
+    if normalisation == "prompt_mean":
+        weights = _prompt_weights(trained, scale, prompts_of(samples))
+    else:
+        weights = _sequence_weights(trained, scale, normalisation, max_completion_tokens)
+    flat = _flattened(samples, masks, weights, pad_to_multiple)
+    rows = _rows(_bundles(flat, masks, share_prompts), token_budget - token_budget % pad_to_multiple)
+    # The fullest comes first, so that memory runs out at once or never.
     rows.sort(key=lambda row: (-sum(bundle.size for bundle in row), row[0].members))
     return [_micro_batch(flat, row, share_prompts, pad_to_multiple) for row in rows]
 
@@ -165,8 +184,19 @@ def _sequence_weights(
     return [scale / max_completion_tokens] * len(trained)
 
 
+def _prompt_weights(trained: Sequence[int], scale: float, prompts: Sequence[int]) -> list[float]:
+    """The same where the loss tokens of a prompt's samples share its weight."""
+    tokens: Counter[int] = Counter()
+    for prompt, count in zip(prompts, trained, strict=True):
+        tokens[prompt] += count
+    return [scale / tokens[prompt] for prompt in prompts]
+
+
 class _Flat(NamedTuple):
-    """All samples end to end, then the padding of a row. Index -1 of what goes by samples speaks of no sample."""
+    """All samples end to end, then the padding of a row. Index -1 of what goes by samples speaks of no sample.
+
+    Rows are cut out of these arrays, so that the host's time does not grow with a Python loop over tokens.
+    """
 
     token_ids: _Ints
     loss_mask: npt.NDArray[np.bool_]
@@ -178,28 +208,28 @@ class _Flat(NamedTuple):
     weights: npt.NDArray[np.float32]
     advantages: npt.NDArray[np.float32]
 
-    @staticmethod
-    def of(
-        samples: Sequence[TrainingSample], masks: Sequence[bytes], weights: Sequence[float], padding: int
-    ) -> "_Flat":
-        token_ids, logprobs = array("q"), array("f")
-        for sample in samples:
-            token_ids.extend(array("q", sample.token_ids))
-            known = sample.rollout_logprobs
-            logprobs.extend(array("f", [float("nan")]) * len(sample.token_ids) if known is None else array("f", known))
-        loss_mask = np.frombuffer(b"".join([*masks, bytes(padding)]), dtype=np.bool_)
-        lengths = [len(mask) for mask in masks]
-        return _Flat(
-            token_ids=np.append(np.frombuffer(token_ids, dtype=np.int64), np.zeros(padding, dtype=np.int64)),
-            loss_mask=loss_mask,
-            rollout_logprobs=np.where(
-                loss_mask, np.append(np.frombuffer(logprobs, dtype=np.float32), np.zeros(padding, np.float32)), 0
-            ).astype(np.float32),
-            starts=list(accumulate(lengths, initial=0)),
-            lengths=lengths,
-            weights=np.array([*weights, 0], dtype=np.float32),
-            advantages=np.array([*(sample.advantage for sample in samples), 0], dtype=np.float32),
-        )
+
+def _flattened(
+    samples: Sequence[TrainingSample], masks: Sequence[bytes], weights: Sequence[float], padding: int
+) -> _Flat:
+    token_ids, logprobs = array("q"), array("f")
+    for sample in samples:
+        token_ids.extend(array("q", sample.token_ids))
+        known = sample.rollout_logprobs
+        logprobs.extend(array("f", [float("nan")]) * len(sample.token_ids) if known is None else array("f", known))
+    token_ids.extend([0] * padding)
+    logprobs.extend([0.0] * padding)
+    loss_mask = np.frombuffer(b"".join([*masks, bytes(padding)]), dtype=np.bool_)
+    lengths = [len(mask) for mask in masks]
+    return _Flat(
+        token_ids=np.frombuffer(token_ids, dtype=np.int64),
+        loss_mask=loss_mask,
+        rollout_logprobs=np.where(loss_mask, np.frombuffer(logprobs, dtype=np.float32), np.float32(0)),
+        starts=list(accumulate(lengths, initial=0)),
+        lengths=lengths,
+        weights=np.array([*weights, 0], dtype=np.float32),
+        advantages=np.array([*(sample.advantage for sample in samples), 0], dtype=np.float32),
+    )
 
 
 class _Bundle(NamedTuple):
@@ -373,6 +403,7 @@ def _micro_batch(flat: _Flat, row: Sequence[_Bundle], indexed: bool, pad_to_mult
         max_seqlen=int(lengths.max()),
         cu_seqlens_k=_boundaries(num_keys.cumsum()),
         max_seqlen_k=int(num_keys.max()),
+        # Also where nothing is shared: a compiled forward would be compiled once more for a row without.
         key_indices=torch.from_numpy(_stretches(*keys)) if indexed else None,
         target_positions=torch.from_numpy(targets),
         predictor_positions=torch.from_numpy(predictors[targets]),

@@ -9,7 +9,7 @@ from ludic.train.checkpoint import TrainerState
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingSummary:
-    """What a run did. Accuracies are fractions of 1 under the flexible rule, None where nothing was evaluated.
+    """What a run did. Accuracies are fractions of 1 by the environment's headline rule, None where nothing was evaluated.
 
     `accuracy_before` is None, too, where it was measured on other problems, with another prompt or other sampling.
     """
@@ -28,22 +28,20 @@ class TrainingSummary:
     @property
     def compared(self) -> list[dict[str, Any]]:
         """The evaluations that can be held against the last one, and itself: those with its settings."""
-        return _comparable(self.evaluations)
-
-
-def _comparable(evaluations: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [one for one in evaluations if one.get("settings") == evaluations[-1].get("settings")]
+        return [one for one in self.evaluations if one.get("settings") == self.evaluations[-1].get("settings")]
 
 
 def summarise(state: TrainerState, last_checkpoint: Path | None) -> TrainingSummary:
     """What the run came to whose state this is."""
     evaluations: list[dict[str, Any]] = state.evaluations
-    before = next((one for one in _comparable(evaluations) if one["step"] == 0), None)
-    after = evaluations[-1] if evaluations and evaluations[-1]["step"] == state.step > 0 else None
+    last = evaluations[-1] if evaluations else {}
+    before = next(
+        (one for one in evaluations if one["step"] == 0 and one.get("settings") == last.get("settings")), None
+    )
     return TrainingSummary(
         accuracy_before=before["accuracy"] if before else None,
-        accuracy_after=after["accuracy"] if after else None,
-        eval_problems=evaluations[-1]["num_problems"] if evaluations else 0,
+        accuracy_after=last["accuracy"] if last and last["step"] == state.step > 0 else None,
+        eval_problems=last.get("num_problems", 0),
         updates=state.step,
         seconds=state.seconds,
         rollouts=state.rollouts,

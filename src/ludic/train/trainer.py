@@ -4,16 +4,14 @@
 policy; with 0, the default, each batch is sampled by the very policy that it trains. Either way training starts with the
 first groups that arrive, while the others are still being generated.
 
-An update that is not finite is skipped and counted. The learner's thread owns the model and its version: an engine that has
-to send the weights again, to a server that was lost, asks that thread for the pair, and nothing of it is seen here.
-
-Reproducible where generation happens in this process: the learner then waits for the whole batch and takes it in the order
-of its prompts. With a server, what is trained on in which micro-batch depends on who answers first.
+The learner's thread owns the model and its version. An engine that generates in this process gives runs that repeat bit for
+bit: the learner then waits for the whole batch, and takes it in the order of its prompts.
 """
 
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import logging
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -25,42 +23,39 @@ import torch
 from ludic.config import GRPOConfig, RunPaths
 from ludic.rollout.engine import InferenceEngine, WeightSyncReport
 from ludic.rollout.evaluation import EvaluationResult, evaluate
-from ludic.rollout.groups import GroupStream, Prompt, derive_seed, rollout_metrics
+from ludic.rollout.groups import GroupStream, rollout_metrics
+from ludic.rollout.overlong import overlong_shaping
 from ludic.rollout.problems import problems_digest
+from ludic.rollout.seeds import derive_seed
 from ludic.storage.jsonl import JsonlWriter
 from ludic.task.environment import Environment
 from ludic.task.pretrained import serving_files
 from ludic.task.prompts import load_tokenizer
-from ludic.train.advantages import training_samples
 from ludic.train.checkpoint import (
     CheckpointError,
     TrainerState,
-    load_optimizer,
+    read_prompts,
     save_checkpoint,
     training_folder,
 )
-from ludic.train.inputs import check_task, name_of, prompt_token_ids
+from ludic.train.inputs import check_task, prompt_token_ids
 from ludic.train.learner import Learner
 from ludic.train.learner_thread import LearnerThread, to_its_end
 from ludic.train.memory import fit_budget
 from ludic.train.metrics import JsonlLogger, MetricLogger
-from ludic.train.schedule import DataOrder, check_same_data_order, schedule_factor
+from ludic.train.nonfinite import check_skipped, skipped_in_a_row, what_was_skipped
+from ludic.train.prompt_source import PromptSource
+from ludic.train.schedule import check_same_data_order, evaluation_is_due, schedule_factor
 from ludic.train.summary import TrainingSummary, summarise
-from ludic.train.update_batch import UpdateBatch, named
-from ludic.types import RolloutGroup, SamplingParams, TrainingSample
+from ludic.train.token_records import TokenGaps, training_fields
+from ludic.train.update_batch import UpdateBatch
+from ludic.types import SamplingParams, TrainingSample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 SampleT = TypeVar("SampleT")
-
-ENOUGH_TOKENS = 12_288
-"""Tokens of sequences that are worth a micro-batch while others are still being generated. Less would keep the GPU waiting
-for its host, more would be left to do when the last rollout is there."""
-
-MAX_SKIPPED = 3
-"""This many consecutive updates with a NaN or an infinity end the run: it would not recover."""
 
 
 class GRPOTrainer(Generic[SampleT]):
@@ -76,8 +71,9 @@ class GRPOTrainer(Generic[SampleT]):
         metric_logger: by default the metrics file alone, without alarms; `make_logger` has both and a terminal.
         paths: by default files in this folder, named after the environment's class in lower case.
         train_prompts: the token ids of each training sample's prompt, where they are known already.
-        reference_model: frozen, on the same device; needed if `config.kl_coef` is above 0.
-        resume_from: a checkpoint of this run, whose model was already loaded into `model`.
+        reference_model: frozen, on the same device; needed if `config.kl_coef` is above 0 and all weights are trained.
+        resume_from: a checkpoint of this run, whose model was already loaded into `model`; of an adapter, its base was.
+        learner: of this `model` and `config`, where several processes share the work (see `sharded`); by default one is made.
         task: further settings of the run (data set, prompt), kept in its checkpoints so that a resume can compare them.
         wandb_run_id: kept there too, so that a resumed run goes on with it.
 
@@ -110,21 +106,22 @@ class GRPOTrainer(Generic[SampleT]):
         model_dtype: torch.dtype = torch.float32,
         reference_model: "PreTrainedModel | None" = None,
         resume_from: "tuple[Path, TrainerState] | None" = None,
+        learner: Learner | None = None,
         task: Mapping[str, Any] | None = None,
         wandb_run_id: str | None = None,
     ) -> None:
         if not train_samples:
             raise ValueError("there are no samples to train on")
-        model_name = model_name or name_of(model)
-        tokenizer = load_tokenizer(model_name) if tokenizer is None else tokenizer
         check_task(task or {}, config)
-        self.config = config
-        self.model = model
-        self.tokenizer = tokenizer
-        self.engine = engine
-        self.environment = environment
-        self.train_samples = train_samples
-        self.eval_samples = eval_samples
+        model_name = model_name or model.name_or_path
+        if not model_name:
+            raise ValueError(
+                "this model was made in code and has no name: give model_name, the folder or hub name of its files"
+            )
+        tokenizer = load_tokenizer(model_name) if tokenizer is None else tokenizer
+        self.config, self.model, self.tokenizer = config, model, tokenizer
+        self.engine, self.environment = engine, environment
+        self.train_samples, self.eval_samples = train_samples, eval_samples
         self.paths = paths or RunPaths(out_dir=Path(), name=type(environment).__name__.lower())
         self._eval_concurrency = eval_concurrency
         self._eval_settings: dict[str, Any] = {
@@ -135,42 +132,28 @@ class GRPOTrainer(Generic[SampleT]):
         }
         self._model_dtype = model_dtype
         self._source_files = serving_files(model_name)
-        self._prompt_token_ids = prompt_token_ids(
-            train_samples,
-            train_prompts,
-            environment,
-            tokenizer,
-            max_len=config.max_prompt_len,
-            max_seq_len=config.max_seq_len,
-        )
-        self._order = DataOrder(seed=config.seed, num_samples=len(train_samples))
+        token_ids = prompt_token_ids(config, train_samples, train_prompts, environment, tokenizer)
         self._settings = {**dataclasses.asdict(config), "num_train_samples": len(train_samples)}
-        self.learner = Learner(config, model, reference_model=reference_model)
-        self.state = TrainerState(step=0, policy_version=0, model=model_name, config=self._settings)
-        self.last_checkpoint: Path | None = None
-        self._started, self._seconds_before = time.perf_counter(), 0.0
-        if resume_from is not None:
-            self._take_up(*resume_from)
-        self.state = dataclasses.replace(
-            self.state, task=dict(task or {}), wandb_run_id=wandb_run_id or self.state.wandb_run_id
+        self.learner = learner or Learner(
+            config, model, reference_model=reference_model, checkpoint=resume_from[0] if resume_from else None
         )
-        self._saved = self.state
-        self._own_logger: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
-        if metric_logger is None:
-            metric_logger = JsonlLogger(self.paths.metrics)
-            self._own_logger = contextlib.closing(metric_logger)
-        self.metric_logger: MetricLogger = metric_logger
+        state = TrainerState(step=0, policy_version=0, model=model_name, config=self._settings)
+        self.last_checkpoint: Path | None = None
+        if resume_from is not None:
+            self.last_checkpoint, state = resume_from
+            self._take_up(self.last_checkpoint, state)
+        known = read_prompts(self.last_checkpoint) if self.last_checkpoint else None
+        self.prompts = PromptSource(config, train_samples, token_ids, step=state.step, state=known)
+        self.state = self._saved = dataclasses.replace(
+            state, config=self._settings, task=dict(task or {}), wandb_run_id=wandb_run_id or state.wandb_run_id
+        )
+        self._closes_logger = metric_logger is None
+        self.metric_logger = JsonlLogger(self.paths.metrics) if metric_logger is None else metric_logger
 
     def _take_up(self, checkpoint: Path, state: TrainerState) -> None:
         """Go on from a checkpoint whose model is loaded already."""
         check_same_data_order(state, self._settings)
-        optimizer = self.learner.optimizer
-        load_optimizer(training_folder(checkpoint), optimizer, model=self.model)
-        for group in optimizer.param_groups:  # what this run was given, not what the checkpoint was made with
-            group["betas"] = (self.config.adam_beta1, self.config.adam_beta2)
-            group["fused"] = optimizer.defaults["fused"]
-        self.last_checkpoint = checkpoint
-        self.state = dataclasses.replace(state, config=self._settings)
+        self.learner.resume(training_folder(checkpoint))
 
     # -- the loop --------------------------------------------------------------------------------------------------
 
@@ -200,8 +183,9 @@ class GRPOTrainer(Generic[SampleT]):
         """The run's thread, record of rollouts and generation ahead; at an early end, its last checkpoint."""
         self._started, self._seconds_before = time.perf_counter(), self.state.seconds
         with (
-            self._own_logger,
+            contextlib.closing(self.metric_logger) if self._closes_logger else contextlib.nullcontext(),
             JsonlWriter(self.paths.rollouts) as self._writer,
+            TokenGaps(self.paths.token_gaps if self.config.record_token_logprobs else None) as self._token_gaps,
             LearnerThread(self.learner, self.state.policy_version) as self._policy,
         ):
             self._rollouts = GroupStream(
@@ -209,7 +193,11 @@ class GRPOTrainer(Generic[SampleT]):
                 self.environment,
                 group_size=self.config.group_size,
                 tokenizer=self.tokenizer,
-                writer=self._writer,
+                record=self._writer.write,
+                further_fields=functools.partial(training_fields, config=self.config, tokenizer=self.tokenizer),
+                fields_take_long=self.config.record_token_logprobs,
+                shape_reward=overlong_shaping(self.config.overlong_buffer),
+                replacement=self.prompts.replacement if self.config.dynamic_sampling else None,
             )
             try:
                 yield
@@ -250,37 +238,20 @@ class GRPOTrainer(Generic[SampleT]):
         if config.save_every and not self.engine.overlaps_training:
             last = min(last, -(-step // config.save_every) * config.save_every)
         for ahead in range(step, last + 1):
-            self._rollouts.submit(ahead, self._prompts(ahead - 1))
-
-    def _prompts(self, step: int) -> list[Prompt[SampleT]]:
-        """The prompts of the update after `step` updates."""
-        config = self.config
-        prompts = []
-        for group_id in range(step * config.groups_per_update, (step + 1) * config.groups_per_update):
-            index = self._order.index(group_id)
-            token_ids = self._prompt_token_ids[index]
-            sampling = SamplingParams(
-                temperature=config.temperature,
-                max_tokens=config.completion_cap(len(token_ids)),
-                seed=derive_seed(config.seed, step, group_id),
-                logprobs=config.wants_logprobs(group_id),
-            )
-            prompts.append(
-                Prompt(group_id=group_id, sample=self.train_samples[index], token_ids=token_ids, sampling=sampling)
-            )
-        return prompts
+            self._rollouts.submit(ahead, self.prompts.take(ahead))
 
     async def _collect(self) -> UpdateBatch:
         """Wait for the groups of the next update, and accumulate the gradient of those that are there meanwhile."""
         self.learner.discard()  # what an update that failed may have left
+        config, version = self.config, self.state.policy_version
         batch, pending = UpdateBatch(), list[TrainingSample]()
-        enough = min(self.learner.token_budget, ENOUGH_TOKENS)
+        enough = self.learner.enough_tokens
         waiting_since = time.perf_counter()
         async for groups in self._rollouts.groups(self.state.step + 1):
             batch.wait_s += time.perf_counter() - waiting_since
             batch.groups += groups
             if self.engine.overlaps_training:
-                pending += [sample for group in groups for sample in self._samples(batch, group)]
+                pending += [sample for group in groups for sample in batch.take(group, config, version)]
                 if sum(len(sample.token_ids) for sample in pending) >= enough:
                     await self._accumulate(batch, pending)
                     pending = []
@@ -288,43 +259,22 @@ class GRPOTrainer(Generic[SampleT]):
         batch.wait_s += time.perf_counter() - waiting_since
         batch.groups.sort(key=lambda group: group.group_id)
         if not self.engine.overlaps_training:
-            pending = [sample for group in batch.groups for sample in self._samples(batch, group)]
+            pending = [sample for group in batch.groups for sample in batch.take(group, config, version)]
         await self._accumulate(batch, pending)
+        batch.replaced = self._rollouts.replaced(self.state.step + 1)
         batch.times = self._rollouts.timings(self.state.step + 1)
         return batch
-
-    def _samples(self, batch: UpdateBatch, group: RolloutGroup) -> list[TrainingSample]:
-        """What there is to train on in one group: nothing if it has become too old, or all its rewards are alike and there
-        is no KL penalty."""
-        config = self.config
-        age = self.state.policy_version - min(rollout.completion.policy_version for rollout in group.rollouts)
-        if age > config.max_staleness:
-            batch.num_too_old += 1
-            return []
-        scale = config.loss != "dr_grpo" if config.scale_rewards is None else config.scale_rewards
-        samples, stats = training_samples(
-            [group],
-            scale_rewards=scale,
-            mask_truncated=config.mask_truncated,
-            keep_zero_variance=config.kl_coef > 0,
-        )
-        batch.stats.append(stats)
-        if config.importance_cap is not None:  # a ratio cannot be corrected without the sampler's log-probs
-            with_logprobs = [sample for sample in samples if sample.rollout_logprobs is not None]
-            batch.num_without_logprobs += len(samples) - len(with_logprobs)
-            return with_logprobs
-        return samples
 
     async def _accumulate(self, batch: UpdateBatch, samples: Sequence[TrainingSample]) -> None:
         if samples:
             started = time.perf_counter()
-            await self._policy.call(self.learner.accumulate, samples)
+            await self._policy.call(self.learner.accumulate, samples, self._token_gaps.watch)
             batch.train_s += time.perf_counter() - started
 
     async def _step(self, batch: UpdateBatch) -> None:
         """Step the optimizer and count the update, whole or not at all."""
-        metrics = rollout_metrics(batch.groups, policy_version=self.state.policy_version)
-        metrics |= batch.counts()
+        generated = batch.groups + batch.replaced
+        metrics = rollout_metrics(generated, policy_version=self.state.policy_version) | batch.counts()
         metrics["learning_rate"] = self.config.learning_rate * schedule_factor(self.config, self.state.step)
         if metrics["trained_sequences"]:
             started = time.perf_counter()
@@ -332,47 +282,31 @@ class GRPOTrainer(Generic[SampleT]):
                 figures = await self._policy.step(
                     learning_rate=metrics["learning_rate"],
                     num_without_loss=sum(stats.num_without_loss for stats in batch.stats),
+                    advantage_scale=batch.advantage_scale(self.config),
                 )
             except (FloatingPointError, MemoryError) as error:
                 raise type(error)(f"update {self.state.step + 1}: {error}") from error
-            metrics |= named(figures)
+            metrics |= figures
+            if (kl := figures.get("kl_ref", figures.get("kl_rollout"))) is not None:
+                metrics["kl"] = kl  # to the reference policy, else to the sampler
             batch.train_s += time.perf_counter() - started
-        elif batch.num_without_logprobs:
-            raise ValueError(
-                f"the engine returned no log-probs for any of {batch.num_without_logprobs} sequences, and --tis-cap "
-                f"{self.config.importance_cap} corrects with them; --tis-cap 0 trains without the correction"
-            )
         else:
-            logger.warning("update %d: nothing to learn from: %s", self.state.step + 1, batch.why_nothing_was_learned())
+            reasons = batch.why_nothing_was_learned(self.config)
+            logger.warning("update %d: nothing to learn from: %s", self.state.step + 1, reasons)
             await self._policy.skip_step()
-        rollouts = [rollout for group in batch.groups for rollout in group.rollouts]
-        skipped = int(metrics.get("skipped_update", 0))  # absent where there was nothing to train on
+        metrics |= self.prompts.count(self.state.step + 1, generated)
+        rollouts = [rollout for group in generated for rollout in group.rollouts]
         self.state = dataclasses.replace(
             self.state,
-            skipped_updates=self.state.skipped_updates + skipped,
-            skipped_in_a_row=self.state.skipped_in_a_row + skipped if metrics.get("skipped_update", 1) else 0,
+            skipped_updates=self.state.skipped_updates + int(metrics.get("skipped_update", 0)),
+            skipped_in_a_row=skipped_in_a_row(self.state.skipped_in_a_row, metrics),
             step=self.state.step + 1,
             policy_version=self.state.policy_version + 1,
             rollouts=self.state.rollouts + len(rollouts),
-            completion_tokens=self.state.completion_tokens + sum(len(r.completion.token_ids) for r in rollouts),
+            completion_tokens=self.state.completion_tokens + sum(r.completion.num_sampled_tokens for r in rollouts),
             seconds=self._seconds_before + time.perf_counter() - self._started,
         )
         batch.metrics = metrics
-
-    def _tell_of_skipped_update(self) -> None:
-        """Log why the update was skipped.
-
-        Raises:
-            FloatingPointError: it is the third in a row.
-        """
-        step, in_a_row = self.state.step, self.state.skipped_in_a_row
-        diagnosis = self.learner.diagnosis()
-        self.metric_logger.event(step, f"update {step} was skipped: {diagnosis}")
-        if in_a_row >= MAX_SKIPPED:
-            raise FloatingPointError(
-                f"updates {step - in_a_row + 1} to {step} were not finite and were skipped; the weights are those of before. "
-                f"{diagnosis}"
-            )
 
     # -- weights, evaluation, checkpoints, log ---------------------------------------------------------------------
 
@@ -382,33 +316,22 @@ class GRPOTrainer(Generic[SampleT]):
         return report
 
     async def _evaluate_if_due(self) -> None:
-        if self._evaluation_is_due():
+        if self.eval_samples and evaluation_is_due(self.config, self.state, self._eval_settings):
             await self._evaluate()
-
-    def _evaluation_is_due(self) -> bool:
-        config, step, evaluations = self.config, self.state.step, self.state.evaluations
-        if not (config.eval_limit and self.eval_samples):
-            return False
-        if not evaluations:
-            return True
-        last = evaluations[-1]
-        if step < config.train_steps and last.get("settings") != self._eval_settings:
-            return True  # a resumed run was given other settings: later ones could not be compared with the last
-        due = step in (0, config.train_steps) or (config.eval_every and step % config.eval_every == 0)
-        return bool(due and last["step"] != step)
 
     async def _evaluate(self) -> None:
         config = self.config
+        sampling = SamplingParams(
+            temperature=config.eval_temperature,
+            max_tokens=self._eval_settings["max_tokens"],
+            seed=derive_seed(config.seed, self.state.step),
+        )
         result: EvaluationResult = await evaluate(
             self.engine,
             self.environment,
             self.eval_samples[: config.eval_limit],
             tokenizer=self.tokenizer,
-            sampling=SamplingParams(
-                temperature=config.eval_temperature,
-                max_tokens=self._eval_settings["max_tokens"],
-                seed=derive_seed(config.seed, self.state.step),
-            ),
+            sampling=sampling,
             concurrency=self._eval_concurrency,
             max_seq_len=config.max_seq_len,
         )
@@ -416,7 +339,8 @@ class GRPOTrainer(Generic[SampleT]):
         self.state = dataclasses.replace(
             self.state, evaluations=[*self.state.evaluations, {"step": self.state.step, **summary}]
         )
-        self.metric_logger.log(self.state.step, {f"eval/{name}": float(str(summary[name])) for name in _EVAL_METRICS})
+        logged = [name for name in summary if name.endswith("accuracy") or name in _EVAL_METRICS]
+        self.metric_logger.log(self.state.step, {f"eval/{name}": float(str(summary[name])) for name in logged})
 
     async def _checkpoint_if_due(self) -> None:
         config, step = self.config, self.state.step
@@ -433,37 +357,48 @@ class GRPOTrainer(Generic[SampleT]):
         return await to_its_end(self._save())
 
     async def _save(self) -> "Path":
-        self.last_checkpoint = await self._policy.call(
-            save_checkpoint,
-            self.paths.checkpoints,
-            model=self.model,
-            weights=self.learner.masters.state_dict(self.model),
-            tokenizer=self.tokenizer,
-            optimizer=self.learner.optimizer,
-            state=self.state,
-            model_dtype=self._model_dtype,
-            source_files=self._source_files,
-            keep=self.config.keep_checkpoints,
-        )
+        self.last_checkpoint = await self._policy.call(self._write_checkpoint)
         self._saved = self.state
         return self.last_checkpoint
 
+    def _write_checkpoint(self) -> "Path":
+        weights, optimizer = self.learner.full_state()
+        return save_checkpoint(
+            self.paths.checkpoints,
+            model=self.model,
+            weights=weights,
+            tokenizer=self.tokenizer,
+            optimizer=optimizer,
+            state=self.state,
+            prompts=self.prompts.state(),
+            model_dtype=self._model_dtype,
+            source_files=self._source_files,
+            keep=self.config.keep_checkpoints,
+            adapter=self.learner.adapter,
+        )
+
     @contextlib.asynccontextmanager
     async def _logged(self, batch: UpdateBatch) -> AsyncIterator[None]:
-        """An update that was counted is logged, whatever becomes of its sync."""
+        """An update that was counted is logged, with the gaps of its tokens, whatever becomes of its sync."""
         try:
             yield
         finally:
             if batch.metrics:
-                self._log(batch)
+                figures = batch.figures() | {"policy_version": self.state.policy_version} | self.engine.counts()
+                self.metric_logger.log(self.state.step, figures)
+                await to_its_end(self._policy.call(self._token_gaps.write, self.state.step))
         await asyncio.to_thread(self._writer.flush)
-        if batch.metrics.get("skipped_update"):
-            self._tell_of_skipped_update()
-
-    def _log(self, batch: UpdateBatch) -> None:
-        figures = batch.figures() | {"policy_version": self.state.policy_version} | self.engine.counts()
-        self.metric_logger.log(self.state.step, figures)
+        if skipped := what_was_skipped(batch.metrics):
+            diagnosis = self.learner.diagnosis()
+            self.metric_logger.event(self.state.step, f"update {self.state.step} {skipped}: {diagnosis}")
+            check_skipped(self.state.step, in_a_row=self.state.skipped_in_a_row, diagnosis=diagnosis)
 
 
-_EVAL_METRICS = ("accuracy", "strict_accuracy", "qwen_accuracy", "correct_rate", "parse_err_rate", "truncation_rate",
-                 "avg_completion_length", "num_problems", "seconds")  # fmt: skip
+_EVAL_METRICS = (
+    "correct_rate",
+    "parse_err_rate",
+    "truncation_rate",
+    "avg_completion_length",
+    "num_problems",
+    "seconds",
+)

@@ -1,13 +1,13 @@
 """What an update gathers while its rollouts come in, and the figures that are made of it."""
 
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from ludic.config import GRPOConfig
 from ludic.rollout.engine import WeightSyncReport
 from ludic.rollout.groups import GenerationTimes
-from ludic.train.advantages import GroupStats
-from ludic.types import RolloutGroup
+from ludic.train.advantages import BatchStd, GroupStats, training_samples
+from ludic.types import RolloutGroup, TrainingSample
 
 
 @dataclass(slots=True)
@@ -16,7 +16,10 @@ class UpdateBatch:
 
     started: float = field(default_factory=time.perf_counter)
     groups: list[RolloutGroup] = field(default_factory=list)
+    replaced: list[RolloutGroup] = field(default_factory=list)
+    """Groups without variance that others took the place of: they count in what was sampled, and are not trained on."""
     stats: list[GroupStats] = field(default_factory=list)
+    std: BatchStd = field(default_factory=BatchStd)
     num_too_old: int = 0
     num_without_logprobs: int = 0
     wait_s: float = 0.0
@@ -27,12 +30,38 @@ class UpdateBatch:
     report: WeightSyncReport | None = None
     """Of the sync of its weights, once that is proven."""
 
+    def take(self, group: RolloutGroup, config: GRPOConfig, policy_version: int) -> list[TrainingSample]:
+        """What there is to train on in one group: nothing if it has become too old, or all its rewards are alike and there
+        is no KL penalty; with `dynamic_sampling` that is left out in any case."""
+        age = policy_version - min(rollout.completion.policy_version for rollout in group.rollouts)
+        if age > config.max_staleness:
+            self.num_too_old += 1
+            return []
+        samples, stats = training_samples(
+            [group],
+            scale_rewards=config.scales_rewards and config.advantage_std == "group",
+            mask_truncated=config.mask_truncated,
+            keep_zero_variance=config.keeps_zero_variance,
+            baseline=config.baseline,
+        )
+        self.stats.append(stats)
+        self.std.add([rollout.score.reward for rollout in group.rollouts])
+        if config.needs_logprobs:  # a ratio cannot be corrected without the sampler's log-probs
+            with_logprobs = [sample for sample in samples if sample.rollout_logprobs is not None]
+            self.num_without_logprobs += len(samples) - len(with_logprobs)
+            return with_logprobs
+        return samples
+
+    def advantage_scale(self, config: GRPOConfig) -> float:
+        """What all advantages are multiplied by, now that all groups are there."""
+        return self.std.scale if config.advantage_std == "batch" else 1.0
+
     def counts(self) -> dict[str, float]:
         """How many groups and sequences were trained on, and why others were not."""
-        zero_variance = sum(stats.num_zero_variance_groups for stats in self.stats)
+        zero_variance = sum(stats.num_zero_variance_groups for stats in self.stats) + len(self.replaced)
         return {
             "zero_variance_groups": zero_variance,
-            "zero_variance_share": zero_variance / max(len(self.stats), 1),
+            "zero_variance_share": zero_variance / max(len(self.stats) + len(self.replaced), 1),
             "truncated_masked": sum(stats.num_truncated_masked for stats in self.stats),
             "trained_sequences": sum(stats.num_samples for stats in self.stats) - self.num_without_logprobs,
             "dropped_groups": self.num_too_old,
@@ -58,23 +87,32 @@ class UpdateBatch:
                 figures["sync/logprob_gap"] = self.report.logprob_gap
         return figures
 
-    def why_nothing_was_learned(self) -> str:
-        """In words, for an update without a sequence to train on."""
+    def why_nothing_was_learned(self, config: GRPOConfig) -> str:
+        """In words, for an update without a sequence to train on.
+
+        Raises:
+            ValueError: the sequences lack the log-probs that `config` corrects with.
+        """
+        if self.num_without_logprobs:
+            raise ValueError(
+                f"the engine returned no log-probs for any of {self.num_without_logprobs} sequences, and {needed_for(config)}"
+            )
         counts = self.counts()
-        masked = counts["truncated_masked"]
         reasons = [
-            f"{counts['zero_variance_groups']:.0f} of {len(self.groups)} groups have no variance in their rewards",
-            f"{masked:.0f} completions were cut off and masked" if masked else "",
-            f"{self.num_too_old} groups were too old" if self.num_too_old else "",
+            f"{counts['zero_variance_groups']:.0f} of {len(self.groups) + len(self.replaced)} groups have no variance in "
+            "their rewards"
         ]
-        return ", and ".join(filter(None, reasons))
+        if masked := counts["truncated_masked"]:
+            reasons.append(f"{masked:.0f} completions were cut off and masked")
+        if self.num_too_old:
+            reasons.append(f"{self.num_too_old} groups were too old")
+        return ", and ".join(reasons)
 
 
-_METRIC_NAMES = {"logprob_gap_mean": "logprob_gap"}
-
-
-def named(metrics: Mapping[str, float]) -> dict[str, float]:
-    """The loss's metrics under their names in the log; `kl` is to the reference policy, else to the sampler."""
-    renamed = {_METRIC_NAMES.get(name, name): value for name, value in metrics.items()}
-    kl = renamed.get("kl_ref", renamed.get("kl_rollout"))
-    return renamed if kl is None else {**renamed, "kl": kl}
+def needed_for(config: GRPOConfig) -> str:
+    """What cannot do without the sampler's log-probs, and what can."""
+    if config.importance_cap is not None:
+        return f"--tis-cap {config.importance_cap} corrects with them; --tis-cap 0 trains without the correction"
+    if config.importance_mask != "none":
+        return f"--importance-mask {config.importance_mask} compares with them; --importance-mask none trains without"
+    return f"--ratio-to {config.ratio_to} needs them; --ratio-to update trains without"
