@@ -1,4 +1,5 @@
 import asyncio
+import gc
 import math
 import os
 import signal
@@ -53,11 +54,8 @@ def is_alive(pid: int) -> bool:
     stat = Path(f"/proc/{pid}/stat")
     if stat.parent.parent.joinpath("self").exists():
         return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
+    return state != "" and not state.startswith("Z")
 
 
 def keeper(grader: Grader) -> int:
@@ -308,7 +306,7 @@ def test_an_answer_beyond_the_limit_is_refused_and_counted() -> None:
     grader = Grader()
     for hostile in ("{" * 10**6, "1" * 10**6, "\x00" * 10**6, "9^{" * 10**5):
         assert grader.match_sync(hostile, "18") == Verdict(matched=False, failure="too_long")
-    assert (grader.num_graded, grader.num_too_long, grader.num_timeouts) == (4, 4, 0)
+    assert (grader.num_graded, grader.failures["too_long"], grader.failures["timeout"]) == (4, 4, 0)
     assert grader.match_sync(" " * 10**6 + "18", "18") == RIGHT
     grader.close()
 
@@ -321,9 +319,9 @@ def test_an_answer_beyond_the_limit_is_refused_and_counted() -> None:
      "x+" * 300 + "1", r"\sqrt{" + "7" * 600 + "}", r"\frac{9^{9^9}}{9^{9^9}}", "((x+1)^{100})^{100}", "-" * 600 + "(18)"],
 )  # fmt: skip
 def test_what_is_hopeless_by_its_structure_is_not_tried(grader: Grader, prediction: str) -> None:
-    before = grader.num_too_complex
+    before = grader.failures["too_complex"]
     assert grader.match_sync(prediction, "18") == Verdict(matched=False, failure="too_complex")
-    assert grader.num_too_complex == before + 1
+    assert grader.failures["too_complex"] == before + 1
 
 
 def test_no_answer_of_competition_kind_is_refused_by_its_structure() -> None:
@@ -347,10 +345,14 @@ async def test_starting_a_worker_does_not_count_against_the_deadline(hasty: Grad
 
 
 async def test_a_hostile_answer_costs_its_deadline_and_is_counted(hasty: Grader) -> None:
-    before = (hasty.num_graded, hasty.num_timeouts, hasty.num_crashes)
+    before = (hasty.num_graded, hasty.failures["timeout"], hasty.failures["crash"])
     assert await hasty.match(HANGS, "18") == Verdict(matched=False, failure="timeout")
     assert await hasty.match("9*2", "18") == RIGHT
-    assert (hasty.num_graded, hasty.num_timeouts, hasty.num_crashes) == (before[0] + 2, before[1] + 1, before[2])
+    assert (hasty.num_graded, hasty.failures["timeout"], hasty.failures["crash"]) == (
+        before[0] + 2,
+        before[1] + 1,
+        before[2],
+    )
 
 
 async def test_a_sample_of_competition_answers_is_graded_without_a_failure(grader: Grader) -> None:
@@ -387,19 +389,19 @@ async def test_a_question_that_is_open_already_is_not_asked_twice(grader: Grader
 
 async def test_a_worker_that_dies_is_a_crash_for_its_answer_and_no_other(grader: Grader) -> None:
     assert await grader.match("9*2", "18") == RIGHT
-    crashes = grader.num_crashes
+    crashes = grader.failures["crash"]
     for pid in forks(keeper(grader)):
         os.kill(pid, signal.SIGKILL)  # They have nothing to do, so that nobody notices.
         assert ended([pid])
     assert await grader.match("9*2", "18") == RIGHT
-    assert grader.num_crashes == crashes
+    assert grader.failures["crash"] == crashes
     pending = asyncio.create_task(grader.match(HANGS, "18"))
     while not pending.done():
         for pid in forks(keeper(grader)):
             os.kill(pid, signal.SIGKILL)
         await asyncio.sleep(0.1)
     assert await pending == Verdict(matched=False, failure="crash")
-    assert grader.num_crashes == crashes + 1
+    assert grader.failures["crash"] == crashes + 1
     assert await grader.match("9*2", "18") == RIGHT
 
 
@@ -480,6 +482,32 @@ def test_a_worker_that_cannot_start_is_an_error_and_not_a_verdict(
     with pytest.raises(RuntimeError, match="ended while starting, with status 3"):
         grader.match_sync("9*2", "18")
     assert grader.num_graded == 0
+    open_files = len(os.listdir("/dev/fd"))
+    gc.disable()  # which would close what is left open, some time
+    try:
+        for target in ("19", "20", "21"):
+            with pytest.raises(RuntimeError, match="ended while starting, with status 3"):
+                grader.match_sync("9*2", target)
+        assert len(os.listdir("/dev/fd")) == open_files
+    finally:
+        gc.enable()
+    grader.close()
+
+
+def test_a_grader_whose_thread_could_not_start_answers_the_next_question(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    grader = Grader(num_workers=1)
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            grader.match_sync("9*2", "18")
+    verdicts: list[Verdict] = []
+    asking = threading.Thread(target=lambda: verdicts.append(grader.match_sync("9*2", "18")), daemon=True)
+    asking.start()
+    asking.join(30)
+    assert verdicts == [RIGHT]
     grader.close()
 
 

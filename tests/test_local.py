@@ -86,7 +86,7 @@ def gpt2() -> GPT2LMHeadModel:
 
 _SMALL: dict[str, Any] = dict(
     vocab_size=VOCAB_SIZE, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-    num_key_value_heads=1, head_dim=16, max_position_embeddings=64, pad_token_id=0,
+    num_key_value_heads=1, head_dim=16, max_position_embeddings=64,
 )  # fmt: skip
 _MAMBA_HEADS: dict[str, Any] = {"mamba_n_heads": 4, "mamba_d_head": 16}
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -120,7 +120,7 @@ def of_type(model_type: str, **settings: Any) -> PreTrainedModel:
 def test_what_this_process_would_decode_wrong_is_refused_in_a_line_with_a_way_out(model_type: str) -> None:
     settings, said = REFUSED[model_type]
     with pytest.raises(ValueError, match=said) as refused:
-        LocalEngine(of_type(model_type, **settings), eos_token_ids=EOS, pad_token_id=0)
+        LocalEngine(of_type(model_type, **settings), eos_token_ids=EOS)
     assert str(refused.value).endswith("; decode it with a vLLM server (--engine vllm)")
     assert "\n" not in str(refused.value)
 
@@ -142,7 +142,7 @@ def test_other_families_pass_the_trial(model_type: str, dtype: torch.dtype) -> N
         "gptj": {"rotary_dim": 8},
     }
     model = of_type(model_type, **more.get(model_type, {}))
-    LocalEngine(model, eos_token_ids=EOS, pad_token_id=0, dtype=dtype)
+    LocalEngine(model, eos_token_ids=EOS, dtype=dtype)
 
 
 @pytest.fixture
@@ -150,7 +150,7 @@ async def make_engine() -> AsyncIterator[MakeEngine]:
     async with AsyncExitStack() as stack:
 
         def make(model: PreTrainedModel, *, eos: tuple[int, ...] = EOS, **options: object) -> LocalEngine:
-            engine = LocalEngine(model, eos_token_ids=eos, pad_token_id=0, **options)  # type: ignore[arg-type]
+            engine = LocalEngine(model, eos_token_ids=eos, **options)  # type: ignore[arg-type]
             stack.push_async_callback(engine.aclose)
             return engine
 
@@ -197,7 +197,7 @@ async def test_greedy_tokens_are_those_of_transformers_and_their_logprobs_are_un
     groups = await draw(make_engine(model), SamplingParams(temperature=0, max_tokens=10), n=2)
     for prompt, (first, second) in zip(PROMPTS, groups, strict=True):
         expected = model.generate(  # type: ignore[misc]  # transformers types `self` as a protocol of its own
-            torch.tensor([prompt]), do_sample=False, max_new_tokens=10, eos_token_id=list(EOS), pad_token_id=0
+            torch.tensor([prompt]), do_sample=False, max_new_tokens=10, eos_token_id=list(EOS)
         )
         assert first.token_ids == second.token_ids == expected[0, len(prompt) :].tolist()
         torch.testing.assert_close(
@@ -473,7 +473,7 @@ async def test_a_policy_that_has_diverged_is_an_error_for_every_caller_and_the_e
 
 
 async def test_a_closed_engine_refuses_and_closing_twice_is_harmless() -> None:
-    engine = LocalEngine(llama(), eos_token_ids=(), pad_token_id=0, max_batch_size=1)
+    engine = LocalEngine(llama(), eos_token_ids=(), max_batch_size=1)
     sampling = SamplingParams(max_tokens=20, seed=0)
     waiting = asyncio.create_task(engine.generate([5], num_completions=3, sampling=sampling))
     await _decoding_has_begun(engine)
@@ -502,11 +502,11 @@ async def test_a_caller_that_gives_up_does_not_hold_up_the_others(make_engine: M
 
 async def test_a_folders_generation_config_does_not_override_the_request(tmp_path: Path) -> None:
     model = llama()
-    expected = await _greedy(LocalEngine(model, eos_token_ids=EOS, pad_token_id=0))
+    expected = await _greedy(LocalEngine(model, eos_token_ids=EOS))
     model.generation_config.repetition_penalty = 5.0
     model.generation_config.eos_token_id = list(EOS)
     model.save_pretrained(tmp_path)
-    loaded = LocalEngine.from_pretrained(tmp_path, eos_token_ids=EOS, pad_token_id=0)
+    loaded = LocalEngine.from_pretrained(tmp_path, eos_token_ids=EOS)
     assert await _greedy(loaded) == expected
 
 

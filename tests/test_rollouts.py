@@ -9,7 +9,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from ludic.rollout.engine import Policy, WeightSyncReport
-from ludic.rollout.groups import GroupStream, Prompt, derive_seed, rollout_metrics, rollout_record
+from ludic.rollout.groups import GroupStream, Prompt, rollout_metrics, rollout_record
+from ludic.rollout.seeds import derive_seed
 from ludic.task.prompts import encode_prompt
 from ludic.types import ChatMessage, Completion, FinishReason, ParseResult, Rollout, RolloutGroup, SamplingParams, Score
 from tests.vllm_helpers import make_tiny_tokenizer
@@ -128,7 +129,9 @@ def prompts(tokenizer: PreTrainedTokenizerFast, *samples: str) -> list[Prompt[st
 
 
 def stream_of(engine: EchoEngine, *, group_size: int = 2, writer: ListWriter | None = None) -> GroupStream[str]:
-    return GroupStream(engine, LastDigit(), group_size=group_size, tokenizer=engine.tokenizer, writer=writer)
+    return GroupStream(
+        engine, LastDigit(), group_size=group_size, tokenizer=engine.tokenizer, record=writer.write if writer else None
+    )
 
 
 async def test_groups_are_handed_out_as_they_are_scored_and_are_whole(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -218,13 +221,39 @@ async def test_every_rollout_is_recorded_with_all_that_is_needed_to_read_it(
 async def test_a_score_that_fails_cancels_the_others_and_propagates(tokenizer: PreTrainedTokenizerFast) -> None:
     environment, writer = LastDigit(), ListWriter()
     engine = EchoEngine(tokenizer)
-    stream = GroupStream(engine, environment, group_size=3, tokenizer=tokenizer, writer=writer)
+    stream = GroupStream(engine, environment, group_size=3, tokenizer=tokenizer, record=writer.write)
     stream.submit(1, prompts(tokenizer, "slow", "boom"))
     stream.submit(2, prompts(tokenizer, "slow"))
     with pytest.raises(RuntimeError, match="the scorer broke"):
         assert [groups async for groups in stream.groups(1)]
     assert environment.cancelled >= 6, "the scores of the other prompts still wait, in this update or the next"
     assert writer.records == [], "a group that is not whole was recorded"
+
+
+async def test_further_fields_are_made_beside_the_event_loop_and_stand_in_the_records(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    engine, writer = EchoEngine(tokenizer), ListWriter()
+    ran = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def fields(group: RolloutGroup) -> list[dict[str, Any]]:
+        asyncio.run_coroutine_threadsafe(ran.wait(), loop).result(5)  # the loop goes on meanwhile, or this fails
+        return [{"place": place} for place in range(len(group.rollouts))]
+
+    stream = GroupStream(
+        engine,
+        LastDigit(),
+        group_size=2,
+        tokenizer=tokenizer,
+        record=writer.write,
+        further_fields=fields,
+        fields_take_long=True,
+    )
+    stream.submit(1, prompts(tokenizer, "b"))
+    loop.call_later(0.05, ran.set)
+    assert len([groups async for groups in stream.groups(1)]) == 1
+    assert [record["place"] for record in writer.records] == [0, 1]
 
 
 def rollout(

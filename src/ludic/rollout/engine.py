@@ -7,11 +7,12 @@ generates in this process. Nothing else in ludic knows which of them it has.
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
-
-import torch
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from ludic.types import Completion, SamplingParams
+
+if TYPE_CHECKING:  # a terminal that shows an engine at work loads no torch for it
+    import torch
 
 Result = TypeVar("Result")
 
@@ -35,7 +36,7 @@ class WeightSyncReport:
 class Policy(Protocol):
     """A model and the version of its weights, in the hands of the one thread that may change them."""
 
-    async def read(self, reader: Callable[[torch.nn.Module, int], Result]) -> Result:
+    async def read(self, reader: "Callable[[torch.nn.Module, int], Result]") -> Result:
         """The result of `reader(model, policy_version)`, called on that thread: the two belong together until it returns.
 
         May be called again at any time after a sync, by an engine whose server lost the weights; the version may have
@@ -52,10 +53,10 @@ class PolicyWeights:
         >>> await engine.update_weights(PolicyWeights(model, policy_version=3))
     """
 
-    model: torch.nn.Module
+    model: "torch.nn.Module"
     policy_version: int
 
-    async def read(self, reader: Callable[[torch.nn.Module, int], Result]) -> Result:
+    async def read(self, reader: "Callable[[torch.nn.Module, int], Result]") -> Result:
         """The result of `reader(model, policy_version)`."""
         return await asyncio.to_thread(reader, self.model, self.policy_version)
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 _Z95 = 1.959963984540054  # the standard normal's 97.5% quantile
 
 
-def wilson_interval(rate: float, num_trials: float, z: float = _Z95) -> tuple[float, float]:
-    """Wilson's score interval of a proportion (Wilson 1927, JASA 22:209-212), by default at 95%.
+def wilson_interval(rate: float, num_trials: float) -> tuple[float, float]:
+    """Wilson's score interval of a proportion at 95% (Wilson 1927, JASA 22:209-212).
 
     Unlike the textbook `rate +- z * error` it stays inside [0, 1] and keeps its promise near 0 and 1.
 
@@ -15,9 +15,9 @@ def wilson_interval(rate: float, num_trials: float, z: float = _Z95) -> tuple[fl
         >>> tuple(round(bound, 3) for bound in wilson_interval(0.0, 100))
         (0.0, 0.037)
     """
-    spread = z * z / num_trials
+    spread = _Z95 * _Z95 / num_trials
     centre = (rate + spread / 2) / (1 + spread)
-    half = z / (1 + spread) * math.sqrt(rate * (1 - rate) / num_trials + spread / (4 * num_trials))
+    half = _Z95 / (1 + spread) * math.sqrt(rate * (1 - rate) / num_trials + spread / (4 * num_trials))
     low = 0.0 if rate == 0 else max(0.0, centre - half)
     high = 1.0 if rate == 1 else min(1.0, centre + half)
     return low, high

@@ -1,22 +1,12 @@
 """An inference engine in this process: transformers' models, on a copy of the policy's weights.
 
-It stands behind the same interface as the vLLM client, for the demo, for tests and for people without a server. It
-keeps *its own copy* of the weights, so that training cannot change a policy in the middle of a completion, and
-`update_weights` is a real hand-over that can fail and is proven, as it is with a server.
+It stands behind the same interface as the vLLM client, for the demo, for tests and for people without a server. Calls are
+served in the order in which they were made: one task collects the concurrent `generate` calls, sorts them by prompt length,
+and has them decoded in batches (`local_decoding`), in one worker thread. A weight update takes its place between them. Which
+version a completion has is a matter of the order of the calls and never of timing, and the same calls in the same order
+repeat bit for bit: every completion draws from its seed and its place in the group.
 
-Calls are served in the order in which they were made. Concurrent `generate` calls are collected and decoded together: one
-background task lets every caller that is ready submit, sorts what has come by prompt length, and has it decoded in
-batches (`local_decoding`), in one worker thread. A weight update takes its place between them: what was asked for before
-it is finished first, under the old weights, and what comes after it has the new ones. Which version a completion has is
-therefore a matter of the order of the calls and never of timing, and every completion is of one version from its first
-token to its last.
-
-Every completion has random numbers of its own, drawn from its seed and its place in the group. What it says does not
-depend on the batch that it was in, except through floating-point rounding; and the same calls, made in the same order,
-repeat bit for bit.
-
-What it leaves out: paged attention, continuous batching across waves, several devices and sharded models. That is what
-the server is for.
+What it leaves out: paged attention, continuous batching, several devices and sharded models. That is what the server is for.
 """
 
 import asyncio
@@ -40,6 +30,8 @@ from ludic.task.pretrained import load_model, loading
 from ludic.task.rope import pin_rope
 from ludic.types import Completion, SamplingParams
 
+MAX_BATCH_SIZE = 256
+"""Rows that are decoded at once, by default."""
 _QUIET_TURNS = 3
 """Turns of the event loop without a new request after which every ready caller is taken to have submitted."""
 
@@ -48,20 +40,14 @@ _QUIET_TURNS = 3
 class _Request:
     """One `generate` call: what it asked for and what it has been given so far."""
 
-    prompt: tuple[int, ...]
-    sampling: SamplingParams
-    seed: int
+    rows: list[Row]
     future: "asyncio.Future[list[Completion]]"
     completions: dict[int, Completion] = field(default_factory=dict)
-    num_completions: int
-
-    def row(self, member: int) -> Row:
-        return Row(prompt=self.prompt, sampling=self.sampling, seed=self.seed, member=member)
 
     def deliver(self, member: int, completion: Completion) -> None:
         self.completions[member] = completion
-        if len(self.completions) == self.num_completions and not self.future.done():
-            self.future.set_result([self.completions[index] for index in range(self.num_completions)])
+        if len(self.completions) == len(self.rows) and not self.future.done():
+            self.future.set_result([self.completions[row.member] for row in self.rows])
 
 
 @dataclass(frozen=True, eq=False, slots=True, kw_only=True)
@@ -70,7 +56,6 @@ class _WeightUpdate:
 
     policy: Policy
     future: "asyncio.Future[WeightSyncReport]"
-    submitted_s: float
 
 
 class LocalEngine:
@@ -83,7 +68,6 @@ class LocalEngine:
     Args:
         model: the initial policy. It is copied, and the original is not touched.
         eos_token_ids: every token that ends a completion. May be empty: then completions end at `max_tokens`.
-        pad_token_id: fills up shorter prompts on the left; attention never sees it.
         device: where to decode; the model's own device if None.
         dtype: what to decode in; the model's own dtype if None.
         max_batch_size: rows decoded at once. More is quicker until the cache no longer fits.
@@ -93,7 +77,7 @@ class LocalEngine:
         ValueError: this process cannot decode models of this architecture; or a token or a size is impossible.
 
     Example:
-        >>> engine = LocalEngine.from_pretrained("checkpoints_gsm8k/step_10")
+        >>> engine = LocalEngine.from_pretrained("checkpoints_sums/step_10")
         >>> completions = await engine.generate(prompt, num_completions=8, sampling=SamplingParams(seed=1))
     """
 
@@ -102,21 +86,19 @@ class LocalEngine:
         model: PreTrainedModel,
         *,
         eos_token_ids: Sequence[int],
-        pad_token_id: int,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        max_batch_size: int = 256,
+        max_batch_size: int = MAX_BATCH_SIZE,
         copy_model: bool = True,
     ) -> None:
         if max_batch_size < 1:
             raise ValueError(f"max_batch_size must be at least 1, not {max_batch_size}")
         self._vocab_size: int = model.config.get_text_config().vocab_size
-        for token_id in (*eos_token_ids, pad_token_id):
+        for token_id in eos_token_ids:
             if not 0 <= token_id < self._vocab_size:
                 raise ValueError(f"token id {token_id} is outside the model's vocabulary of {self._vocab_size} tokens")
         self._model = _prepare(copy.deepcopy(model) if copy_model else model, device=device, dtype=dtype)
         self._eos_token_ids = frozenset(eos_token_ids)
-        self._pad_token_id = pad_token_id
         self._max_batch_size = max_batch_size
         self._max_context: int | None = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
         self._policy_version = 0
@@ -136,35 +118,28 @@ class LocalEngine:
         path: str | PathLike[str],
         *,
         eos_token_ids: Sequence[int] | None = None,
-        pad_token_id: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        max_batch_size: int = 256,
+        max_batch_size: int = MAX_BATCH_SIZE,
         trust_remote_code: bool = False,
         context_len: int | None = None,
     ) -> Self:
-        """Load a model folder (or hub name). Stop and padding tokens come from its tokenizer and generation config.
+        """Load a model folder (or hub name). Without `eos_token_ids` its tokenizer and generation config say them.
 
         With `context_len`, RoPE that depends on length is pinned to it, as the trainer's is to its `--max-seq-len`.
         """
         model = load_model(path, dtype=dtype, trust_remote_code=trust_remote_code)
         if context_len is not None:
             pin_rope(model, context_len)
-        if eos_token_ids is None or pad_token_id is None:
+        if eos_token_ids is None:
             with loading(path, "tokenizer"):
                 tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-            if eos_token_ids is None:
-                configured = model.generation_config.eos_token_id
-                found = configured if isinstance(configured, list) else [configured]
-                eos_token_ids = sorted({t for t in (*found, tokenizer.eos_token_id) if t is not None})
-            if pad_token_id is None:
-                pad_token_id = tokenizer.pad_token_id
-                if pad_token_id is None:
-                    pad_token_id = eos_token_ids[0] if eos_token_ids else 0
+            configured = model.generation_config.eos_token_id
+            found = configured if isinstance(configured, list) else [configured]
+            eos_token_ids = sorted({t for t in (*found, tokenizer.eos_token_id) if t is not None})
         return cls(
             model,
             eos_token_ids=eos_token_ids,
-            pad_token_id=pad_token_id,
             device=device,
             dtype=dtype,
             max_batch_size=max_batch_size,
@@ -185,17 +160,14 @@ class LocalEngine:
             ValueError: the request is impossible (empty prompt, unknown token, longer than the context).
             RuntimeError: the engine is closed, or the model's output is not a number.
         """
-        self._check_open()
         self._check_request(prompt_token_ids, num_completions, sampling)
-        request = _Request(
-            prompt=tuple(prompt_token_ids),
-            sampling=sampling,
-            seed=sampling.seed if sampling.seed is not None else secrets.randbits(63),
-            future=asyncio.get_running_loop().create_future(),
-            num_completions=num_completions,
-        )
-        self._submit(request)
-        return await request.future
+        prompt = tuple(prompt_token_ids)
+        seed = sampling.seed if sampling.seed is not None else secrets.randbits(63)
+        members = range(num_completions)
+        rows = [Row(prompt=prompt, sampling=sampling, seed=seed, member=member) for member in members]
+        future: asyncio.Future[list[Completion]] = asyncio.get_running_loop().create_future()
+        self._submit(_Request(rows=rows, future=future))
+        return await future
 
     async def update_weights(self, policy: Policy) -> WeightSyncReport:
         """Take over the policy's weights, and prove it: every tensor must be equal afterwards.
@@ -208,10 +180,13 @@ class LocalEngine:
             RuntimeError: a tensor differs after the copy (also when it holds NaN), or the engine was closed. Until an
                 update succeeds, the engine holds weights that belong to no version, and refuses to generate.
         """
-        self._check_open()
         future: asyncio.Future[WeightSyncReport] = asyncio.get_running_loop().create_future()
-        self._submit(_WeightUpdate(policy=policy, future=future, submitted_s=time.perf_counter()))
-        return await future
+        start_s = time.perf_counter()
+        self._submit(_WeightUpdate(policy=policy, future=future))
+        report = await future
+        seconds = time.perf_counter() - start_s
+        phases_s = {"wait": seconds - report.seconds, **report.phases_s}
+        return dataclasses.replace(report, seconds=seconds, phases_s=phases_s)
 
     def counts(self) -> dict[str, float]:
         """Nothing can be lost between two halves of one process."""
@@ -230,13 +205,11 @@ class LocalEngine:
         torch.nn.Module.to(self._model, device="meta")
 
     def _submit(self, call: _Request | _WeightUpdate) -> None:
+        if self._closed:
+            raise RuntimeError("this LocalEngine is closed")
         self._queue.append(call)
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._drain())
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise RuntimeError("this LocalEngine is closed")
 
     def _check_request(self, prompt: Sequence[int], num_completions: int, sampling: SamplingParams) -> None:
         if num_completions < 1:
@@ -281,65 +254,41 @@ class LocalEngine:
             quiet = quiet + 1 if len(self._queue) == before else 0
 
     async def _decode_wave(self, wave: Sequence[_Request]) -> None:
-        members = [(request, member) for request in wave for member in range(request.num_completions)]
-        members.sort(key=lambda pair: len(pair[0].prompt))  # Stable: ties stay in the order of submission.
-        for first in range(0, len(members), self._max_batch_size):
-            batch = members[first : first + self._max_batch_size]
-            await self._decode([pair for pair in batch if not pair[0].future.done()])
-
-    async def _decode(self, members: list[tuple[_Request, int]]) -> None:
-        """Decode one batch in the worker thread and hand the completions to the requests that they belong to."""
-        if not members:
-            return
-        requests = [request for request, _ in members]
-        if self._closed:
-            _refuse(requests, RuntimeError("this LocalEngine was closed"))
-            return
-        if not self._weights_proven:
-            _refuse(
-                requests,
-                RuntimeError("the last weight sync failed, so the engine's weights belong to no version; sync again"),
-            )
-            return
-        rows = [request.row(member) for request, member in members]
-        decoding = asyncio.get_running_loop().run_in_executor(self._executor, self._decode_rows, rows)
-        await asyncio.wait([decoding])
-        failure = decoding.exception()
-        if failure is not None:  # Every caller of the batch gets it; the next batch may well succeed.
-            _refuse(requests, failure)
-            return
-        for (request, member), completion in zip(members, decoding.result(), strict=True):
-            request.deliver(member, completion)
+        """Decode the requests in the worker thread, batch by batch, and hand the completions to those who asked."""
+        waiting = [(request, row) for request in wave for row in request.rows]
+        waiting.sort(key=lambda pair: len(pair[1].prompt))  # Stable: ties stay in the order of submission.
+        for first in range(0, len(waiting), self._max_batch_size):
+            batch = [pair for pair in waiting[first : first + self._max_batch_size] if not pair[0].future.done()]
+            if not batch:
+                continue
+            rows = [row for _, row in batch]
+            decoding = asyncio.get_running_loop().run_in_executor(self._executor, self._decode_rows, rows)
+            await asyncio.wait([decoding])
+            failure = decoding.exception()
+            if failure is not None:  # Every caller of the batch gets it; the next batch may well succeed.
+                _refuse([request for request, _ in batch], failure)
+                continue
+            for (request, row), completion in zip(batch, decoding.result(), strict=True):
+                request.deliver(row.member, completion)
 
     def _decode_rows(self, rows: list[Row]) -> list[Completion]:
-        return decode(
-            self._model,
-            rows,
-            eos_token_ids=self._eos_token_ids,
-            pad_token_id=self._pad_token_id,
-            policy_version=self._policy_version,
-        )
+        if self._closed:
+            raise RuntimeError("this LocalEngine was closed")
+        if not self._weights_proven:
+            raise RuntimeError("the last weight sync failed, so the engine's weights belong to no version; sync again")
+        return decode(self._model, rows, eos_token_ids=self._eos_token_ids, policy_version=self._policy_version)
 
     async def _apply(self, update: _WeightUpdate) -> None:
         """Take over the weights on the policy's thread, and tell the caller how it went."""
         if update.future.done():  # The caller has given up before its turn came.
             return
-        waited_s = time.perf_counter() - update.submitted_s
         reading = asyncio.ensure_future(update.policy.read(self._take_over))
         await asyncio.wait([reading])
         failure = reading.exception()
         if failure is not None:
             _refuse([update], failure)
-            return
-        report = reading.result()
-        if not update.future.done():
-            update.future.set_result(
-                dataclasses.replace(
-                    report,
-                    seconds=time.perf_counter() - update.submitted_s,
-                    phases_s={"wait": waited_s, **report.phases_s},
-                )
-            )
+        elif not update.future.done():
+            update.future.set_result(reading.result())
 
     def _take_over(self, model: torch.nn.Module, policy_version: int) -> WeightSyncReport:
         _check_same_tensors(_named_tensors(self._model), _named_tensors(model))
@@ -367,17 +316,12 @@ def _prepare(
     if device is not None:
         model.to(device)  # type: ignore[arg-type]
     if dtype is not None:
-        _cast(model, dtype)
+        # Only what a checkpoint would hold: buffers that are computed (rotary frequencies) keep their precision.
+        for tensor in model.state_dict(keep_vars=True).values():
+            if tensor.is_floating_point():
+                tensor.data = tensor.data.to(dtype)  # In place, so that tied weights stay tied.
     prepare_decoding(model)
     return model
-
-
-def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Cast what a checkpoint would hold. Buffers that are computed (rotary frequencies) keep their precision."""
-    stored = model.state_dict(keep_vars=True)
-    for tensor in stored.values():
-        if tensor.is_floating_point():
-            tensor.data = tensor.data.to(dtype)  # In place, so that tied weights stay tied.
 
 
 def _named_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:

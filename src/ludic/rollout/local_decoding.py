@@ -48,7 +48,6 @@ def decode(
     rows: Sequence[Row],
     *,
     eos_token_ids: frozenset[int],
-    pad_token_id: int,
     policy_version: int,
 ) -> list[Completion]:
     """Draw one completion for each row, in their order; `policy_version` is what they are stamped with.
@@ -57,7 +56,7 @@ def decode(
         RuntimeError: the model's output is not a number.
     """
     state = Decoding(rows, eos_token_ids=eos_token_ids, device=model.device)
-    input_ids, attention_mask, cache = _prefill(model, rows, pad_token_id)
+    input_ids, attention_mask, cache = _prefill(model, rows)
     width = attention_mask.shape[1]
     position_ids = attention_mask.sum(dim=-1, keepdim=True) - 1
     attention_mask = pad(attention_mask, (0, state.tokens.shape[1]), value=1)  # what is generated is always seen
@@ -81,15 +80,13 @@ def decode(
             input_ids, position_ids, attention_mask = input_ids[keep], position_ids[keep], attention_mask[keep]
 
 
-def _prefill(
-    model: PreTrainedModel, rows: Sequence[Row], pad_token_id: int
-) -> tuple[torch.Tensor, torch.Tensor, DynamicCache]:
+def _prefill(model: PreTrainedModel, rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor, DynamicCache]:
     """Each row's last prompt token [B, 1], the left-padded mask [B, P], and a cache of the first P - 1 positions."""
     device = model.device
     places: dict[tuple[int, ...], int] = {}
     index = torch.tensor([places.setdefault(row.prompt, len(places)) for row in rows], device=device)
     width = max(map(len, places))
-    padded = [[pad_token_id] * (width - len(prompt)) + list(prompt) for prompt in places]
+    padded = [[0] * (width - len(prompt)) + list(prompt) for prompt in places]  # any token: attention never sees it
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in places]
     input_ids = torch.tensor(padded, device=device)
     attention_mask = torch.tensor(mask, device=device)
@@ -154,7 +151,7 @@ def _trial_gap(model: PreTrainedModel) -> float:
         return 0.0
     greedy = SamplingParams(temperature=0.0, max_tokens=2)
     rows = [Row(prompt=prompt, sampling=greedy, seed=0, member=0) for prompt in prompts]
-    short = decode(model, rows, eos_token_ids=frozenset(), pad_token_id=0, policy_version=0)[0]
+    short = decode(model, rows, eos_token_ids=frozenset(), policy_version=0)[0]
     ids = torch.tensor([[*prompts[0], *short.token_ids]], device=model.device)
     logprobs = model(input_ids=ids, use_cache=False).logits[0, len(prompts[0]) - 1 : -1].float().log_softmax(-1)
     return float((logprobs.amax(-1).cpu() - torch.tensor(short.logprobs)).abs().max())

@@ -3,14 +3,15 @@ r"""How much work an answer would be for math-verify, guessed from its structure
     "(9*2)" --cost--> 5.0          "9^{9^{9}}" --cost--> inf: 369,693,100 digits
 
 The guess serves twice: cheap answers are graded before dear ones, and what is hopeless (`inf`) is not tried at all. It
-reads at most `MAX_TOKENS` tokens, once, from left to right, and errs on the side of trying: only sizes that are written
-down are counted (how deep, how many tokens, how big the numbers that powers, factorials and sums would reach), so that
-an integral that never ends costs as little here as one that is easy. Deadlines are for those.
+errs on the side of trying: only sizes that are written down are counted (how deep, how many tokens, how big the numbers
+that powers, factorials and sums would reach). An integral that never ends looks easy here: deadlines are for those.
 """
 
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 
 MAX_TOKENS = 500
 MAX_DEPTH = 16
@@ -47,6 +48,49 @@ class _Operand:
     """It is a sum, product or the like: what follows its `^`, or it, says how far it goes."""
 
 
+def cost(answer: str) -> float:
+    r"""Tokens, weighted by what they tend to take; `inf` for what math-verify cannot be expected to finish.
+
+    Example:
+        >>> cost("(9*2)"), cost(r"9^{9^{9}}"), cost(r"2^{2^{10}}")
+        (5.0, inf, 9.0)
+    """
+    tokens = [match.group() for match in islice(_TOKEN.finditer(answer), MAX_TOKENS + 1)]
+    try:
+        if len(tokens) > MAX_TOKENS:
+            raise _Hopeless
+        _read(iter(tokens), depth=0)
+    except _Hopeless:
+        return math.inf
+    return sum((100.0 if text in _COSTLY else 1.0 for text in tokens), 0.0)
+
+
+def _read(tokens: Iterator[str], depth: int) -> _Operand:
+    """What stands between two brackets, up to the closing one or the end."""
+    if depth > MAX_DEPTH:
+        raise _Hopeless
+    group = _Group()
+    for text in tokens:
+        if text in _CLOSING:
+            if depth:
+                break
+        elif text in _OPENING:
+            group.add(_read(tokens, depth + 1))
+        elif text in ("^", "_"):
+            group.after = text
+        elif text == "!":
+            if group.chain:
+                group.chain[-1] = _factorial(group.chain[-1])
+        elif text in _SEPARATORS:
+            group.end_term(is_sum=text in "+-")
+        elif text == "/" or text in _FRACTIONS:
+            group.end_operand()
+            group.fraction = 1 if text == "/" else 2
+        elif text not in _SILENT:
+            group.add(_operand(text))
+    return group.value()
+
+
 @dataclass(slots=True)
 class _Group:
     """What is between two brackets, as far as it is read."""
@@ -61,64 +105,50 @@ class _Group:
     chain: list[_Operand] = field(default_factory=list)
     """a, b, c of the `a^b^c` that is being read."""
     after: str = ""
-    """The operator or command that the next operand belongs to."""
+    """The operator that the next operand belongs to."""
     fraction: int = 0
     """2 where the next operand is a numerator, 1 where it is a denominator, which makes no value bigger."""
 
-
-def cost(answer: str) -> float:
-    r"""Tokens, weighted by what they tend to take; `inf` for what math-verify cannot be expected to finish.
-
-    Example:
-        >>> cost("(9*2)"), cost(r"9^{9^{9}}"), cost(r"2^{2^{10}}")
-        (5.0, inf, 9.0)
-    """
-    groups = [_Group()]
-    total = 0.0
-    try:
-        for count, token in enumerate(_TOKEN.finditer(answer)):
-            text = token.group()
-            if count >= MAX_TOKENS:
-                raise _Hopeless
-            total += 100.0 if text in _COSTLY else 1.0
-            _read(text, groups)
-        while len(groups) > 1:
-            _close(groups)
-        _end_operand(groups[0])
-    except _Hopeless:
-        return math.inf
-    return total
-
-
-def _read(text: str, groups: list[_Group]) -> None:
-    group = groups[-1]
-    if text in _OPENING:
-        if len(groups) > MAX_DEPTH:
+    def add(self, operand: _Operand) -> None:
+        after, self.after = self.after, ""
+        if after == "_":
+            return  # An index, or where a sum begins.
+        if after == "^" and self.chain:
+            self.chain.append(operand)
+            return
+        if len(self.chain) == 1 and self.chain[0].loop and _whole(operand.digits) > MAX_LOOP:
             raise _Hopeless
-        groups.append(_Group())
-    elif text in _CLOSING:
-        if len(groups) > 1:
-            _close(groups)
-    elif text == "^" or text == "_":
-        group.after = text
-    elif text == "!":
-        if group.chain:
-            group.chain[-1] = _factorial(group.chain[-1])
-    elif text in _SEPARATORS:
-        _end_operand(group)
-        group.digits = max(group.digits, group.term_digits)
-        group.term_digits = 0.0
-        if text in "+-":
-            group.terms += group.factor_terms
-            group.factor_terms = 1
-    elif text == "/":
-        _end_operand(group)
-        group.fraction = 1
-    elif text in _FRACTIONS:
-        _end_operand(group)
-        group.fraction = 2
-    elif text not in _SILENT:
-        _add(group, _operand(text))
+        self.end_operand()
+        self.chain = [operand]
+
+    def end_operand(self) -> None:
+        """Multiply the operand that was read last, with all its powers, into the group's term."""
+        if not self.chain:
+            return
+        value = self.chain.pop()
+        while self.chain:
+            value = _power(self.chain.pop(), value)
+        self.symbolic = self.symbolic or value.symbolic
+        self.factor_terms = min(self.factor_terms * value.terms, MAX_EXPANDED_TERMS)
+        if self.fraction != 1:
+            self.term_digits += value.digits
+        self.fraction = max(0, self.fraction - 1)
+        if self.term_digits > MAX_DIGITS:
+            raise _Hopeless
+
+    def end_term(self, *, is_sum: bool) -> None:
+        self.end_operand()
+        self.digits = max(self.digits, self.term_digits)
+        self.term_digits = 0.0
+        if is_sum:
+            self.terms += self.factor_terms
+            self.factor_terms = 1
+
+    def value(self) -> _Operand:
+        self.end_operand()
+        terms = min(self.terms + self.factor_terms, MAX_EXPANDED_TERMS)
+        digits = max(self.digits, self.term_digits) + (math.log10(terms) if self.digits else 0.0)
+        return _Operand(digits=digits, terms=terms, symbolic=self.symbolic)
 
 
 def _operand(text: str) -> _Operand:
@@ -128,43 +158,6 @@ def _operand(text: str) -> _Operand:
     if len(text) > MAX_LITERAL_DIGITS:
         raise _Hopeless
     return _Operand(digits=math.log10(int(whole)) if whole else 0.0)
-
-
-def _close(groups: list[_Group]) -> None:
-    group = groups.pop()
-    _end_operand(group)
-    terms = min(group.terms + group.factor_terms, MAX_EXPANDED_TERMS)
-    digits = max(group.digits, group.term_digits) + (math.log10(terms) if group.digits else 0.0)
-    _add(groups[-1], _Operand(digits=digits, terms=terms, symbolic=group.symbolic))
-
-
-def _add(group: _Group, operand: _Operand) -> None:
-    after, group.after = group.after, ""
-    if after == "_":
-        return  # An index, or where a sum begins.
-    if after == "^" and group.chain:
-        group.chain.append(operand)
-        return
-    if len(group.chain) == 1 and group.chain[0].loop and _whole(operand.digits) > MAX_LOOP:
-        raise _Hopeless
-    _end_operand(group)
-    group.chain = [operand]
-
-
-def _end_operand(group: _Group) -> None:
-    """Multiply the operand that was read last, with all its powers, into the group's term."""
-    if not group.chain:
-        return
-    value = group.chain.pop()
-    while group.chain:
-        value = _power(group.chain.pop(), value)
-    group.symbolic = group.symbolic or value.symbolic
-    group.factor_terms = min(group.factor_terms * value.terms, MAX_EXPANDED_TERMS)
-    if group.fraction != 1:
-        group.term_digits += value.digits
-    group.fraction = max(0, group.fraction - 1)
-    if group.term_digits > MAX_DIGITS:
-        raise _Hopeless
 
 
 def _power(base: _Operand, exponent: _Operand) -> _Operand:

@@ -23,11 +23,8 @@ What counts as a number, and as the same one (these rules are ours, not math-ver
   chain like `9 \times 2 = 18` every side has to equal the target.
 
 What it leaves out: partial credit, and judging prose (`I think 18` is wrong). A failure of the grader is never a mere
-False: it is in the `Verdict`, in the counters and in the log.
-
-Answers come from a model, so any of them may be meant to do harm, or as good as. (a) to (d) look at a bounded piece of
-the answer, once; (e) has limits on time and memory, and a queue in which what hangs does not hold up what does not
-(`ludic.task.grading_worker` says how).
+False: it is in the `Verdict`, in the counters and in the log. Any answer may be meant to do harm: (a) to (d) look at a
+bounded piece of it, once; (e) has limits on time and memory (`ludic.task.grading_worker`).
 """
 
 import asyncio
@@ -36,6 +33,7 @@ import math
 import re
 import threading
 import weakref
+from collections import Counter
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -162,10 +160,9 @@ def _question(predictions: tuple[str, ...], target: str) -> Verdict | Question:
 class Grader:
     """Grades answers, with `num_workers` math-verify processes that start when the first answer needs one.
 
-    An answer that takes longer than `timeout_s` CPU seconds of its worker is given up, and the worker killed and
-    replaced; twice that by the clock ends it in any case. So is one that takes longer than `QUICK_S` while many such
-    wait already: those may wait `2 * timeout_s` seconds. Use it from any thread and any event loop, also from several.
-    Close it when done; what is left open is closed at exit, and workers whose parent was killed end with it.
+    An answer that takes longer than `timeout_s` CPU seconds of its worker is given up; twice that by the clock ends it in any
+    case. So is one that takes longer than `QUICK_S` while many such wait: those may wait `2 * timeout_s` seconds. Use it from
+    any thread and any event loop. Close it when done; what is left open is closed at exit, or with the parent's death.
 
     Raises RuntimeError where workers cannot start, and after `close`.
     """
@@ -179,10 +176,7 @@ class Grader:
         self.timeout_s = timeout_s
         self.num_graded = 0
         """All verdicts, failures included."""
-        self.num_timeouts = 0
-        self.num_crashes = 0
-        self.num_too_long = 0
-        self.num_too_complex = 0
+        self.failures = Counter[Failure]()
         self._lock = threading.Lock()
         self._pool = GradingPool(num_workers=num_workers, timeout_s=timeout_s, quick_s=min(QUICK_S, timeout_s))
         self._finalizer = weakref.finalize(self, self._pool.close)
@@ -212,15 +206,15 @@ class Grader:
     def _count(self, verdict: Verdict, prediction: str) -> Verdict:
         with self._lock:
             self.num_graded += 1
-            self.num_timeouts += verdict.failure == "timeout"
-            self.num_crashes += verdict.failure == "crash"
-            self.num_too_long += verdict.failure == "too_long"
-            self.num_too_complex += verdict.failure == "too_complex"
-            failures = self.num_timeouts + self.num_crashes + self.num_too_long + self.num_too_complex
-        # A policy that has taken to hostile answers must not fill the log with them.
-        if verdict.failure is not None and (failures <= 20 or failures % 100 == 0):
+            if verdict.failure is None:
+                return verdict
+            self.failures[verdict.failure] += 1
+            count = self.failures.total()
+        if (
+            count <= 20 or count % 100 == 0
+        ):  # A policy that has taken to hostile answers must not fill the log with them.
             logger.warning(
-                "the grader gave up on an answer (%s, number %d): %.80r", verdict.failure, failures, prediction[:80]
+                "the grader gave up on an answer (%s, number %d): %.80r", verdict.failure, count, prediction[:80]
             )
         return verdict
 
@@ -237,9 +231,9 @@ def _default_grader() -> Grader:
 def answers_match(prediction: str, target: str) -> bool:
     r"""Whether `prediction` is as good as `target`, by the rules at the top of this module.
 
-    For scripts and tests: it shares one `Grader`, which is closed at exit. A failure is False, and logged as a warning.
-    It blocks for at most `MATCH_LIMIT_S` seconds by the clock; the first answer that needs math-verify also waits for it to
-    start (one or two seconds of CPU), and answers that hang in other threads at the same time wait for one another.
+    For scripts and tests: it shares one `Grader`. A failure is False, and logged as a warning. It blocks for at most
+    `MATCH_LIMIT_S` seconds by the clock; the first answer that needs math-verify also waits for it to start (one or two
+    seconds of CPU), and answers that hang in other threads at the same time wait for one another.
 
     Example:
         >>> answers_match(r"\$1,000.00", "1000"), answers_match("18 km", "18 m")

@@ -1,24 +1,22 @@
 """Ask math-verify from any thread: one process (`ludic.task.grading_worker`) that forks workers, and the socket to it.
 
-What it leaves out: which answers are worth asking about (`ludic.task.grading`), and which is tried when, for how long and in
-how much memory (`ludic.task.grading_worker`). This side only starts that process when the first question comes, tells replies
-apart, and starts another one where it ends or falls silent: a question that was open twice when that happened is a
-crash, all others are asked again.
+This side starts that process when the first question comes, and another one where it ends or falls silent: a question that
+was open twice when that happened is a crash, all others are asked again. Which answer is tried when, for how long and in
+how much memory, is the other side's.
 """
 
+import asyncio
 import contextlib
 import itertools
 import json
 import os
-import queue
 import signal
+import socket
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from multiprocessing.connection import Pipe
 from pathlib import Path
 from typing import Literal
 
@@ -41,79 +39,65 @@ class Question:
     cost: float = field(default=0.0, compare=False)
 
 
-@dataclass(slots=True, kw_only=True)
-class _Open:
-    question: Question
-    message: bytes
-    futures: list[Future[Reply]]
-    num_starts: int = 0
-    """How many processes it was handed to."""
-    since: float = 0.0
-    """When it was handed to the last one, by the monotonic clock."""
-
-    def hand_over(self, outbox: "queue.SimpleQueue[bytes | None]") -> None:
-        self.num_starts += 1
-        self.since = time.monotonic()
-        outbox.put(self.message)
-
-
 class _Process:
     """The child process, and its end of a socket pair. It leads a process group, in which its forks are too."""
 
     def __init__(self, settings: dict[str, float]) -> None:
-        self.connection, child = Pipe()
-        # Otherwise what sympy does would depend on the order of its sets, which may differ from run to run.
-        environment = {**without_secrets(os.environ), "PYTHONHASHSEED": "0"}
+        self.connection, child = socket.socketpair()
+        self.writer: asyncio.StreamWriter | None = None
+        self.open: dict[int, tuple[float, asyncio.Future[Reply | None]]] = {}
+        """By id of the question: when it was asked, by the loop's clock, and its reply."""
+        worker = str(Path(__file__).with_name("grading_worker.py"))
         with child:
             self.popen = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-P",
-                    str(Path(__file__).with_name("grading_worker.py")),
-                    str(child.fileno()),
-                    json.dumps(settings),
-                ],
+                [sys.executable, "-P", worker, str(child.fileno()), json.dumps(settings)],
                 pass_fds=[child.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 process_group=0,
-                env=environment,
+                # Otherwise what sympy does would depend on the order of its sets, which may differ from run to run.
+                env={**without_secrets(os.environ), "PYTHONHASHSEED": "0"},
             )
 
-    def wait_until_ready(self) -> None:
+    async def wait_until_ready(self) -> None:
         """Raises RuntimeError, with what to do, where it does not get ready."""
-        if not self.connection.poll(START_LIMIT_S):
-            raise RuntimeError(f"the math-verify worker was not up after {START_LIMIT_S:.0f} s")
+        self.reader, self.writer = await asyncio.open_connection(sock=self.connection)
         try:
-            self.connection.recv_bytes()
-        except (EOFError, ConnectionError):
+            ready = await asyncio.wait_for(self.reader.readline(), START_LIMIT_S)
+        except TimeoutError:
+            raise RuntimeError(f"the math-verify worker was not up after {START_LIMIT_S:.0f} s") from None
+        if not ready:
             raise RuntimeError(
                 f"the math-verify worker ended while starting, with status {self.popen.wait()}; "
                 "see why with: python -c \"import math_verify; math_verify.parse('1')\""
-            ) from None
+            )
 
-    def kill(self) -> None:
-        """Its forks too. Safe to call again, from any thread."""
+    async def ask(self, number: int, question: Question) -> Reply | None:
+        """The reply; None where the process ends, or has ended, before it comes."""
+        if self.popen.returncode is not None:
+            return None
+        loop = asyncio.get_running_loop()
+        job = {"id": number, "cost": question.cost, "predictions": question.predictions, "target": question.target}
+        self.open[number] = loop.time(), loop.create_future()
+        assert self.writer is not None
+        self.writer.write(json.dumps(job).encode() + b"\n")
+        return await self.open[number][1]
+
+    def end(self) -> None:
+        """Its forks too. Safe to call again."""
         if self.popen.returncode is None:  # Until it is reaped, no other process or group can have its id.
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.popen.pid, signal.SIGKILL)
-
-    def end(self) -> None:
-        self.kill()
-        self.popen.wait()
-        self.connection.close()
+            self.popen.wait()
+        if self.writer is None:
+            self.connection.close()
+        else:
+            self.writer.close()
 
 
 class GradingPool:
-    """Puts questions to math-verify, `num_workers` at a time (and a few slow ones besides).
-
-    Example:
-        >>> pool = GradingPool(num_workers=2, timeout_s=5.0, quick_s=0.25)
-        >>> pool.ask(Question(predictions=("9*2",), target="18")).result()
-        True
-        >>> pool.close()
-    """
+    """Puts questions to math-verify, `num_workers` at a time (and a few slow ones besides)."""
 
     def __init__(self, *, num_workers: int, timeout_s: float, quick_s: float) -> None:
         self._settings = {"num_workers": num_workers, "timeout_s": timeout_s, "quick_s": quick_s}
@@ -121,128 +105,111 @@ class GradingPool:
         self._silence_limit_s = 2 * timeout_s + 10.0
         self._lock = threading.Lock()
         self._closed = False
+        self._thread: threading.Thread | None = None
+        self._loop = Future[asyncio.AbstractEventLoop]()
+        """The thread's, which starts with the first question. All below is the thread's alone."""
         self._ids = itertools.count()
-        self._open: dict[int, _Open] = {}
-        self._ids_by_question: dict[Question, int] = {}
+        self._asked: dict[Question, asyncio.Task[Reply]] = {}
         self._process: _Process | None = None
-        self._outbox: queue.SimpleQueue[bytes | None] | None = None
-        """For the process that is up; None while there is none."""
-        self._reader: threading.Thread | None = None
+        self._starting: asyncio.Task[_Process] | None = None
+        """Of the process that is up, or will be."""
+        self._listening: asyncio.Task[None] | None = None
 
     def ask(self, question: Question) -> Future[Reply]:
         """The reply, later. Questions that are open already are not asked twice.
 
         Raises RuntimeError after `close`; the future raises it where no process can be started, and at `close`.
         """
-        future: Future[Reply] = Future()
         with self._lock:
             if self._closed:
                 raise RuntimeError(_CLOSED)
-            if question in self._ids_by_question:
-                self._open[self._ids_by_question[question]].futures.append(future)
-                return future
-            number = next(self._ids)
-            self._ids_by_question[question] = number
-            job = {"id": number, "cost": question.cost, "predictions": question.predictions, "target": question.target}
-            self._open[number] = asked = _Open(question=question, message=json.dumps(job).encode(), futures=[future])
-            if self._outbox is not None:  # Else the reader hands over all that is open, once the process is up.
-                asked.hand_over(self._outbox)
-            if self._reader is None:
-                # Daemons, so that an exit does not wait for them: the process is ended then, and they with it.
-                self._reader = threading.Thread(target=self._read, name="ludic-grader", daemon=True)
-                self._reader.start()
-        return future
+            if self._thread is None:
+                # A daemon, so that an exit does not wait for it: `close` is called then.
+                thread = threading.Thread(target=lambda: asyncio.run(self._serve()), name="ludic-grader", daemon=True)
+                thread.start()  # RuntimeError where the system has no more threads: the next question tries again
+                self._thread = thread
+            return asyncio.run_coroutine_threadsafe(self._answer_once(question), self._loop.result())
 
     def close(self) -> None:
         """End the processes now. Questions that are open raise RuntimeError. Safe to call twice."""
         with self._lock:
-            self._closed = True
-            reader = self._reader
+            closed, self._closed = self._closed, True  # Before the loop cancels what is open, which then says why.
+            if self._thread is not None and not closed:
+                self._loop.result().call_soon_threadsafe(self._closing.set)
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+
+    async def _serve(self) -> None:
+        """The thread's work: what `ask` gives its loop, until `close`."""
+        self._closing = asyncio.Event()
+        self._loop.set_result(asyncio.get_running_loop())
+        await self._closing.wait()
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in (*self._asked.values(), self._starting, self._listening):
+            if task is not None:
+                task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._process is not None:
+            self._process.end()
+
+    async def _answer_once(self, question: Question) -> Reply:
+        if self._closed:
+            raise RuntimeError(_CLOSED)
+        if question not in self._asked:
+            self._asked[question] = asyncio.create_task(self._answer(question))
+            self._asked[question].add_done_callback(lambda _: self._asked.pop(question))
+        answer = self._asked[question]
+        try:
+            return await asyncio.shield(answer)  # A caller that is cancelled cancels no other's answer.
+        except asyncio.CancelledError:
+            if answer.cancelled():
+                raise RuntimeError(_CLOSED) from None
+            raise
+
+    async def _answer(self, question: Question) -> Reply:
+        for _ in range(MAX_STARTS_PER_QUESTION):
+            if self._starting is None:
+                self._starting = asyncio.create_task(self._start())
+            process = await asyncio.shield(self._starting)
+            reply = await process.ask(next(self._ids), question)
+            if reply is not None:
+                return reply
+        return "crash"
+
+    async def _start(self) -> _Process:
+        try:
+            self._process = _Process(self._settings)
+            await self._process.wait_until_ready()
+        except (RuntimeError, OSError) as error:
+            self._starting = None  # The next question tries again.
             if self._process is not None:
-                self._process.kill()  # The reader sees the socket close.
-        if reader is not None and reader is not threading.current_thread():
-            reader.join()
+                self._process.end()
+            raise RuntimeError(f"math-verify cannot be asked: {error}") from error
+        self._listening = asyncio.create_task(self._listen(self._process))
+        return self._process
 
-    def _read(self) -> None:
-        """The reader's thread: one process after another, until there is nothing to ask or all is closed."""
-        while True:
-            with self._lock:
-                if self._closed or not self._open:
-                    self._reader = None
-                    break
-            try:
-                self._run_a_process()
-            except (RuntimeError, OSError) as error:
-                self._fail_all(f"math-verify cannot be asked: {error}")
-        self._fail_all(_CLOSED)
-
-    def _run_a_process(self) -> None:
-        """Until it ends. Raises RuntimeError or OSError where it cannot be started."""
-        with self._lock:
-            if self._closed:
-                return
-            process = self._process = _Process(self._settings)
+    async def _listen(self, process: _Process) -> None:
+        """Pass on the replies, until the process ends or falls silent."""
         try:
-            process.wait_until_ready()
-            self._talk(process)
+            while line := await self._next_line(process):
+                number, reply = json.loads(line)
+                process.open.pop(number)[1].set_result(reply)
+        except ConnectionError:
+            pass
         finally:
-            with self._lock:
-                self._process = None
+            self._starting = None
             process.end()
+            for _, lost in process.open.values():
+                if not lost.done():
+                    lost.set_result(None)
 
-    def _talk(self, process: _Process) -> None:
-        outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        # A thread of its own: neither the caller nor the reader of replies must wait for a full socket.
-        writer = threading.Thread(target=_write, args=(process, outbox), name="ludic-grader-out", daemon=True)
-        with self._lock:
-            crashed = [number for number, asked in self._open.items() if asked.num_starts >= MAX_STARTS_PER_QUESTION]
-            for number, asked in self._open.items():
-                if number not in crashed:
-                    asked.hand_over(outbox)
-            self._outbox = outbox
-        writer.start()
-        for number in crashed:
-            self._resolve(number, "crash")
-        try:
-            while True:
-                if process.connection.poll(self._silence_limit_s):
-                    self._resolve(*json.loads(process.connection.recv_bytes()))
-                elif self._is_overdue():
-                    return
-        except (EOFError, ConnectionError):
-            return
-        finally:
-            with self._lock:
-                self._outbox = None
-            outbox.put(None)
-            process.kill()
-            writer.join()
-
-    def _is_overdue(self) -> bool:
-        with self._lock:
-            return any(asked.since < time.monotonic() - self._silence_limit_s for asked in self._open.values())
-
-    def _resolve(self, number: int, reply: Reply) -> None:
-        with self._lock:
-            asked = self._open.pop(number)
-            del self._ids_by_question[asked.question]
-        for future in asked.futures:
-            if future.set_running_or_notify_cancel():
-                future.set_result(reply)
-
-    def _fail_all(self, reason: str) -> None:
-        with self._lock:
-            failed = list(self._open.values())
-            self._open.clear()
-            self._ids_by_question.clear()
-            reason = _CLOSED if self._closed else reason
-        for asked in failed:
-            for future in asked.futures:
-                if future.set_running_or_notify_cancel():
-                    future.set_exception(RuntimeError(reason))
-
-
-def _write(process: _Process, outbox: queue.SimpleQueue[bytes | None]) -> None:
-    with contextlib.suppress(ConnectionError):  # Its end is the reader's business.
-        while (message := outbox.get()) is not None:
-            process.connection.send_bytes(message)
+    async def _next_line(self, process: _Process) -> bytes:
+        """Empty where none comes, although it is due."""
+        while True:
+            try:
+                async with asyncio.timeout(self._silence_limit_s):
+                    return await process.reader.readline()
+            except TimeoutError:
+                asked = [since for since, _ in process.open.values()]
+                if asked and min(asked) < asyncio.get_running_loop().time() - self._silence_limit_s:
+                    return b""

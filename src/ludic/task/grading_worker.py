@@ -1,9 +1,7 @@
 r"""The child process of `ludic.task.grading.Grader`: asks math-verify whether two answers are equal, in forks of its own.
 
-It is run as a file, `python -P grading_worker.py FD SETTINGS`, not as `ludic.task.grading_worker` and not by multiprocessing:
-that way it imports math-verify and nothing else (no torch, not the caller's main module), needs no
-`if __name__ == "__main__"` in the caller's script, and starts as fast as math-verify allows. It must therefore import
-nothing from ludic.
+It is run as a file, `python -P grading_worker.py FD SETTINGS`, and not by multiprocessing: that way it imports math-verify
+and nothing else (not the caller's main module, and nothing from ludic), and needs no `if __name__ == "__main__"` there.
 
     Grader --job--> keeper --job--> child (a fork that has math-verify and its tables): true, false, or what ran out
                       \--job--> another child ...
@@ -11,41 +9,38 @@ nothing from ludic.
 The keeper does no algebra, so that it always answers, and a child that hangs costs its killing and a fork of some
 milliseconds, not another import. Answers that hang must not hold up those that do not:
 - Jobs wait in order of their `cost`, the shortest and plainest first.
-- A child that has worked `quick_s` on one answer leaves the quick lane: it goes on, at a lower priority, among at most
-  `MAX_SLOW` slow ones, and a fresh fork takes its place. Where those are taken, it is killed, and its job waits for one
-  of them, for at most twice `timeout_s`: then it is given up as a time-out.
-- `timeout_s` ends an answer for good. Both limits are seconds of the child's own CPU time, where the system tells them
-  (Linux): other load on the machine makes no answer wrong. Twice `timeout_s` by the clock ends it in any case.
+- A child that has worked `quick_s` on one answer is ended, and its job begins anew among at most `MAX_SLOW` slow ones, at a
+  lower priority. Where those places are taken it waits for one, for at most twice `timeout_s`: then it is a time-out.
+- `timeout_s` ends an answer for good. Both limits are seconds of the child's own CPU time: other load on the machine makes no
+  answer wrong. Twice `timeout_s` by the clock ends it in any case.
 - A child's address space is limited, and the system's out-of-memory killer is asked to take it before anything else.
 
 FD is one end of a socket pair, SETTINGS is JSON: {"num_workers", "timeout_s", "quick_s"}. First it sends "ready"; then
 each job `{"id": int, "cost": float, "predictions": [...], "target": str}` is answered, in any order, with `[id, reply]`:
-true, false, "timeout" or "crash". All messages are JSON in ASCII, so that lone surrogates and null bytes pass.
+true, false, "timeout" or "crash". A message is a line of JSON in ASCII, so that lone surrogates and null bytes pass.
 """
 
+import asyncio
 import gc
-import heapq
 import json
 import logging
 import os
 import signal
+import socket
 import sys
 import time
-from collections import deque
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cache
-from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import Any
 
 MAX_MEMORY_BYTES = 2**30
 """Address space that one child may take, on Linux. math-verify itself needs a tenth."""
 MAX_SLOW = 2
+MAX_MESSAGE_BYTES = 2**20
 MAX_JOBS_PER_CHILD = 1_000
 """After that many answers a child is replaced, so that what sympy remembers of them cannot pile up."""
-TICK_S = 0.02
-"""How often the keeper looks at the time that its children took."""
 TYPICAL = (r"\sqrt{4}", "(9*2)", "18x", "17 or 18", r"2\pi + 1", "(1, 2)")
 """Parsed and compared before the first fork: math-verify builds its tables as it goes, and forks inherit them."""
 
@@ -54,7 +49,7 @@ def all_match(predictions: list[str], target: str) -> bool:
     """Whether math-verify finds every prediction equal to `target`.
 
     Both are parsed inside a box, as LaTeX only: on raw strings math-verify 0.9 rates `18.0` unequal to `18`, and its
-    plain-text extraction picks numbers out of prose. Its own time limits are off: they need SIGALRM in the main thread.
+    plain-text extraction picks numbers out of prose. Its own time limits are off: the keeper has better ones.
     """
     from math_verify import LatexExtractionConfig, parse, verify
 
@@ -62,15 +57,10 @@ def all_match(predictions: list[str], target: str) -> bool:
     extraction = LatexExtractionConfig()
     extraction = replace(extraction, normalization_config=replace(extraction.normalization_config, units=False))
 
-    def parsed(answer: str) -> list[object]:
-        result: list[object] = parse(
-            rf"\boxed{{{answer}}}",
-            extraction_config=[extraction],
-            fallback_mode="no_fallback",
-            parsing_timeout=None,
-            raise_on_error=True,
-        )
-        return result
+    options = {"extraction_config": [extraction], "fallback_mode": "no_fallback", "parsing_timeout": None}
+
+    def parsed(answer: str) -> Any:
+        return parse(rf"\boxed{{{answer}}}", raise_on_error=True, **options)
 
     _compare_exactly()
     try:
@@ -125,8 +115,9 @@ def _differ(a: Any, b: Any) -> bool:
 # --- A child: one answer after another ------------------------------------------------------------------------------
 
 
-def _answer_jobs(connection: Connection, limit_s: float) -> None:
-    # The default action of SIGALRM ends the process even inside one long C call: no orphan outlives its answer by much.
+def _answer_jobs(connection: socket.socket, cpu_limit_s: float, clock_limit_s: float) -> None:
+    # Their default action ends the process, even inside one long C call.
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     if sys.platform == "linux":
         import resource
@@ -134,172 +125,140 @@ def _answer_jobs(connection: Connection, limit_s: float) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
         with suppress(OSError):
             Path("/proc/self/oom_score_adj").write_text("1000")
-    while True:
-        job = json.loads(connection.recv_bytes())
-        signal.setitimer(signal.ITIMER_REAL, limit_s)
+    for line in connection.makefile("rb"):
+        job = json.loads(line)
+        signal.setitimer(signal.ITIMER_PROF, cpu_limit_s)
+        signal.setitimer(signal.ITIMER_REAL, clock_limit_s)  # For an orphan: else the keeper ends it by the clock.
         reply: bool | str
         try:
             reply = all_match(job["predictions"], job["target"])
         except (MemoryError, RecursionError):
             reply = "crash"
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
-        connection.send_bytes(json.dumps(reply).encode())
+        connection.sendall(json.dumps(reply).encode() + b"\n")
 
 
 # --- The keeper -----------------------------------------------------------------------------------------------------
 
 
-@dataclass(slots=True, kw_only=True, order=True)
-class _Job:
-    cost: float
-    id: int
-    message: bytes = field(compare=False)
-
-
-@dataclass(slots=True, kw_only=True)
 class _Child:
-    pid: int
-    connection: Connection
-    num_jobs: int = 0
-    job: _Job | None = None
-    slow: bool = False
-    started: float = 0.0
-    """When it took its job, by the monotonic clock."""
-    cpu_before: float | None = None
-    """CPU seconds that it had used by then, where the system tells."""
+    """A fork, as the keeper sees it."""
 
+    def __init__(self, pid: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.pid = pid
+        self.reader = reader
+        self.writer = writer
+        self.num_jobs = 0
+        self.died_of: int | None = None
+        """The signal, once it is reaped."""
 
-def _cpu_seconds(pid: int) -> float | None:
-    if sys.platform != "linux":
-        return None
-    return time.clock_gettime((~pid << 3) | 2)  # Linux's number for the CPU clock of a process, as in its headers.
+    async def answer(self, message: bytes, clock_limit_s: float) -> bool | str:
+        """The reply; `timeout` beyond `clock_limit_s`, `cpu` beyond its limit of CPU time, `crash` where it dies."""
+        self.num_jobs += 1
+        self.writer.write(message)
+        try:
+            async with asyncio.timeout(clock_limit_s):
+                line = await self.reader.readline()
+        except TimeoutError:
+            return "timeout"
+        except ConnectionError:
+            line = b""
+        if line:
+            reply: bool | str = json.loads(line)
+            return reply
+        return "cpu" if self.end() == signal.SIGPROF else "crash"
+
+    def end(self) -> int:
+        """Kill it and reap it: until then no other process can have its id. Safe to call twice."""
+        if self.died_of is None:
+            os.kill(self.pid, signal.SIGKILL)
+            self.died_of = -os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+            self.writer.close()
+        return self.died_of
 
 
 class _Keeper:
-    def __init__(self, parent: Connection, num_workers: int, timeout_s: float, quick_s: float) -> None:
-        self.parent = parent
-        self.num_workers = num_workers
+    def __init__(self, *, num_workers: int, timeout_s: float, quick_s: float) -> None:
         self.timeout_s = timeout_s
         self.quick_s = quick_s
-        self.children: dict[Connection, _Child] = {}
-        self.waiting: list[_Job] = []
-        """A heap, the cheapest first."""
-        self.slow_waiting: deque[tuple[float, _Job]] = deque()
-        """(since when by the monotonic clock, job)"""
+        self.waiting = asyncio.PriorityQueue[tuple[float, int, bytes]]()
+        """(cost, id, message), the cheapest first."""
+        self.quick_places = asyncio.Semaphore(num_workers)
+        self.slow_places = asyncio.Semaphore(MAX_SLOW)
+        self.idle: list[_Child] = []
+        self.sockets: list[socket.socket] = []
+        """The keeper's own ends. A child closes its copies of them, so that it sees the keeper's end."""
 
-    def run(self) -> None:
-        """Until the parent is gone."""
+    async def run(self, connection: socket.socket) -> None:
+        """Until the parent is gone: then this process and its children are killed, which are a process group."""
+        self.sockets.append(connection)
+        reader, self.parent = await asyncio.open_connection(sock=connection, limit=MAX_MESSAGE_BYTES)
+        self.parent.write(b'"ready"\n')
         try:
-            while True:
-                busy = any(child.job is not None for child in self.children.values())
-                for ready in wait([self.parent, *self.children], TICK_S if busy else None):
-                    if ready is self.parent:
-                        self._take_jobs()
-                    elif isinstance(ready, Connection) and ready in self.children:
-                        self._take_reply(self.children[ready])
-                for child in list(self.children.values()):
-                    self._check_limits(child)
-                self._hand_out()
-        except (EOFError, ConnectionError):
-            pass
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._take_jobs(reader))
+                while True:
+                    await self.quick_places.acquire()
+                    _, number, message = await self.waiting.get()
+                    tasks.create_task(self._answer(number, message))
         finally:
-            for child in list(self.children.values()):
-                self._end(child)
+            os.killpg(0, signal.SIGKILL)
 
-    def _take_jobs(self) -> None:
-        while self.parent.poll():
-            message = self.parent.recv_bytes()
-            job = json.loads(message)
-            heapq.heappush(self.waiting, _Job(cost=job["cost"], id=job["id"], message=message))
+    async def _take_jobs(self, reader: asyncio.StreamReader) -> None:
+        while line := await reader.readline():
+            job = json.loads(line)
+            self.waiting.put_nowait((job["cost"], job["id"], line))
+        raise EOFError
 
-    def _take_reply(self, child: _Child) -> None:
-        job = child.job
+    async def _answer(self, number: int, message: bytes) -> None:
+        while self.idle and self.idle[-1].reader.at_eof():  # It died with nothing to do: no answer's fault.
+            self.idle.pop().end()
+        child = self.idle.pop() if self.idle else await self._fork(self.quick_s)
+        started = time.monotonic()
+        reply = await child.answer(message, 2 * self.timeout_s)
+        if isinstance(reply, bool) and child.num_jobs < MAX_JOBS_PER_CHILD:
+            self.idle.append(child)
+        else:
+            child.end()
+        self.quick_places.release()
+        if reply == "cpu":
+            reply = await self._answer_slowly(message, time.monotonic() - started)
+        self.parent.write(json.dumps([number, reply]).encode() + b"\n")
+
+    async def _answer_slowly(self, message: bytes, seconds_so_far: float) -> bool | str:
         try:
-            reply = json.loads(child.connection.recv_bytes())
-        except (EOFError, ConnectionError):
-            reply = "crash"
-        child.job = None
-        if reply == "crash" or child.slow or child.num_jobs >= MAX_JOBS_PER_CHILD:
-            self._end(child)
-        if job is not None:  # Without one it died with nothing to do: no answer's fault.
-            self._reply(job, reply)
+            async with asyncio.timeout(2 * self.timeout_s):
+                await self.slow_places.acquire()
+        except TimeoutError:
+            return "timeout"
+        child = await self._fork(self.timeout_s)
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, child.pid, os.getpriority(os.PRIO_PROCESS, child.pid) + 5)
+        reply = await child.answer(message, 2 * self.timeout_s - seconds_so_far)
+        child.end()
+        self.slow_places.release()
+        return "timeout" if reply == "cpu" else reply
 
-    def _check_limits(self, child: _Child) -> None:
-        job = child.job
-        if job is None:
-            return
-        clock = time.monotonic() - child.started
-        cpu = clock if child.cpu_before is None else (_cpu_seconds(child.pid) or 0.0) - child.cpu_before
-        if cpu >= self.timeout_s or clock >= 2 * self.timeout_s:
-            self._end(child)
-            self._reply(job, "timeout")
-        elif not child.slow and cpu >= self.quick_s:
-            if self._num_slow() < MAX_SLOW:
-                child.slow = True
-                with suppress(OSError):
-                    os.setpriority(os.PRIO_PROCESS, child.pid, os.getpriority(os.PRIO_PROCESS, child.pid) + 5)
-                return
-            self._end(child)
-            self.slow_waiting.append((time.monotonic(), job))
-
-    def _hand_out(self) -> None:
-        while self.slow_waiting and self.slow_waiting[0][0] < time.monotonic() - 2 * self.timeout_s:
-            self._reply(self.slow_waiting.popleft()[1], "timeout")
-        while self.slow_waiting and self._num_slow() < MAX_SLOW:
-            child = self._fork()
-            child.slow = True
-            self._give(child, self.slow_waiting.popleft()[1])
-        quick = [child for child in self.children.values() if not child.slow]
-        idle = [child for child in quick if child.job is None]
-        while self.waiting and (idle or len(quick) < self.num_workers):
-            if not idle:
-                idle.append(self._fork())
-                quick.append(idle[0])
-            self._give(idle.pop(), heapq.heappop(self.waiting))
-
-    def _give(self, child: _Child, job: _Job) -> None:
-        child.job = job
-        child.num_jobs += 1
-        child.started = time.monotonic()
-        child.cpu_before = _cpu_seconds(child.pid)
-        with suppress(ConnectionError):  # A child that died: its closed connection is read next.
-            child.connection.send_bytes(job.message)
-
-    def _reply(self, job: _Job, reply: bool | str) -> None:
-        self.parent.send_bytes(json.dumps([job.id, reply]).encode())
-
-    def _num_slow(self) -> int:
-        return sum(child.slow for child in self.children.values())
-
-    def _fork(self) -> _Child:
-        mine, its = Pipe()
+    async def _fork(self, cpu_limit_s: float) -> _Child:
+        mine, its = socket.socketpair()
+        self.sockets = [one for one in self.sockets if one.fileno() >= 0] + [mine]
         pid = os.fork()
         if pid == 0:
             status = 1
             try:
-                mine.close()
-                self.parent.close()
-                for other in self.children:
-                    other.close()
-                with suppress(EOFError, ConnectionError):  # The keeper is gone.
-                    _answer_jobs(its, 2 * self.timeout_s + 1.0)
+                for one in self.sockets:
+                    one.close()
+                with suppress(ConnectionError):  # The keeper is gone.
+                    _answer_jobs(its, cpu_limit_s, 2 * self.timeout_s + 1.0)
                 status = 0
             finally:
                 os._exit(status)
         its.close()
-        child = _Child(pid=pid, connection=mine)
-        self.children[mine] = child
-        return child
-
-    def _end(self, child: _Child) -> None:
-        """Kill it and reap it: until then no other process can have its id."""
-        del self.children[child.connection]
-        os.kill(child.pid, signal.SIGKILL)
-        os.waitpid(child.pid, 0)
-        child.connection.close()
+        return _Child(pid, *await asyncio.open_connection(sock=mine))
 
 
-def main(connection: Connection, num_workers: int, timeout_s: float, quick_s: float) -> None:
+def main(connection: socket.socket, settings: dict[str, Any]) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # they may reach the whole group; the parent decides
         signal.signal(number, signal.SIG_IGN)
     logging.disable(logging.CRITICAL)
@@ -308,9 +267,8 @@ def main(connection: Connection, num_workers: int, timeout_s: float, quick_s: fl
         all_match([answer], answer)
     gc.collect()
     gc.freeze()  # What is there now is never garbage, and stays shared with the forks.
-    connection.send_bytes(b'"ready"')
-    _Keeper(connection, num_workers, timeout_s, quick_s).run()
+    asyncio.run(_Keeper(**settings).run(connection))
 
 
 if __name__ == "__main__":
-    main(Connection(int(sys.argv[1])), **json.loads(sys.argv[2]))
+    main(socket.socket(fileno=int(sys.argv[1])), json.loads(sys.argv[2]))

@@ -1,7 +1,6 @@
 """The Hugging Face hub, asked once whether it can be reached before its libraries are imported.
 
-Left to themselves they try every file six times, with a line for each try, before they look into their cache. Left out: a hub
-that goes away while something is downloaded.
+Left to themselves they try every file six times, with a line for each try, before they look into their cache.
 """
 
 import os
@@ -42,22 +41,17 @@ def why_unreachable() -> str | None:
 def cache_without_hub(models: Sequence[str], *, dataset: str | None, say: Callable[[str], None]) -> None:
     """Where something must come from the hub, and it cannot be reached: use its cache from here on, in a started server too.
 
-    Call it before transformers or datasets is imported, which read HF_HUB_OFFLINE only then.
-
-    Args:
-        models: names and folders; folders need no hub.
-        dataset: a name on the hub, None where the data are files.
+    Call it before transformers or datasets is imported, which read HF_HUB_OFFLINE only then. `models` are names, or folders,
+    which need no hub; `dataset` is None where the data are files.
 
     Raises:
         ValueError: a model is not in the cache; one line.
     """
     models = [model for model in models if not (looks_like_a_path(model) or Path(model).expanduser().exists())]
     wanted = [*models, *([dataset] if dataset else [])]
-    if not wanted:
-        return
     told = is_offline()
-    reason = None if told else why_unreachable()
-    if not told and reason is None:
+    reason = why_unreachable() if wanted and not told else None
+    if not wanted or not (told or reason):
         return
     os.environ["HF_HUB_OFFLINE"] = "1"
     from huggingface_hub import try_to_load_from_cache
@@ -70,7 +64,7 @@ def cache_without_hub(models: Sequence[str], *, dataset: str | None, say: Callab
                 f"{gone}, and {model} is not in the hub's cache on this machine: name a folder, or fetch it where the hub "
                 "can be reached; HF_HUB_OFFLINE=1 uses what is in the cache without asking"
             )
-    if not told:
+    if reason:
         say(
             f"{gone}: taking {' and '.join(wanted)} from its cache on this machine; HF_HUB_OFFLINE=1 does not ask at all"
         )

@@ -7,7 +7,6 @@ within `MAX_ANSWER_CHARS` costs more than arithmetic on a few thousand digits. A
 import re
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal
 
 from ludic.task.parsers import closing_brace
 from ludic.task.typography import spelled_out
@@ -111,14 +110,8 @@ def clean_answer(answer: str) -> str:
             inner = answer[len(left) : len(answer) - len(right)]
             # `$5 + $13$` is not one pair, `$\$18$` is: escaped signs do not count.
             plain = inner.replace(r"\$", "")
-            if (
-                answer.startswith(left)
-                and answer.endswith(right)
-                and len(answer) > len(left + right)
-                and not plain.endswith("\\")
-                and left not in plain
-                and right not in plain
-            ):
+            is_pair = not plain.endswith("\\") and left not in plain and right not in plain
+            if inner and is_pair and answer.startswith(left) and answer.endswith(right):
                 answer = inner.strip()
         braced = _BRACED.match(answer)
         if braced and closing_brace(answer, braced.end() - 1) == len(answer) - 1:
@@ -148,25 +141,28 @@ def read_number(answer: str) -> Number | None:
     match = _NUMBER.fullmatch(_BARE_FRACTION.sub(_braced_fraction, answer) if "frac" in answer else answer)
     if match is None or (match["sign"] and match["inner_sign"]):
         return None
-    value = _exact_value(match)
-    tail = _Tail() if value is None or not match["tail"] else _read_tail(match["tail"], value)
-    if value is None or tail is None:
+    try:
+        value = _exact_value(match)
+    except ZeroDivisionError:
         return None
-    unit = tail.unit
-    if match["currency"] and not any(power > 0 for _, power in unit.dimensions):  # `$5 per day` is money, too.
+    tail = _read_tail(match["tail"] or "", value)
+    if tail is None:
+        return None
+    scale, percent, unit = tail
+    if match["currency"]:
         unit = _money(match["currency"], unit)
-    if value == "beyond":
-        return Number(value=None, name=name, unit=unit, percent=tail.percent)
-    if "-" in (match["sign"], match["inner_sign"]):
-        value = -value
-    return Number(value=value * tail.scale, name=name, unit=unit, percent=tail.percent)
+    if value is not None:
+        value *= -scale if "-" in (match["sign"], match["inner_sign"]) else scale
+    return Number(value=value, name=name, unit=unit, percent=percent)
 
 
 def _braced_fraction(match: re.Match[str]) -> str:
     return r"\frac" + "".join(part if part.startswith("{") else f"{{{part}}}" for part in match.groups())
 
 
-def _exact_value(match: re.Match[str]) -> Fraction | Literal["beyond"] | None:
+def _exact_value(match: re.Match[str]) -> Fraction | None:
+    """None beyond `MAX_EXPONENT`. Raises ZeroDivisionError."""
+
     def fraction(text: str) -> Fraction:
         return Fraction(text.replace(",", "").replace(" ", "").rstrip("."))
 
@@ -181,44 +177,36 @@ def _exact_value(match: re.Match[str]) -> Fraction | Literal["beyond"] | None:
             return mantissa
         # Leading zeros aside, more digits than the limit has is too much; int() must not see a thousand of them.
         if len(exponent.lstrip("+-0")) > len(str(MAX_EXPONENT)) or abs(int(exponent)) > MAX_EXPONENT:
-            return "beyond"
+            return None
         return mantissa * Fraction(10) ** int(exponent)
     top = fraction(match["top"] or match["top2"] or match["top3"])
     bottom = fraction(match["bottom"] or match["bottom2"] or match["bottom3"])
-    return None if bottom == 0 else fraction(match["whole"] or match["whole2"] or "0") + top / bottom
+    return fraction(match["whole"] or match["whole2"] or "0") + top / bottom
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Tail:
-    """What the text behind a number means."""
-
-    scale: Fraction = Fraction(1)
-    percent: bool = False
-    unit: Unit = NO_UNIT
-
-
-def _read_tail(tail: str, value: Fraction | Literal["beyond"]) -> _Tail | None:
-    """None where it is neither a magnitude, nor a percent sign, nor a unit."""
+def _read_tail(tail: str, value: Fraction | None) -> tuple[Fraction, bool, Unit] | None:
+    """(scale, percent, unit) of what is behind a number; None where it is neither magnitude nor percent sign nor unit."""
     scale = Fraction(1)
+    if not tail:
+        return scale, False, NO_UNIT
     while magnitude := _MAGNITUDE.match(tail):
         scale *= 10 ** _MAGNITUDES[magnitude["word"].lower()]
         tail = tail[magnitude.end() :]
-    percent = _PERCENT.fullmatch(tail)
-    if percent:
+    if percent := _PERCENT.fullmatch(tail):
         scale, tail = scale / 100, percent["rest"]
-    currency = _CURRENCY_BEHIND.match(tail)
-    if currency:
+    if currency := _CURRENCY_BEHIND.match(tail):
         tail = tail[currency.end() :]
-    unit = read_unit(tail, single=value != "beyond" and value * scale <= 1)
+    unit = read_unit(tail, single=value is not None and value * scale <= 1)
     # Three quarters are a fraction, and eight are coins.
-    if unit is None or (("quarter", 1) in unit.dimensions and value != "beyond" and value * scale < 4):
+    if unit is None or (("quarter", 1) in unit.dimensions and value is not None and value * scale < 4):
         return None
-    if currency and not any(power > 0 for _, power in unit.dimensions):
-        unit = _money(currency["sign"], unit)
-    return _Tail(scale=scale, percent=percent is not None, unit=unit)
+    return scale, percent is not None, _money(currency["sign"], unit) if currency else unit
 
 
 def _money(sign: str, per: Unit) -> Unit:
+    """That of `$5 per day`, which is money too; `per` itself where it is a unit of its own."""
+    if any(power > 0 for _, power in per.dimensions):
+        return per
     money = read_unit("$" if sign == "USD" else sign[-1])
     assert money is not None
     return Unit(money.factor * per.factor, tuple(sorted(money.dimensions + per.dimensions)))

@@ -7,7 +7,6 @@ and scoring runs between two steps of generation.
 """
 
 import re
-from collections.abc import Iterator
 
 from ludic.task.typography import SUPERSCRIPT_DIGITS, VULGAR_FRACTIONS, ascii_look, without_invisible
 from ludic.types import ParseResult
@@ -16,7 +15,6 @@ _BOX_COMMAND_BACKWARDS = re.compile(r"(?<![A-Za-z])(?:dexob|xobf)\\")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 # The argument of a box without braces ends at white space, at the end of math mode, or at a brace that is not its own.
 _BARE_ARGUMENT = re.compile(r"(?:\\[^()\[\]\s]|\{[^{}\s]*+\}|[^\\{}$\s])++")
-_SPACE = re.compile(r"\s*+")
 _IS_ANSWER = re.compile(r"[0-9]|\\[A-Za-z]|^[A-Za-z]$")
 
 _THINKING_ENDS = re.compile(r">(?:gni)?kniht/<|\]KNIHT/\[", re.IGNORECASE)
@@ -81,22 +79,24 @@ def boxed_parser(text: str) -> ParseResult:
     text = _after_thinking(text)
     end = len(text)
     error = r"no \boxed{...} in the text"
-    for start, argument_start in _boxes_from_behind(text):
-        argument_start = _end_of(_SPACE, text, argument_start, end)
-        if text[argument_start : argument_start + 1] == "{" and argument_start < end:
-            closing = closing_brace(text, argument_start)
+    # From behind: what stands before the box that decides is not looked at.
+    for command in _BOX_COMMAND_BACKWARDS.finditer(text[::-1]):
+        # Reading stops where a later box begins, so that many boxes in a row are still read once.
+        argument = text[len(text) - command.start() : end].lstrip()
+        if argument.startswith("{"):
+            opening = end - len(argument)
+            closing = closing_brace(text, opening)
             if closing is None:
                 return ParseResult(error="the last box is not closed")
-            content = _END_SPACE.sub(r"\1", text[argument_start + 1 : closing].strip()).strip()
+            content = _END_SPACE.sub(r"\1", text[opening + 1 : closing].strip()).strip()
             if _NO_ANSWER.fullmatch(content) is None:
                 return ParseResult(answer=content)
             error = "the last box is empty"
-        else:
-            # Reading stops where a later box begins, so that many boxes in a row are still read once.
-            argument = text[argument_start : _end_of(_BARE_ARGUMENT, text, argument_start, end)].rstrip(".,;:!?*")
-            if _IS_ANSWER.search(argument):
-                return ParseResult(answer=argument)
-        end = start
+        elif bare := _BARE_ARGUMENT.match(argument):
+            answer = bare.group().rstrip(".,;:!?*")
+            if _IS_ANSWER.search(answer):
+                return ParseResult(answer=answer)
+        end = len(text) - command.end()
     return ParseResult(error=error)
 
 
@@ -146,22 +146,7 @@ def closing_brace(text: str, start: int) -> int | None:
     """
     depth = 0
     for match in _BRACE.finditer(text, start):
-        character = match.group()
-        if character == "{":
-            depth += 1
-        elif character == "}":
-            depth -= 1
-            if depth == 0:
-                return match.start()
+        depth += {"{": 1, "}": -1}.get(match.group(), 0)
+        if depth == 0:
+            return match.start()
     return None
-
-
-def _boxes_from_behind(text: str) -> Iterator[tuple[int, int]]:
-    """(start, end) of each box command, the last first: what stands before the one that decides is not looked at."""
-    for command in _BOX_COMMAND_BACKWARDS.finditer(text[::-1]):
-        yield len(text) - command.end(), len(text) - command.start()
-
-
-def _end_of(pattern: re.Pattern[str], text: str, start: int, end: int) -> int:
-    match = pattern.match(text, start, end)
-    return start if match is None else match.end()

@@ -2,7 +2,7 @@
 
 Three ways in which a folder's files could run code, and what becomes of each without `trust_remote_code`:
 - `auto_map` in its JSON names Python files of the folder: refused where the model needs them, ignored where transformers
-  knows the model itself. transformers is told so explicitly, for left to itself it asks on the terminal, and waits.
+  knows the model itself.
 - `_attn_implementation` in config.json names a repository of kernels, which transformers fetches and imports whatever
   `trust_remote_code` says: refused.
 - weights in `pytorch_model.bin` are a pickle: refused with or without trust. Only safetensors are read.
@@ -12,6 +12,7 @@ installed, and leaves out without a word where it is not; and quantised weights,
 """
 
 import contextlib
+import itertools
 import json
 import os
 from collections.abc import Iterator
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 
+class UnusableModelError(ValueError):
+    """The folder or hub name holds something other than a whole model in full precision."""
+
+
 def check_folder(name: str | os.PathLike[str]) -> None:
     """Refuse a path without a folder there, before a library that takes seconds is imported to say so.
 
@@ -37,10 +42,6 @@ def check_folder(name: str | os.PathLike[str]) -> None:
         raise ValueError(
             f"model folder {os.fspath(name)} does not exist: give a folder with a saved model, or a hub name"
         )
-
-
-class UnusableModelError(ValueError):
-    """The folder or hub name holds something other than a whole model in full precision."""
 
 
 def load_config(name: str | os.PathLike[str], *, trust_remote_code: bool = False) -> "PretrainedConfig":
@@ -55,7 +56,7 @@ def load_config(name: str | os.PathLike[str], *, trust_remote_code: bool = False
     from transformers import AutoConfig  # takes seconds
 
     with loading(name, "configuration"):
-        config = cast("PretrainedConfig", AutoConfig.from_pretrained(_place(name), trust_remote_code=trust_remote_code))
+        config = cast("PretrainedConfig", AutoConfig.from_pretrained(place(name), trust_remote_code=trust_remote_code))
     if not trust_remote_code:
         _refuse_kernels(name, config)
     return config
@@ -68,16 +69,15 @@ def load_full_config(name: str | os.PathLike[str], *, trust_remote_code: bool = 
         UnusableModelError: its weights are quantised; one line. Also what `load_config` raises.
     """
     config = load_config(name, trust_remote_code=trust_remote_code)
-    for part in (config, config.get_text_config()):
-        for key in ("quantization_config", "compression_config"):  # the second: older files of compressed-tensors
-            settings = getattr(part, key, None)
-            if settings:
-                method = settings.get("quant_method") if isinstance(settings, dict) else None
-                where = f"{key} in config.json" + (f": {method}" if method else "")
-                raise UnusableModelError(
-                    f"the weights of {os.fspath(name)} are quantised ({where}), and neither training nor --engine local reads "
-                    "such weights: give the model that they were made from; a vLLM server can evaluate them as they are"
-                )
+    keys = ("quantization_config", "compression_config")  # the second: older files of compressed-tensors
+    for part, key in itertools.product((config, config.get_text_config()), keys):
+        if settings := getattr(part, key, None):
+            method = settings.get("quant_method") if isinstance(settings, dict) else None
+            where = f"{key} in config.json" + (f": {method}" if method else "")
+            raise UnusableModelError(
+                f"the weights of {os.fspath(name)} are quantised ({where}), and neither training nor --engine local reads "
+                "such weights: give the model that they were made from; a vLLM server can evaluate them as they are"
+            )
     return config
 
 
@@ -94,7 +94,7 @@ def load_model(
     config = load_full_config(name, trust_remote_code=trust_remote_code)
     with loading(name, "model"):
         model = AutoModelForCausalLM.from_pretrained(
-            _place(name),
+            place(name),
             config=config,
             dtype="auto" if dtype is None else dtype,
             trust_remote_code=trust_remote_code,
@@ -103,10 +103,9 @@ def load_model(
     return cast("PreTrainedModel", model)
 
 
-_PROCESSOR_FILES = (
-    *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
-    "audio_tokenizer_config.json",
-)
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
+                    "audio_tokenizer_config.json")  # fmt: skip
+_ADAPTER_FILE = "adapter_config.json"
 
 
 def serving_files(name: str | os.PathLike[str]) -> dict[str, bytes]:
@@ -115,22 +114,10 @@ def serving_files(name: str | os.PathLike[str]) -> dict[str, bytes]:
     The settings of processors, without which a server does not load a model that also takes images or sound; and of a folder
     its Python files, which config.json may name. They are read, never run.
     """
-    from transformers.utils.hub import cached_file
-
-    place = _place(name)
-    found = {}
+    paths = sorted(Path(place(name)).glob("*.py"))
     with contextlib.suppress(OSError):  # no such model: this one came from elsewhere, under a name of its own
-        for file in _PROCESSOR_FILES:
-            path = cached_file(
-                place,
-                file,
-                _raise_exceptions_for_gated_repo=False,
-                _raise_exceptions_for_missing_entries=False,
-                _raise_exceptions_for_connection_errors=False,
-            )
-            if path is not None:
-                found[file] = Path(path).read_bytes()
-    return found | {path.name: path.read_bytes() for path in sorted(Path(place).glob("*.py"))}
+        paths += [path for file in _PROCESSOR_FILES if (path := _file(name, file))]
+    return {path.name: path.read_bytes() for path in paths}
 
 
 def stored_dtype(config: "PretrainedConfig") -> "torch.dtype":
@@ -141,20 +128,15 @@ def stored_dtype(config: "PretrainedConfig") -> "torch.dtype":
     return cast("torch.dtype", named)
 
 
-def _loading_errors() -> tuple[type[Exception], ...]:
-    """What malformed files lead to in the constructors that transformers hands their contents to."""
+@contextlib.contextmanager
+def loading(name: str | os.PathLike[str], what: str) -> Iterator[None]:
+    """Turns what malformed files lead to, while transformers loads `what` of `name`, into one line that says what to do."""
     from huggingface_hub.errors import StrictDataclassError  # brings an HTTP client: no flag has to wait for it
 
     builtin = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, ImportError)
-    return *builtin, SafetensorError, StrictDataclassError
-
-
-@contextlib.contextmanager
-def loading(name: str | os.PathLike[str], what: str) -> Iterator[None]:
-    """Turns what transformers raises while it loads `what` of `name` into one line that says what to do."""
     try:
         yield
-    except _loading_errors() as error:
+    except (*builtin, SafetensorError, StrictDataclassError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         if "trust_remote_code" in str(error):
             reason = "it brings Python code of its own: read that code, and pass --trust-remote-code if you trust it"
@@ -168,31 +150,34 @@ def loading(name: str | os.PathLike[str], what: str) -> Iterator[None]:
         raise ValueError(f"no {what} could be loaded for {os.fspath(name)}: {reason}") from error
 
 
-def _place(name: str | os.PathLike[str]) -> str:
+def place(name: str | os.PathLike[str]) -> str:
+    """The name that transformers takes: a folder without its `~`, or the hub's."""
     folder = Path(name).expanduser()
     return str(folder) if folder.is_dir() else os.fspath(name)
 
 
-_ADAPTER_FILE = "adapter_config.json"
+def _file(name: str | os.PathLike[str], file: str) -> Path | None:
+    """A file of a model folder or hub name; None where it has none. Raises OSError where there is no such model."""
+    from transformers.utils.hub import cached_file
+
+    found = cached_file(
+        place(name),
+        file,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return None if found is None else Path(found)
 
 
 def _refuse_adapter(name: str | os.PathLike[str]) -> None:
-    folder = Path(_place(name))
-    if folder.is_dir():
-        found = str(folder / _ADAPTER_FILE) if (folder / _ADAPTER_FILE).is_file() else None
-        whole = (folder / "config.json").is_file()
-    else:
-        from transformers.utils.hub import cached_file
-        from transformers.utils.peft_utils import find_adapter_config_file
-
-        with loading(name, "configuration"):
-            found = find_adapter_config_file(os.fspath(name))
-            missing = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-            whole = found is not None and cached_file(os.fspath(name), "config.json", **missing) is not None
+    with loading(name, "configuration"):
+        found = _file(name, _ADAPTER_FILE)
+        whole = found is not None and _file(name, "config.json") is not None
     if found is None:
         return
     try:
-        base = json.loads(Path(found).read_text(encoding="utf-8"))["base_model_name_or_path"]
+        base = json.loads(found.read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (OSError, ValueError, LookupError, TypeError):
         base = None
     of = f" of {base!s:.200}" if base else ""
@@ -212,8 +197,7 @@ def _refuse_kernels(name: str | os.PathLike[str], config: "PretrainedConfig") ->
     """`_attn_implementation` is a word like `sdpa`, unless it names a repository to be imported."""
     for part in (config, config.get_text_config()):
         implementation = part._attn_implementation
-        chosen = implementation.values() if isinstance(implementation, dict) else [implementation]
-        for one in chosen:
+        for one in implementation.values() if isinstance(implementation, dict) else [implementation]:
             if isinstance(one, str) and "/" in one:
                 raise ValueError(
                     f"the config.json of {os.fspath(name)} asks for attention from {one!r:.80}, which is code from elsewhere: "

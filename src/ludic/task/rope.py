@@ -39,7 +39,7 @@ def pin_rope(model: PreTrainedModel, context_len: int) -> None:
         given = getattr(module, "rope_type", None)
         types = given if isinstance(given, dict) else {None: given}
         for layer_type, rope_type in list(types.items()):
-            if rope_type is None or not ("dynamic" in rope_type or rope_type == "longrope"):
+            if not rope_type or not ("dynamic" in rope_type or rope_type == "longrope"):
                 continue
             last = torch.tensor([[context_len - 1]], device=model.device)
             which = {} if layer_type is None else {"layer_type": layer_type}

@@ -17,17 +17,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _FIRST, _ANSWER, _SECOND = "the first question", "the first answer", "the second question"
+_REASONS = "the first reasons"
 
 
 def describe_prompt(
-    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[ChatMessage], *, plain_template: Path | None = None
+    tokenizer: "PreTrainedTokenizerBase",
+    messages: Sequence[ChatMessage],
+    *,
+    plain_template: Path | None = None,
+    several_turns: bool = False,
 ) -> list[str]:
-    """What to say at the start of a run: the text of its first prompt, and `template_warnings`."""
+    """What to say at the start of a run: the text of its first prompt, `template_warnings`, and with `several_turns`
+    `turn_warnings`."""
+    warnings = template_warnings(tokenizer, messages, plain_template=plain_template)
+    warnings += turn_warnings(tokenizer) if several_turns else []
     first = f"the first prompt, as it is rendered: '{inert(render(tokenizer, messages))}'"
-    return [
-        first,
-        *(f"warning: {line}" for line in template_warnings(tokenizer, messages, plain_template=plain_template)),
-    ]
+    return [first, *(f"warning: {line}" for line in warnings)]
 
 
 def template_warnings(
@@ -35,20 +40,18 @@ def template_warnings(
 ) -> list[str]:
     """A line for each surprise in a prompt of these `messages`; [] for a template that renders them and nothing else.
 
-    `plain_template` is a file with a template that has no system turn of its own: it is recommended where it renders the
-    same as the tokenizer's but for that turn.
+    `plain_template`, a file, is recommended where it renders the same but for a system turn of the tokenizer's own template.
 
     Raises:
         ValueError: the template refuses the messages; one line.
     """
     text = render(tokenizer, messages)
-    lines = []
-    for message in messages:
-        if _squeezed(message["content"]) not in _squeezed(text):
-            lines.append(
-                f"the chat template leaves out the {message['role']} turn '{inert(message['content'], 60)}': "
-                "the model never sees it; give another with --chat-template FILE"
-            )
+    lines = [
+        f"the chat template leaves out the {message['role']} turn '{inert(message['content'], 60)}': "
+        "the model never sees it; give another with --chat-template FILE"
+        for message in messages
+        if "".join(message["content"].split()) not in "".join(text.split())
+    ]
     if header := _missing_generation_prompt(tokenizer, messages, text):
         lines.append(
             f"the chat template renders no generation prompt: the model has to write '{inert(header, 60)}' itself before its "
@@ -68,12 +71,32 @@ def template_warnings(
     return lines
 
 
-def own_system_turn(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """What the template writes before the user's first turn where there is no system message; "" for special tokens alone.
+def turn_warnings(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+    """A line where a longer chat does not begin with what the model saw and wrote in a shorter one; [] where it does.
 
-    The start of a chat is compared with what stands between its first answer and its second question: the user's turn begins
-    alike in both.
+    Templates of reasoning models leave out what the model thought in earlier turns. A conversation of a run keeps every turn
+    as it was sampled (`ludic.rollout.turns`), whatever the template makes of it.
+
+    Raises:
+        ValueError: the template refuses a chat of several turns; one line.
     """
+    first, second = ChatMessage(role="user", content=_FIRST), ChatMessage(role="user", content=_SECOND)
+    for answer, what in (
+        (_ANSWER, "an earlier turn"),
+        (f"<think>\n{_REASONS}\n</think>\n\n{_ANSWER}", "earlier reasoning"),
+    ):
+        later = render(tokenizer, [first, ChatMessage(role="assistant", content=answer), second])
+        if not later.startswith(render(tokenizer, [first]) + answer):
+            return [
+                f"the chat template changes or drops {what} of the model when the chat goes on: here each turn stays as it was "
+                "sampled, so that the model sees more than a chat server would show it"
+            ]
+    return []
+
+
+def own_system_turn(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """What the template writes before the user's first turn where there is no system message; "" for special tokens alone."""
+    # The user's turn begins alike at the start of a chat and between its first answer and its second question.
     first = ChatMessage(role="user", content=_FIRST)
     more = [ChatMessage(role="assistant", content=_ANSWER), ChatMessage(role="user", content=_SECOND)]
     try:
@@ -105,7 +128,3 @@ def _missing_generation_prompt(tokenizer: "PreTrainedTokenizerBase", messages: S
         return ""
     before = answered.partition(_ANSWER)[0]
     return before.removeprefix(text).strip() if before.startswith(text) else ""
-
-
-def _squeezed(text: str) -> str:
-    return "".join(text.split())

@@ -55,9 +55,9 @@ def spelled_out(text: str) -> str:
     # Between numbers an en dash is a range, and must not become a subtraction.
     text = ascii_look(_RANGE_DASH.sub(r"\1—", without_invisible(text)))
     text = _SMALL_FRACTION.sub(lambda match: f" {_digits(match[1])}/{_digits(match[2])}", text)
-    text = _VULGAR.sub(lambda match: " " + _digits(match[0]).replace("\u2044", "/"), text)
+    text = _VULGAR.sub(lambda match: " " + _digits(match[0]), text)
     return _SUPERSCRIPTS.sub(lambda match: f"^{{{_digits(match[0])}}}", text)
 
 
 def _digits(text: str) -> str:
-    return unicodedata.normalize("NFKC", text).replace("\u2212", "-")
+    return unicodedata.normalize("NFKC", text).replace("\u2212", "-").replace("\u2044", "/")

@@ -36,36 +36,42 @@ class Unit:
 
 NO_UNIT = Unit(Fraction(1), ())
 
-# dimension, factor, names. A name of up to three letters is a symbol, and has no plural unless it is listed. Case counts
-# where two symbols differ by nothing else.
+# Dimension, factor, names. `[kM]W` is written as kW and MW too, `[*]watt` as kilowatt and so on. Not `pm` and `am` of meters,
+# which are times of the day; `ML` and `KG` are sloppy `ml` and `kg`. A name of up to three letters is a symbol, and has no
+# plural unless it is listed. Case counts where two symbols differ by nothing else.
 _TABLE = """
-length 1 m meter metre; length 0.0254 in inch inches; length 0.3048 ft foot feet; length 0.9144 yd yds yard
-length 1609.344 mi mile; length 1852 nmi; length 9460730472580800 ly light-year lightyear
+length 1 [kdcmµμn]m [*]meter [*]metre; length 1000 kms; length 0.01 cms; length 0.0254 in inch inches; length 0.3048 ft foot feet
+length 0.9144 yd yds yard; length 1609.344 mi mile; length 1852 nmi; length 9460730472580800 ly light-year lightyear
 length^2 4046.8564224 acre; length^2 10000 ha hectare; length^2 0.09290304 sqft; length^2 0.00064516 sqin
-length^3 0.001 l L liter litre ltr; length^3 0.000001 cc; length^3 0.003785411784 gal gallon; length^3 0.000946352946 qt quart
-length^3 0.000473176473 pt pint; length^3 0.0002365882365 cup; length^3 0.0000147867647815625 tbsp tablespoon
-length^3 0.00000492892159375 tsp teaspoon; length^3 0.0000295735295625 floz
-mass 0.001 g gram gramme gm gms; mass 1000 tonne; mass 907.18474 ton; mass 0.000001 mcg; mass 0.45359237 lb lbs pound £ quid
-mass 0.028349523125 oz ounce
-time 1 s sec secs second; time 60 min mins minute; time 3600 h hr hrs hour; time 86400 day; time 604800 wk wks week
+length^3 0.001 [dcmµμ]l [dcmµμ]L [*]liter [*]litre ltr; length^3 0.000001 cc; length^3 0.003785411784 gal gallon
+length^3 0.000946352946 qt quart; length^3 0.000473176473 pt pint; length^3 0.0002365882365 cup
+length^3 0.0000147867647815625 tbsp tablespoon; length^3 0.00000492892159375 tsp teaspoon; length^3 0.0000295735295625 floz
+mass 0.001 [kmµμ]g [*]gram [*]gramme gm gms; mass 1000 tonne; mass 907.18474 ton; mass 0.000001 mcg; mass 1 kgs kilo
+mass 0.45359237 lb lbs pound £ quid; mass 0.028349523125 oz ounce
+time 1 [mµμn]s sec secs [*]second; time 60 min mins minute; time 3600 h hr hrs hour; time 86400 day; time 604800 wk wks week
 time 1209600 fortnight; month 1 month mo mos; month 12 yr yrs year; month 120 decade; month 1200 century centuries
 length/time 0.44704 mph; length/time 5/18 kph kmph kmh
 money 1 dollar $ USD buck; money 0.01 cent ¢ penny pennies; euro 1 euro € EUR; yen 1 yen ¥ JPY; rupee 1 rupee ₹ INR Rs
 angle 1 ° degree deg; radian 1 rad radian; celsius 1 °C celsius centigrade; fahrenheit 1 °F fahrenheit; kelvin 1 kelvin
-force 1 N newton; energy 1 J joule; energy 3600 Wh; energy 3600000 kWh; calorie 1 cal calorie; calorie 1000 kcal; power 1 W watt
-current 1 A amp ampere; voltage 1 V volt; resistance 1 Ω ohm; pressure 1 Pa pascal; frequency 1 Hz hertz; amount 1 mol mole
-data 1 byte; data 1000 kB KB; data 1000000 MB; data 1000000000 GB; data 1000000000000 TB; data 1/8 bit
+force 1 [k]N [*]newton; energy 1 [kM]J [*]joule; energy 3600 Wh; energy 3600000 kWh; calorie 1 cal [*]calorie
+calorie 1000 kcal; power 1 [kMGm]W [*]watt; current 1 [m]A [*]amp ampere; voltage 1 [km]V [*]volt; resistance 1 Ω ohm
+pressure 1 [kM]Pa [*]pascal; frequency 1 [kMG]Hz [*]hertz; amount 1 [m]mol [*]mole
+data 1 [*]byte; data 1000 kB KB; data 1000000 MB; data 1000000000 GB; data 1000000000000 TB; data 1/8 [*]bit
 am 1 am; pm 1 pm; o'clock 1 o'clock; dozen 1 dozen
 """
-_PREFIXES = {"kilo": "1000", "mega": "1000000", "giga": "1000000000", "hecto": "100", "deci": "0.1", "centi": "0.01",
-             "milli": "0.001", "micro": "0.000001", "nano": "0.000000001"}  # fmt: skip
-_LETTERS = {"k": "1000", "M": "1000000", "G": "1000000000", "d": "0.1", "c": "0.01", "m": "0.001", "µ": "0.000001",
-            "μ": "0.000001", "n": "0.000000001"}  # fmt: skip
-# What is written with which letters. Not `pm` and `am`, which are times of the day; `ML` and `KG` are sloppy `ml` and `kg`.
-_PREFIXED = {"m": "kdcmµμn", "g": "kmµμ", "l": "dcmµμ", "L": "dcmµμ", "s": "mµμn", "W": "kMGm", "J": "kM", "Hz": "kMG", "V": "km",
-             "A": "m", "N": "k", "Pa": "kM", "mol": "m"}  # fmt: skip
-_PREFIXED_WORDS = ("meter", "metre", "gram", "gramme", "liter", "litre", "second", "watt", "joule", "hertz", "byte", "bit",
-                   "volt", "amp", "newton", "pascal", "calorie", "mole")  # fmt: skip
+_LETTERS = {
+    "k": "1e3",
+    "M": "1e6",
+    "G": "1e9",
+    "d": "0.1",
+    "c": "0.01",
+    "m": "1e-3",
+    "µ": "1e-6",
+    "μ": "1e-6",
+    "n": "1e-9",
+}
+_WORDS = {"kilo": "1e3", "mega": "1e6", "giga": "1e9", "hecto": "100", "deci": "0.1", "centi": "0.01", "milli": "1e-3",
+          "micro": "1e-6", "nano": "1e-9"}  # fmt: skip
 
 
 def _powers(text: str) -> Iterator[tuple[str, int]]:
@@ -79,17 +85,10 @@ def _read_table() -> dict[str, Unit]:
     for entry in re.split("[;\n]", _TABLE.strip()):
         dimensions, factor, *names = entry.split()
         for name in names:
-            known[name] = Unit(Fraction(factor), tuple(_powers(dimensions)))
-    for letters, prefixes, bases in (
-        (True, _LETTERS, _PREFIXED),
-        (False, _PREFIXES, dict.fromkeys(_PREFIXED_WORDS, _PREFIXES)),
-    ):
-        for base, allowed in bases.items():
-            for prefix in allowed:
-                unit = known[base]
-                known[prefix + base] = Unit(unit.factor * Fraction(prefixes[prefix]), unit.dimensions)
-        if letters:
-            known |= {"kgs": known["kg"], "kms": known["km"], "kilo": known["kg"], "cms": known["cm"]}
+            letters, _, base = name.rpartition("]")
+            prefixes = _WORDS if letters == "[*" else {letter: _LETTERS[letter] for letter in letters[1:]}
+            for prefix, scale in {"": "1", **prefixes}.items():
+                known[prefix + base] = Unit(Fraction(factor) * Fraction(scale), tuple(_powers(dimensions)))
     plurals = {name + "s": unit for name, unit in known.items() if len(name) > 2 and not name.endswith("s")}
     known = plurals | known
     # Single letters keep their case: `M` and `S` are no units, and `K` is as often a thousand.
@@ -159,14 +158,19 @@ def read_unit(text: str, *, single: bool = False) -> Unit | None:
     if _REFUSED.search(text):
         return None
     top, *bottoms = _PER.split(text)
-    counts: Counter[str] = Counter()
-    factor = Fraction(1)
-    for sign, phrase in ((1, top), *((-1, bottom) for bottom in bottoms)):
-        unit = _read_phrase(phrase.strip(), single=single or sign < 0, glued=glued and sign > 0)
+    parts = [(_read_phrase(top.strip(), single=single, glued=glued), 1)]
+    parts += [(_read_phrase(bottom.strip(), single=True, glued=False), -1) for bottom in bottoms]
+    return _product(parts)
+
+
+def _product(parts: list[tuple[Unit | None, int]]) -> Unit | None:
+    """Of units to their powers; None where one of them is None."""
+    factor, counts = Fraction(1), Counter[str]()
+    for unit, power in parts:
         if unit is None:
             return None
-        factor *= unit.factor**sign
-        counts.update({name: power * sign for name, power in unit.dimensions})
+        factor *= unit.factor**power
+        counts.update({name: exponent * power for name, exponent in unit.dimensions})
     return Unit(factor, tuple(sorted((name, power) for name, power in counts.items() if power)))
 
 
@@ -189,17 +193,17 @@ def _read_phrase(phrase: str, *, single: bool, glued: bool) -> Unit | None:
 
 def _read_known(phrase: str) -> Unit | None:
     """The product of the units of `phrase`, where each of them is in the table."""
-    factor, counts, place = Fraction(1), Counter[str](), 0
+    parts: list[tuple[Unit | None, int]] = []
+    place = 0
     while place < len(phrase):
         atom = _ATOM.match(phrase, place)
-        unit = atom and (_KNOWN.get(atom["name"]) or (len(atom["name"]) > 1 and _KNOWN.get(atom["name"].lower())))
-        if not atom or not unit:
+        if not atom:
             return None
-        power = int(atom["power"] or 1) * _SHAPES.get((atom["shape"] or "").lower(), 1)
-        factor *= unit.factor**power
-        counts.update({name: exponent * power for name, exponent in unit.dimensions})
+        name = atom["name"]
+        unit = _KNOWN.get(name) or (_KNOWN.get(name.lower()) if len(name) > 1 else None)
+        parts.append((unit, int(atom["power"] or 1) * _SHAPES.get((atom["shape"] or "").lower(), 1)))
         place = atom.end()
-    return Unit(factor, tuple(sorted(counts.items())))
+    return _product(parts)
 
 
 def agree(first: Unit, second: Unit) -> bool:
@@ -230,11 +234,6 @@ def split_unit(answer: str) -> tuple[str, Unit]:
     """
     match = _UNIT_BEHIND.search(answer)
     unit = match and read_unit(" " + match["unit"])
-    if (
-        match is None
-        or unit is None
-        or not unit.dimensions
-        or any(name not in _DIMENSIONS for name, _ in unit.dimensions)
-    ):
-        return answer, NO_UNIT
-    return answer[: match.start()].rstrip(), unit
+    if match and unit and unit.dimensions and all(name in _DIMENSIONS for name, _ in unit.dimensions):
+        return answer[: match.start()].rstrip(), unit
+    return answer, NO_UNIT
