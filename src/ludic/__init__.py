@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from ludic.train.packing import pack
     from ludic.train.summary import TrainingSummary
     from ludic.train.trainer import GRPOTrainer
+    from ludic.train.warm_start import warm_start
     from ludic.types import (
         ChatMessage,
         Completion,
@@ -80,6 +81,7 @@ __all__ = [
     "pack",
     "start_server",
     "training_samples",
+    "warm_start",
 ]
 
 _HOMES = {
@@ -119,6 +121,7 @@ _HOMES = {
     "pack": "train.packing",
     "start_server": "inference.client.server_process",
     "training_samples": "train.advantages",
+    "warm_start": "train.warm_start",
 }
 """The module below `ludic` that defines each public name."""
 

@@ -11,8 +11,8 @@ segments that it is cut into, K the keys that they see and N the tokens that are
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, TypedDict
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 if TYPE_CHECKING:  # parsers and graders, and the worker processes of the latter, do without torch
     import torch
@@ -22,9 +22,9 @@ FinishReason = Literal["stop", "length"]
 
 
 class ChatMessage(TypedDict):
-    """One turn of a chat, as chat templates take it."""
+    """One turn of a chat, as chat templates take it. Many templates know no `tool`."""
 
-    role: Literal["system", "user", "assistant"]
+    role: Literal["system", "user", "assistant", "tool"]
     content: str
 
 
@@ -54,16 +54,60 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """One turn of a conversation after its prompt: `assistant` is the model, every other role the environment."""
+
+    role: Literal["system", "user", "assistant", "tool"]
+    text: str
+    """Without special tokens."""
+    num_tokens: int
+    """Of the completion's `token_ids`: the model's up to its stop token, the environment's with all that the chat template
+    puts before and behind it."""
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether the model wrote it, so that it is trained on."""
+        return self.role == "assistant"
+
+    @property
+    def shown(self) -> str:
+        """Its part of a conversation's text: the parts of all turns, end to end, are readable."""
+        return self.text if self.is_sampled else f"\n\n[{self.role}] {self.text}\n\n[assistant] "
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
-    """What an inference engine returns for one sequence: token ids as sampled, never re-encoded text."""
+    """What follows a prompt in one sequence: token ids as sampled, never re-encoded text.
+
+    An engine returns one turn of the model. A conversation (`ludic.rollout.turns`) is one completion too, in which the tokens of
+    the environment's turns stand between the sampled ones.
+    """
 
     token_ids: list[int]
     """[C], with the stop token at the end when `finish_reason` is `stop`."""
     logprobs: list[float] | None
-    """[C], natural log-probabilities under the distribution that was sampled from (after temperature), or None."""
+    """[C], natural log-probabilities under the distribution that was sampled from (after temperature), or None; 0.0 for
+    tokens of the environment."""
     finish_reason: FinishReason
+    """Of the last turn. A conversation whose next turn has no room left was cut off: `length`."""
     policy_version: int
-    """The version of the weights that sampled it; 0 is the initial policy."""
+    """The version of the weights that sampled it, the oldest of a conversation's; 0 is the initial policy."""
+    turns: tuple[Turn, ...] = ()
+    """Of a conversation, the model's first; their tokens are `token_ids`. () where the task has one turn."""
+
+    @property
+    def sampled_mask(self) -> list[bool]:
+        """[C], False for tokens of the environment."""
+        if not self.turns:
+            return [True] * len(self.token_ids)
+        return [turn.is_sampled for turn in self.turns for _ in range(turn.num_tokens)]
+
+    @property
+    def num_sampled_tokens(self) -> int:
+        """Tokens that the model wrote, stop tokens included."""
+        if not self.turns:
+            return len(self.token_ids)
+        return sum(turn.num_tokens for turn in self.turns if turn.is_sampled)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +152,7 @@ class Rollout:
     """[P]"""
     completion: Completion
     text: str
+    """The completion's; of a conversation, all turns (`Turn.shown`)."""
     score: Score
 
 
@@ -133,6 +178,8 @@ class TrainingSample:
     rollout_logprobs: list[float] | None
     """[L], the sampler's log-probabilities; 0.0 where `loss_mask` is False."""
     advantage: float
+    rollout: tuple[int, int] | None = None
+    """The `group_id` and `rollout_id` of the rollout that it was made of; None for a sample that was made otherwise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,27 +238,13 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same micro-batch with its tensors on `device`; the host does not wait for a copy to a GPU."""
+        import torch
 
         def move(tensor: torch.Tensor) -> torch.Tensor:
             if device.type == "cuda" and not tensor.is_cuda:
                 tensor = tensor.pin_memory()  # from other memory the host would wait until the data are on their way
             return tensor.to(device, non_blocking=True)
 
-        return MicroBatch(
-            input_ids=move(self.input_ids),
-            position_ids=move(self.position_ids),
-            cu_seqlens=move(self.cu_seqlens),
-            max_seqlen=self.max_seqlen,
-            cu_seqlens_k=move(self.cu_seqlens_k),
-            max_seqlen_k=self.max_seqlen_k,
-            key_indices=None if self.key_indices is None else move(self.key_indices),
-            target_positions=move(self.target_positions),
-            predictor_positions=move(self.predictor_positions),
-            num_loss_tokens=self.num_loss_tokens,
-            num_sequence_tokens=self.num_sequence_tokens,
-            loss_mask=move(self.loss_mask),
-            loss_weights=move(self.loss_weights),
-            advantages=move(self.advantages),
-            rollout_logprobs=None if self.rollout_logprobs is None else move(self.rollout_logprobs),
-            sample_indices=self.sample_indices,
-        )
+        held: dict[str, Any] = {one.name: getattr(self, one.name) for one in fields(self)}
+        moved = {name: move(value) for name, value in held.items() if isinstance(value, torch.Tensor)}
+        return MicroBatch(**{**held, **moved})

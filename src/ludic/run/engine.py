@@ -9,13 +9,12 @@ import asyncio
 import contextlib
 import shlex
 import socket
-import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from ludic.cli import server_url
+from ludic.cli import server_urls
 from ludic.inference.client.server_process import ServerProcess
 from ludic.storage.inert import inert
 from ludic.storage.keys import read_api_key
@@ -40,15 +39,15 @@ def require_server(args: argparse.Namespace) -> None:
     """
     if args.engine == "local" or args.start_server:
         return
-    base_url = server_url(args)
-    address = urlsplit(base_url)
-    port = address.port or (443 if address.scheme == "https" else 80)
-    try:
-        socket.create_connection((address.hostname or "", port), timeout=CONNECT_S).close()
-    except OSError as error:
-        from ludic.inference.client.handshake import nothing_listens  # brings an HTTP client
+    for base_url in server_urls(args):
+        address = urlsplit(base_url)
+        port = address.port or (443 if address.scheme == "https" else 80)
+        try:
+            socket.create_connection((address.hostname or "", port), timeout=CONNECT_S).close()
+        except OSError as error:
+            from ludic.inference.client.handshake import nothing_listens  # brings an HTTP client
 
-        raise nothing_listens(base_url, args.model) from error
+            raise nothing_listens(base_url, args.model) from error
 
 
 @contextlib.asynccontextmanager
@@ -62,6 +61,7 @@ async def open_engine(
     probe: Sequence[int] | None = None,
     files: str | None = None,
     fp32_head: bool | None = None,
+    stop_ids: Sequence[int] = (),
 ) -> "AsyncIterator[InferenceEngine]":
     """The engine that the flags ask for, checked against this run; closed, and its server ended, on the way out.
 
@@ -69,89 +69,119 @@ async def open_engine(
     server to itself, recovers it when it is lost, and can send it weights. A server that a killed trainer left paused is
     an error for all others; the first sync sets it right. `files` is a folder or hub name that has the model's config where
     `--model` is only the name that a server gives it. `fp32_head` is whether a run keeps logits in fp32: a server that is
-    started does the same, another's is compared.
+    started does the same, another's is compared. `stop_ids` end a completion in place of the ids that the model names.
 
     Raises:
-        EngineError: the server is not there, not the right one, or held by another trainer.
+        EngineError: the server is not there, not the right one, or leased to another trainer.
     """
     if args.engine == "local":
         with at_once():
-            engine = _local_engine(args, max_seq_len)
-        try:
+            engine = _local_engine(args, max_seq_len, stop_ids)
+        async with contextlib.aclosing(engine):
             yield engine
-        finally:
-            await engine.aclose()
         return
-    from ludic.inference.client.vllm_client import VLLMEngine, stop_token_ids
     from ludic.task.pretrained import load_config
-    from ludic.task.rope import longrope_switch
 
     files = files or args.model
-    model_config = load_config(files, trust_remote_code=args.trust_remote_code)
+    model_config = load_config(files, trust_remote_code=args.trust_remote_code)  # before a server is started for it
     async with contextlib.AsyncExitStack() as stack:
         server = await _start_server(stack, args, out_dir, max_seq_len, fp32_head, say) if args.start_server else None
-        client = VLLMEngine(
-            server_url(args) if server is None else server.base_url,
-            model=args.model,
-            api_key=read_api_key(args.api_key_file),
-            concurrency=args.concurrency,
-            stop_token_ids=stop_token_ids(files, tokenizer, model_config),
-            seed_requests=args.seed_requests,
-            vocab_size=model_config.get_text_config().vocab_size,
-            longrope_switch=longrope_switch(model_config) if probe is not None else None,
-            fp32_head=fp32_head,
-            trainer=None if probe is None else uuid.uuid4().hex,
-        )
         if server is not None:
-            stack.enter_context(server.losses_explained())
-        yield await stack.enter_async_context(
-            connected(
-                client,
+            stack.push(server.explain_loss)
+        urls = server_urls(args) if server is None else [server.base_url]
+        clients = [
+            _client(
+                args,
                 tokenizer,
-                probe=probe,
-                max_seq_len=max_seq_len,
-                server=server,
-                out_dir=out_dir,
-                wait_s=args.server_wait,
-                say=say,
+                url,
+                files,
+                model_config,
+                trains=probe is not None,
+                fp32_head=fp32_head,
+                stop_ids=stop_ids,
             )
+            for url in urls
+        ]
+        recovery = {"server": server, "out_dir": out_dir, "wait_s": args.server_wait, "say": say}
+        yield await stack.enter_async_context(
+            connected(clients, tokenizer, probe=probe, max_seq_len=max_seq_len, **recovery)
         )
+
+
+def _client(
+    args: argparse.Namespace,
+    tokenizer: "PreTrainedTokenizerBase",
+    base_url: str,
+    files: str,
+    model_config: Any,
+    *,
+    trains: bool,
+    fp32_head: bool | None,
+    stop_ids: Sequence[int],
+) -> "VLLMEngine":
+    from ludic.inference.client.vllm_client import VLLMEngine, stop_token_ids
+    from ludic.task.rope import longrope_switch
+
+    return VLLMEngine(
+        base_url,
+        model=args.model,
+        api_key=read_api_key(args.api_key_file),
+        concurrency=args.concurrency,
+        stop_token_ids=stop_ids or stop_token_ids(files, tokenizer, model_config),
+        seed_requests=args.seed_requests,
+        vocab_size=model_config.get_text_config().vocab_size,
+        longrope_switch=longrope_switch(model_config) if trains else None,
+        fp32_head=fp32_head,
+    )
 
 
 @contextlib.asynccontextmanager
 async def connected(
-    client: "VLLMEngine",
+    clients: "Sequence[VLLMEngine]",
     tokenizer: "PreTrainedTokenizerBase",
     *,
     probe: Sequence[int] | None,
     max_seq_len: int | None = None,
     **recovery: Any,
 ) -> "AsyncIterator[InferenceEngine]":
-    """`client`, connected; with a `probe`, for which it needs a trainer's id, as the engine that a run trains with.
+    """One client, connected; with a `probe`, the clients of one or several servers as the engine that a run trains with.
 
     `recovery` are the settings of `RecoveringEngine`.
     """
     if probe is None:
+        (client,) = clients
         async with contextlib.aclosing(client):
             await client.connect(tokenizer, max_seq_len=max_seq_len)
             yield client
         return
     from ludic.survival.recovery import RecoveringEngine
+    from ludic.survival.several_servers import SeveralServers
 
-    async with contextlib.aclosing(RecoveringEngine(client, **recovery)) as engine:
-        await engine.connect(tokenizer, max_seq_len=max_seq_len)
-        await engine.enable_weight_sync(list(probe))
-        yield engine
+    async with contextlib.AsyncExitStack() as stack:
+        engines = [
+            await stack.enter_async_context(contextlib.aclosing(RecoveringEngine(one, **recovery))) for one in clients
+        ]
+        for engine in engines:
+            await engine.connect(tokenizer, max_seq_len=max_seq_len)
+            await engine.enable_weight_sync(list(probe))
+        if len(engines) == 1:
+            yield engines[0]
+        else:
+            yield await stack.enter_async_context(contextlib.aclosing(SeveralServers(engines, say=recovery["say"])))
 
 
-def _local_engine(args: argparse.Namespace, max_seq_len: int) -> Any:
+def _local_engine(args: argparse.Namespace, max_seq_len: int, stop_ids: Sequence[int]) -> Any:
     import torch
 
     from ludic.rollout.local import LocalEngine
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return LocalEngine.from_pretrained(
-        args.model, device=device, trust_remote_code=args.trust_remote_code, context_len=max_seq_len
+        args.model,
+        eos_token_ids=stop_ids or None,
+        device=device,
+        trust_remote_code=args.trust_remote_code,
+        context_len=max_seq_len,
     )
 
 

@@ -3,20 +3,23 @@
 import argparse
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
-from ludic.cli import hide_loading_bars, say
+from ludic.cli import hide_loading_bars, say, server_urls
 from ludic.config import GRPOConfig, RunPaths
-from ludic.doctor import check_token_ids, quick_checks
+from ludic.doctor.dry_run import check_token_ids, model_shape
+from ludic.doctor.findings import Finding, run_checks
+from ludic.doctor.machine import quick_checks
+from ludic.run.ranks import check_architecture, launched_ranks
 from ludic.run.resume import find_start, resumed_model
 from ludic.run.task import Samples, Task
 from ludic.survival.changed_settings import changed_settings
-from ludic.task.environment import Environment
+from ludic.task.environment import Environment, several_turns
 from ludic.task.hub import cache_without_hub
 from ludic.task.pretrained import load_full_config
-from ludic.task.prompts import chat_template_fingerprint, encode_prompt, load_tokenizer, recorded_moment, rendering
+from ludic.task.prompts import chat_template_fingerprint, encode_prompts, load_tokenizer, recorded_moment, rendering
 from ludic.task.template_checks import describe_prompt
 
 if TYPE_CHECKING:
@@ -30,6 +33,10 @@ SampleT = TypeVar("SampleT")
 class Parts(NamedTuple, Generic[SampleT]):
     """What a run is made of, beside its model and its engine."""
 
+    args: argparse.Namespace
+    """`model` has the files, whatever a server calls it."""
+    config: GRPOConfig
+    paths: RunPaths
     tokenizer: "PreTrainedTokenizerBase"
     environment: Environment[SampleT]
     samples: Samples[SampleT]
@@ -39,20 +46,31 @@ class Parts(NamedTuple, Generic[SampleT]):
     """What makes this run the one that it is, beside its configuration: compared when it is resumed."""
     resume_from: "tuple[Path, TrainerState] | None"
     served_as: str
-    """The model's name on the server."""
+    """The model's name on the server; its files where the run starts the engine itself."""
     is_resumable: bool
+
+    @property
+    def state(self) -> "TrainerState | None":
+        """Of the checkpoint that the run goes on from."""
+        return self.resume_from[1] if self.resume_from else None
 
 
 def prepare(args: argparse.Namespace, config: GRPOConfig, paths: RunPaths, task: Task[SampleT]) -> Parts[SampleT]:
-    """Find, load and check all that needs no engine. Afterwards `args.model` has the files, whatever a server calls it.
+    """Find, load and check all that needs no engine. `args.model` becomes the model's files.
 
     Raises:
         ValueError: something is missing, or does not fit; one line.
     """
     served_as, resume_from = _find_model(args, config, paths, task)
     say(f"loading {args.model}")
-    load_full_config(args.model, trust_remote_code=args.trust_remote_code)  # an adapter or quantised weights end here
-    samples, environment = task.load_samples(args, config), task.environment
+    # An adapter or quantised weights end here.
+    check_architecture(args.model, load_full_config(args.model, trust_remote_code=args.trust_remote_code))
+    if config.lora_rank:
+        from ludic.train.lora import require_peft, target_names
+
+        require_peft()
+        target_names(model_shape(args.model, args.trust_remote_code)[1], config.lora_target)
+    samples, environment = task.load_samples(args), task.environment
     tokenizer = load_tokenizer(
         args.model,
         args.chat_template,
@@ -61,24 +79,44 @@ def prepare(args: argparse.Namespace, config: GRPOConfig, paths: RunPaths, task:
     )
     train_prompts = _tokenise(args, config, environment, tokenizer, samples)
     first = environment.messages(samples.train[0])
-    for line in describe_prompt(tokenizer, first, plain_template=task.plain_template):
+    several = several_turns(environment) is not None
+    for line in describe_prompt(tokenizer, first, plain_template=task.plain_template, several_turns=several):
         say(line)
-    settings = _settings(args, tokenizer, samples)
-    if resume_from is not None:
+    settings = {
+        **samples.settings,
+        "num_eval_samples": len(samples.evaluation),
+        "chat_template": chat_template_fingerprint(tokenizer),
+        **rendering(tokenizer),
+        "engine": args.engine,
+        "concurrency": args.concurrency,
+        **({"servers": len(server_urls(args))} if args.engine == "vllm" else {}),
+        "seed_requests": args.seed_requests,
+    }
+    if resume_from:
         given = {**dataclasses.asdict(config), "num_train_samples": len(samples.train), **settings}
         stored = {**resume_from[1].config, **resume_from[1].task}
         for line in changed_settings(stored, given, step=resume_from[1].step):
             say(f"changed since the checkpoint, so this is not the run that was interrupted: {line}")
     if not args.no_checks:
-        _check_this_machine(args, config, tokenizer, paths if resume_from else None)
+        from ludic.train.checkpoint import list_checkpoints
+
+        there = len(list_checkpoints(paths.checkpoints)) if resume_from else 0
+        checks = quick_checks(args, config, lambda: tokenizer, num_checkpoints=there)
+        if (ranks := launched_ranks()) > 1:  # that check adds up what one process needs
+            say(f"{ranks} ranks: whether the memory is enough for them is not estimated")
+            checks = [(name, check) for name, check in checks if name != "memory"]
+        _heed(run_checks(checks), way_out=" (--no-checks goes on all the same)")
     return Parts(
+        args=args,
+        config=config,
+        paths=paths,
         tokenizer=tokenizer,
         environment=environment,
         samples=samples,
         train_prompts=train_prompts,
         settings=settings,
         resume_from=resume_from,
-        served_as=args.model if args.start_server else served_as,
+        served_as=args.model if args.start_server or args.engine == "local" else served_as,
         is_resumable=task.make_policy is None,
     )
 
@@ -99,9 +137,13 @@ def _find_model(
     from ludic.train.checkpoint import recover_folder
 
     hide_loading_bars()
-    for line in recover_folder(paths.checkpoints):
+    for line in [] if args.forecast else recover_folder(paths.checkpoints):  # a forecast touches no run's files
         say(line)
     resume_from = find_start(args, paths)
+    if resume_from is not None:
+        from ludic.train.lora import check_checkpoint
+
+        check_checkpoint(resume_from[0], config)
     if resume_from is None and Path(args.model).resolve().is_relative_to(paths.checkpoints.resolve()):
         raise ValueError(
             f"--model {args.model} is a checkpoint of the run in this folder, which a new run moves aside: "
@@ -133,54 +175,28 @@ def _tokenise(
     """
     if not samples.train:
         raise ValueError("there are no samples to train on")
-    prompts = []
-    for sample in samples.train:
-        messages = environment.messages(sample)
-        prompts.append(encode_prompt(tokenizer, messages))
-        if len(prompts[-1]) > config.max_prompt_len:
+    chats = [environment.messages(sample) for sample in samples.train]
+    prompts = encode_prompts(tokenizer, chats)
+    for messages, prompt in zip(chats, prompts, strict=True):
+        if len(prompt) > config.max_prompt_len:
             raise ValueError(
-                f"a prompt is {len(prompts[-1])} tokens, more than --max-seq-len {config.max_seq_len} allows "
+                f"a prompt is {len(prompt)} tokens, more than --max-seq-len {config.max_seq_len} allows "
                 f"with one token for an answer: {messages[-1]['content'][:60]!r}..."
             )
-    evaluated = [encode_prompt(tokenizer, environment.messages(sample)) for sample in samples.evaluation]
-    _check_token_ids(args, tokenizer, [*prompts, *evaluated])
+    evaluated = encode_prompts(tokenizer, [environment.messages(sample) for sample in samples.evaluation])
+    finding = check_token_ids(args, tokenizer, set().union(*prompts, *evaluated))
+    _heed([finding])  # --no-checks does not leave this out: a server would die of an id that its model does not know
     return prompts
 
 
-def _check_token_ids(
-    args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[Sequence[int]]
-) -> None:
-    for finding in check_token_ids(args, tokenizer, set().union(*prompts)):
-        if finding.status == "failed":  # not left out by --no-checks: the server would die of it
-            raise ValueError(f"{finding.name}: {finding.found}; {finding.fix}")
-        if finding.status == "warning":
-            say(str(finding))
-
-
-def _settings(args: argparse.Namespace, tokenizer: "PreTrainedTokenizerBase", samples: Samples[Any]) -> dict[str, Any]:
-    return {
-        **samples.settings,
-        "num_eval_samples": len(samples.evaluation),
-        "chat_template": chat_template_fingerprint(tokenizer),
-        **rendering(tokenizer),
-        "engine": args.engine,
-        "seed_requests": args.seed_requests,
-    }
-
-
-def _check_this_machine(
-    args: argparse.Namespace, config: GRPOConfig, tokenizer: "PreTrainedTokenizerBase", resumed: RunPaths | None
-) -> None:
-    """The quick checks of `python -m ludic.doctor`: a warning is said, a failure ends the run before it costs anything.
+def _heed(findings: Iterable[Finding], *, way_out: str = "") -> None:
+    """Say each warning; the first failure ends the run before it costs anything.
 
     Raises:
         ValueError: a check failed.
     """
-    from ludic.train.checkpoint import list_checkpoints
-
-    there = len(list_checkpoints(resumed.checkpoints)) if resumed else 0
-    for finding in quick_checks(args, config, tokenizer, num_checkpoints=there):
+    for finding in findings:
         if finding.status == "failed":
-            raise ValueError(f"{finding.name}: {finding.found}; {finding.fix} (--no-checks goes on all the same)")
+            raise ValueError(f"{finding.name}: {finding.found}; {finding.fix}{way_out}")
         if finding.status == "warning":
             say(str(finding))

@@ -59,10 +59,20 @@ def resumed_model(
     )
     if is_first:
         return files
-    if config.kl_coef > 0:
+    if config.lora_rank and not os.path.samefile(files, checkpoint):
+        # Whether it is the model that was moved is seen by the fingerprint in the adapter's file.
+        say(f"the run began with {state.model}, which is not there: {files} is taken if its weights are the same")
+        return files
+    if config.kl_coef > 0 and not config.lora_rank:
         raise ValueError(
             f"--kl-coef {config.kl_coef} compares with the model that the run began with, {state.model}, which is not there "
             "and in no checkpoint: put it back there, or pass --kl-coef 0"
+        )
+    if config.lora_rank:
+        raise ValueError(
+            f"--lora-rank {config.lora_rank} trains an adapter over the model that the run began with, {state.model}, which is "
+            f"not there: put it back there, name the folder that it is in now with --model, or start a new run with --model "
+            f"{checkpoint}, into which the adapter is merged"
         )
     say(f"the run began with {state.model}, which is not read: configuration and tokenizer are those of {files}")
     if args.start_server and os.path.samefile(files, checkpoint):
@@ -72,7 +82,8 @@ def resumed_model(
 
 def set_earlier_run_aside(paths: RunPaths) -> None:
     """Move what an earlier run left in this folder out of the way of a new one."""
-    _set_aside(paths, [paths.prompt, paths.metrics, paths.rollouts, paths.summary, paths.curve, paths.checkpoints])
+    written = [*paths.grown, paths.prompt, paths.start, paths.config, paths.summary, paths.curve, paths.report]
+    _set_aside(paths, [*written, paths.checkpoints, paths.tensorboard])
 
 
 def set_later_checkpoints_aside(paths: RunPaths, step: int) -> None:
