@@ -15,6 +15,8 @@ A family that a part refuses has the refusal under the table. Left out: real wei
 (`logprob_gap.py`).
 """
 
+from __future__ import annotations
+
 import argparse
 import asyncio
 import contextlib
@@ -25,18 +27,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from benchmarks.harness import Record, machine, markdown_table, records_of, say, write_report
 from benchmarks.logprob_gap import reference, trained
 from benchmarks.make_policy import build_tokenizer
 from benchmarks.processes import PartError, ludic_server, required, run_and_write, serving
 from ludic.rollout.engine import PolicyWeights
 from ludic.rollout.errors import EngineError
-from ludic.train.model_folder import save_model
 from ludic.types import SamplingParams
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
     from ludic.inference.client.vllm_client import VLLMEngine
@@ -102,7 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
 # -- the models ------------------------------------------------------------------------------------------------------------
 
 
-def random_model(family: str, *, seed: int) -> "PreTrainedModel":
+def random_model(family: str, *, seed: int) -> PreTrainedModel:
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     model: PreTrainedModel = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**SHAPE | FAMILIES[family]))
@@ -111,21 +111,25 @@ def random_model(family: str, *, seed: int) -> "PreTrainedModel":
     return model
 
 
-@torch.no_grad()
-def draw_weights(model: "PreTrainedModel", *, seed: int) -> None:
+def draw_weights(model: PreTrainedModel, *, seed: int) -> None:
     """Larger than an initialisation's, so that a stale or a misplaced tensor is seen in the log-probs."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        if parameter.dim() > 1:
-            parameter.copy_(
-                noise * (0.3 if "embed" in name or "head" in name else 1.0 / math.sqrt(parameter.shape[-1]))
-            )
-        else:
-            parameter.add_(noise * 0.05)
+    import torch
+
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() > 1:
+                parameter.copy_(
+                    noise * (0.3 if "embed" in name or "head" in name else 1.0 / math.sqrt(parameter.shape[-1]))
+                )
+            else:
+                parameter.add_(noise * 0.05)
 
 
 def largest(ones: Sequence[Sequence[float]], others: Sequence[torch.Tensor]) -> float:
+    import torch
+
     return max(float((torch.tensor(one) - other).abs().max()) for one, other in zip(ones, others, strict=True))
 
 
@@ -152,7 +156,7 @@ async def local_engine(family: str) -> float:
 
     model = random_model(family, seed=0)
     sampling = SamplingParams(max_tokens=24, seed=1)
-    async with contextlib.aclosing(LocalEngine(model, eos_token_ids=[], pad_token_id=0)) as engine:
+    async with contextlib.aclosing(LocalEngine(model, eos_token_ids=[])) as engine:
         prompts = [PROBE[:30], PROBE[:5]]
         groups = await asyncio.gather(
             *(engine.generate(prompt, num_completions=2, sampling=sampling) for prompt in prompts)
@@ -162,12 +166,12 @@ async def local_engine(family: str) -> float:
     return largest([one.logprobs or [] for _, one in drawn], reference(model, sequences))
 
 
-def of_probe(model: "PreTrainedModel") -> torch.Tensor:
+def of_probe(model: PreTrainedModel) -> torch.Tensor:
     (logprobs,) = reference(model, [{"prompt": PROBE[:1], "completion": PROBE[1:]}])
     return logprobs
 
 
-def of_server(engine: "VLLMEngine", model: Path) -> list[float]:
+def of_server(engine: VLLMEngine, model: Path) -> list[float]:
     return engine.control.prompt_logprobs(str(model), PROBE, cache_salt=f"{time.monotonic_ns()}")
 
 
@@ -191,6 +195,10 @@ async def synced(family: str, folder: Path, base_url: str, row: Record) -> None:
 
 
 def measure_family(args: argparse.Namespace, family: str) -> Record:
+    import torch
+
+    from ludic.train.model_folder import save_model
+
     row: Record = {"family": family, "refused": {}}
 
     def part(name: str, run: Callable[[], Any]) -> None:

@@ -98,7 +98,7 @@ def offline_worker(settings: str) -> None:
             max_tokens=batch["max_tokens"],
             stop_token_ids=batch["stops"],
             logprobs=0 if batch["logprobs"] else None,
-            detokenize=False,  # nobody reads the text here, and ludic's server does not make it either
+            detokenize=False,  # the text is not read here, and ludic's server does not make it either
         )
         prompts = [{"prompt_token_ids": ids} for ids in batch["prompts"]]
         started = time.perf_counter()

@@ -17,8 +17,6 @@ import tempfile
 from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
 
-import torch
-
 from benchmarks.harness import (
     Record,
     check_common_arguments,
@@ -35,7 +33,7 @@ from benchmarks.harness import (
     without_stop,
     write_report,
 )
-from benchmarks.ludic_updates import UpdateRecorder, build_trainer, load_policy, probe_of
+from benchmarks.ludic_updates import build_trainer, load_policy, probe_of
 from benchmarks.processes import (
     PartError,
     ensure_policy,
@@ -152,6 +150,8 @@ def points_of(args: argparse.Namespace) -> list[Point]:
 
 async def measure_points(args: argparse.Namespace, url: str | None) -> AsyncGenerator[Record]:
     """Every point with one trainer: its settings are replaced between runs, its weights, state and version go on."""
+    import torch
+
     policy, points, rows = args.policy, points_of(args), list[Record]()
     tokenizer = load_tokenizer(policy)
     samples = load("train", dataset=args.dataset)
@@ -168,12 +168,12 @@ async def measure_points(args: argparse.Namespace, url: str | None) -> AsyncGene
                 tokenizer=tokenizer,
                 engine=engine,
                 samples=samples,
-                recorder=UpdateRecorder(rows.append),
+                emit=rows.append,
                 out_dir=Path(folder),
             )
             for point in points:
                 config = settings_of(point, given, done=trainer.state.step)
-                trainer.config = trainer.learner.config = config
+                trainer.config = trainer.learner.config = trainer.prompts.config = config
                 engine.limit(max(1, point.concurrency // point.group_size))
                 rows.clear()
                 await trainer.run()

@@ -18,13 +18,13 @@ import statistics
 import subprocess
 import sys
 import time
-import uuid
 import zlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from environments.gsm8k import GSM8K, GSM8KSample
+from ludic.cli import hide_loading_bars
 from ludic.task.parsers import boxed_parser
 from ludic.types import ChatMessage, Score
 
@@ -174,9 +174,8 @@ async def open_engine(
         ) as local:
             yield local
         return
-    trainer = None if probe is None else uuid.uuid4().hex
-    client = VLLMEngine(base_url, model=str(policy), concurrency=concurrency, stop_token_ids=stops, trainer=trainer)
-    async with connected(client, load_tokenizer(policy), probe=probe, say=say) as engine:
+    client = VLLMEngine(base_url, model=str(policy), concurrency=concurrency, stop_token_ids=stops)
+    async with connected([client], load_tokenizer(policy), probe=probe, say=say) as engine:
         yield engine
 
 
@@ -311,3 +310,18 @@ def write_report(path: Path, title: str, on: Record, sections: Sequence[str]) ->
     head = [f"# {title}, {on['date']}", f"    {on['command']}", f"{on['hardware']}; {installed}."]
     path.write_text("\n\n".join([*head, *(section.rstrip() for section in sections)]) + "\n")
     say(f"wrote {path}")
+
+
+def run_or_table(
+    name: str,
+    args: argparse.Namespace,
+    run_all: Callable[[argparse.Namespace, Records], object],
+    write_table: Callable[[argparse.Namespace, Records], object],
+) -> None:
+    """The end of a benchmark that trains without a server: its runs, unless `--table` asks for the table alone, and the table."""
+    hide_loading_bars()
+    records = Records(args.out / f"{name}.jsonl")
+    if not args.table:
+        run_all(args, records)
+    write_table(args, records)
+    sys.stdout.write((args.out / f"{name}.md").read_text())

@@ -9,18 +9,23 @@ that of the product's rounding and nothing else. What it does to a whole update 
 real model against its server in `logprob_gap.py`.
 """
 
+from __future__ import annotations
+
 import argparse
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from benchmarks.harness import Record, machine, markdown_table, records_of, say, write_report
 from benchmarks.processes import run_and_write
-from ludic.train.lm_head import Head, head_stats
+
+if TYPE_CHECKING:
+    import torch
+
+    from ludic.train.lm_head import Head
 
 SHAPES = "576x49152,896x151936,2048x128256"
 """Hidden size x vocabulary: SmolLM2-135M, Qwen2.5-0.5B, Llama 3.2 1B."""
@@ -42,6 +47,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def operands(args: argparse.Namespace, hidden_size: int, vocabulary: int) -> tuple[torch.Tensor, ...]:
     """Hidden states [N, H] and weight [V, H] in bf16, and targets [N] drawn from what they say."""
+    import torch
+
     torch.manual_seed(0)
     with torch.device(args.device):
         hidden = torch.randn(args.tokens, hidden_size).bfloat16()
@@ -54,6 +61,10 @@ def operands(args: argparse.Namespace, hidden_size: int, vocabulary: int) -> tup
 
 def measure(args: argparse.Namespace, hidden_size: int, vocabulary: int) -> list[Record]:
     """A row for each product: its gap to fp32 operands, and what forward and backward cost."""
+    import torch
+
+    from ludic.train.lm_head import Head, head_stats
+
     hidden, weight, targets = operands(args, hidden_size, vocabulary)
     on_gpu = args.device == "cuda"
 
@@ -93,6 +104,8 @@ def measure(args: argparse.Namespace, hidden_size: int, vocabulary: int) -> list
 
 def _cost(update: Callable[[], object], *, repeats: int, on_gpu: bool) -> tuple[float, float | None]:
     """Median seconds of a forward and backward pass, and GiB at the peak beyond what lay there before."""
+    import torch
+
     seconds = []
     if on_gpu:
         torch.cuda.synchronize()

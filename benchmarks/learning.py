@@ -24,16 +24,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM
-
-from benchmarks.harness import ROOT, Record, Records, machine, markdown_table, numbers, say, write_report
+from benchmarks.harness import ROOT, Record, Records, machine, markdown_table, numbers, run_or_table, say, write_report
 from environments.gsm8k import GSM8K, load
-from ludic.cli import hide_loading_bars
 from ludic.config import GRPOConfig, RunPaths, add_arguments, from_arguments
-from ludic.rollout.local import LocalEngine
 from ludic.task.prompts import load_tokenizer
-from ludic.train.trainer import GRPOTrainer
 
 sys.path.insert(0, str(ROOT / "examples" / "gsm8k"))  # no package: the demo's script is run from its folder
 from demo import (
@@ -49,8 +43,12 @@ ARMS: dict[str, tuple[str, dict[str, float]]] = {
     "on_policy": ("strictly on-policy", {"max_staleness": 0}),
     "stale": ("staleness 1, corrected", {"max_staleness": 1}),
     "stale_plain": ("staleness 1, uncorrected", {"max_staleness": 1, "tis_cap": 0.0}),
+    "lora": ("LoRA, rank 16, 4 times the rate", {"lora_rank": 16, "learning_rate": 2e-3}),
+    "lora_10x": ("LoRA, rank 16, 10 times the rate", {"lora_rank": 16, "learning_rate": 5e-3}),
 }
-"""Each arm's name in the table and its settings. The correction is the trainer's default for stale rollouts."""
+"""Each arm's name in the table and its settings. The correction is the trainer's default for stale rollouts; an adapter's rate is
+so many times the demo's own."""
+DEFAULT_ARMS = "on_policy,stale,stale_plain"
 BASE = "on_policy"
 NUM_PARTS = 10
 _STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -61,7 +59,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("bench_out"), help="folder for policies, records and table")
     parser.add_argument("--seeds", type=numbers, default=[0, 1, 2], metavar="N,N", help="2 to 10 (default: 0,1,2)")
-    parser.add_argument("--arms", default=",".join(ARMS), help="comma-separated (default: %(default)s)")
+    parser.add_argument(
+        "--arms", default=DEFAULT_ARMS, help=f"comma-separated, of {', '.join(ARMS)} (default: %(default)s)"
+    )
     parser.add_argument("--updates", type=int, default=50, help="of each run (default: 50, as in the demo)")
     parser.add_argument("--rollouts", type=int, default=256, help="of an update (default: 256)")
     parser.add_argument("--train-problems", type=int, default=NUM_TRAIN_PROBLEMS, help="default: %(default)s")
@@ -111,20 +111,28 @@ class CurveLogger:
         return [row[name] for step, row in sorted(self.rows.items()) if step and name in row]
 
 
-def demo_config(args: argparse.Namespace, *, seed: int, arm: str) -> GRPOConfig:
-    """The demo's own settings, at this seed, for this arm."""
+def demo_config(args: argparse.Namespace, *, seed: int, settings: Mapping[str, float | str]) -> GRPOConfig:
+    """The demo's own settings, at this seed, but for the settings of an arm."""
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     flags = {**DEMO_FLAGS, "--rollouts-per-update": str(args.rollouts), "--train-steps": str(args.updates),
              "--eval-limit": str(args.test_problems), "--save-every": "0", "--seed": str(seed)}  # fmt: skip
-    for name, value in ARMS[arm][1].items():
+    for name, value in settings.items():
         flags[f"--{name.replace('_', '-')}"] = str(value)
     known, _ = parser.parse_known_args([word for flag in flags.items() for word in flag])
     return from_arguments(known)
 
 
-async def train(args: argparse.Namespace, demo_dir: Path, *, seed: int, arm: str) -> Record:
+async def train(
+    args: argparse.Namespace, demo_dir: Path, *, seed: int, arm: str, settings: Mapping[str, float | str]
+) -> Record:
     """One run of the demo from the policy in `demo_dir`: its reward curve, and greedy accuracy before and after."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from ludic.rollout.local import LocalEngine
+    from ludic.train.trainer import GRPOTrainer
+
     started = time.perf_counter()
     tokenizer = load_tokenizer(demo_dir / "model")
     model = AutoModelForCausalLM.from_pretrained(demo_dir / "model", dtype=torch.float32)
@@ -132,7 +140,7 @@ async def train(args: argparse.Namespace, demo_dir: Path, *, seed: int, arm: str
     engine = LocalEngine.from_pretrained(demo_dir / "model")
     try:
         trainer = GRPOTrainer(
-            config=demo_config(args, seed=seed, arm=arm),
+            config=demo_config(args, seed=seed, settings=settings),
             model=model,
             model_name=str(demo_dir / "model"),
             tokenizer=tokenizer,
@@ -141,7 +149,7 @@ async def train(args: argparse.Namespace, demo_dir: Path, *, seed: int, arm: str
             train_samples=load("train", dataset=demo_dir),
             eval_samples=load("test", dataset=demo_dir),
             metric_logger=curves,
-            paths=RunPaths(out_dir=demo_dir / arm),
+            paths=RunPaths(out_dir=demo_dir / arm, name="gsm8k"),
         )
         summary = await trainer.run()
     finally:
@@ -152,6 +160,8 @@ async def train(args: argparse.Namespace, demo_dir: Path, *, seed: int, arm: str
         "seed": seed,
         "rollouts": summary.rollouts,
         "reward": curves.curve("reward_mean"),
+        "zero_variance": curves.curve("zero_variance_share"),
+        "truncated": curves.curve("truncation_rate"),
         "staleness": curves.curve("staleness"),
         "accuracy_before": summary.accuracy_before,
         "accuracy_after": summary.accuracy_after,
@@ -167,6 +177,8 @@ def settings_of(args: argparse.Namespace) -> Record:
 
 def run_all(args: argparse.Namespace, records: Records) -> None:
     """Every seed and arm that the records do not hold yet, one after the other."""
+    import torch
+
     torch.set_num_threads(NUM_THREADS)
     settings = settings_of(args)
     done = {(run["arm"], run["seed"]) for run in runs_of(records, settings)}
@@ -185,7 +197,7 @@ def run_all(args: argparse.Namespace, records: Records) -> None:
             num_warm_start=args.warm_start,
         )
         for arm in missing:
-            run = asyncio.run(train(args, demo_dir, seed=seed, arm=arm))
+            run = asyncio.run(train(args, demo_dir, seed=seed, arm=arm, settings=ARMS[arm][1]))
             records.add("run", settings=settings, **run)
             say(f"seed {seed}, {ARMS[arm][0]}: {shown(run['accuracy_after'])} after {run['seconds']:.0f} s")
 
@@ -321,14 +333,9 @@ def main() -> None:
     args = build_parser().parse_args()
     try:
         check_arguments(args)
-        hide_loading_bars()
-        records = Records(args.out / "learning.jsonl")
-        if not args.table:
-            run_all(args, records)
-        write_table(args, records)
+        run_or_table("learning", args, run_all, write_table)
     except ValueError as error:
         raise SystemExit(f"learning.py: {error}") from error
-    sys.stdout.write((args.out / "learning.md").read_text())
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ the place of the variable-length kernel. What an fp32 head costs the server is t
 other. Left out: which linear layer, and quantised servers.
 """
 
+from __future__ import annotations
+
 import argparse
 import asyncio
 import contextlib
@@ -25,13 +27,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from benchmarks.harness import Record, machine, markdown_table, records_of, say, write_report
 from benchmarks.processes import ludic_server, required, run_and_write, serving
 from ludic.types import Completion, SamplingParams, TrainingSample
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 HEADS = ("bfloat16", "float32")
@@ -121,8 +122,10 @@ def sampled(args: argparse.Namespace, head: str) -> tuple[list[Record], float]:
 # -- the trainer's side ----------------------------------------------------------------------------------------------------
 
 
-def load(args: argparse.Namespace, dtype: torch.dtype) -> "PreTrainedModel":
+def load(args: argparse.Namespace, dtype: torch.dtype) -> PreTrainedModel:
     """The model's weights rounded to bf16, as the server has them, to be computed with in `dtype`."""
+    import torch
+
     from ludic.task.pretrained import load_model
     from ludic.train.master_weights import cast_parameters
 
@@ -134,50 +137,55 @@ def load(args: argparse.Namespace, dtype: torch.dtype) -> "PreTrainedModel":
     return model
 
 
-@torch.no_grad()
-def reference(model: "PreTrainedModel", sequences: Sequence[Record]) -> list[torch.Tensor]:
+def reference(model: PreTrainedModel, sequences: Sequence[Record]) -> list[torch.Tensor]:
     """[C] of each completion: one plain forward a sequence, in the model's dtype."""
-    found = []
-    for one in sequences:
-        ids = torch.tensor([*one["prompt"], *one["completion"]], device=model.device)
-        logits = model(input_ids=ids.unsqueeze(0), use_cache=False).logits[0, len(one["prompt"]) - 1 : -1].float()
-        found.append(logits.log_softmax(-1).gather(1, ids[len(one["prompt"]) :, None]).squeeze(1).cpu())
-    return found
+    import torch
+
+    with torch.no_grad():
+        found = []
+        for one in sequences:
+            ids = torch.tensor([*one["prompt"], *one["completion"]], device=model.device)
+            logits = model(input_ids=ids.unsqueeze(0), use_cache=False).logits[0, len(one["prompt"]) - 1 : -1].float()
+            found.append(logits.log_softmax(-1).gather(1, ids[len(one["prompt"]) :, None]).squeeze(1).cpu())
+        return found
 
 
-@torch.no_grad()
-def trained(model: "PreTrainedModel", sequences: Sequence[Record], *, fp32_head: bool) -> list[torch.Tensor]:
+def trained(model: PreTrainedModel, sequences: Sequence[Record], *, fp32_head: bool) -> list[torch.Tensor]:
     """[C] of each completion: packed, as the trainer computes it."""
+    import torch
+
     from ludic.train.logprobs import token_logprobs
     from ludic.train.packing import pack
 
-    samples = [
-        TrainingSample(
-            token_ids=[*one["prompt"], *one["completion"]],
-            loss_mask=[False] * len(one["prompt"]) + [True] * len(one["completion"]),
-            rollout_logprobs=None,
-            advantage=1.0,
-        )
-        for one in sequences
-    ]
-    found: list[torch.Tensor] = [torch.empty(0)] * len(samples)
-    budget = max(8192, *(len(one.token_ids) for one in samples))
-    for row in pack(samples, token_budget=budget, normalisation="token_mean"):
-        logprobs = token_logprobs(
-            model, row.to(model.device), temperature=1.0, with_entropy=False, fp32_head=fp32_head
-        ).logprobs.cpu()
-        for index, part in zip(row.sample_indices, logprobs.split(row.cu_seqlens.diff().tolist()), strict=True):
-            if index >= 0:
-                found[index] = part[-len(sequences[index]["completion"]) :]
-    return found
+    with torch.no_grad():
+        samples = [
+            TrainingSample(
+                token_ids=[*one["prompt"], *one["completion"]],
+                loss_mask=[False] * len(one["prompt"]) + [True] * len(one["completion"]),
+                rollout_logprobs=None,
+                advantage=1.0,
+            )
+            for one in sequences
+        ]
+        found: list[torch.Tensor] = [torch.empty(0)] * len(samples)
+        budget = max(8192, *(len(one.token_ids) for one in samples))
+        for row in pack(samples, token_budget=budget, normalisation="token_mean"):
+            logprobs = token_logprobs(
+                model, row.to(model.device), temperature=1.0, with_entropy=False, fp32_head=fp32_head
+            ).logprobs.cpu()
+            for index, part in zip(row.sample_indices, logprobs.split(row.cu_seqlens.diff().tolist()), strict=True):
+                if index >= 0:
+                    found[index] = part[-len(sequences[index]["completion"]) :]
+        return found
 
 
 @contextlib.contextmanager
-def in_fp32(model: "PreTrainedModel", *, rope: bool, attention: bool, kernel: bool = True) -> Iterator[None]:
+def in_fp32(model: PreTrainedModel, *, rope: bool, attention: bool, kernel: bool = True) -> Iterator[None]:
     """Compute RoPE, or attention, of a prepared bf16 model in fp32; without `kernel`, attention by sdpa in any case.
 
     Rotating bf16 queries by fp32 angles gives fp32 queries. They are rounded before attention unless that is in fp32 too.
     """
+    import torch
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     from ludic.train import attention as packed
@@ -215,6 +223,8 @@ def in_fp32(model: "PreTrainedModel", *, rope: bool, attention: bool, kernel: bo
 
 def difference(ones: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> Record:
     """Of two sides' log-probs [C] of each completion: mean, 99th percentile and largest |difference|, and the mean sign."""
+    import torch
+
     gaps = torch.cat(list(ones)).double() - torch.cat(list(others)).double()
     size = gaps.abs()
     return {
@@ -227,6 +237,8 @@ def difference(ones: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> 
 
 
 def measure(args: argparse.Namespace) -> None:
+    import torch
+
     from ludic.train.attention import prepare_packed_attention
 
     if args.model is None or args.dataset is None:

@@ -7,6 +7,8 @@ A line holds `step`, `seconds` (by the wall clock since the update before; the f
 (the trainer's own seconds), `completion_tokens`, `peak_gib`, `rss_gib`, `open_fds` and `metrics`; the last one `versions`.
 """
 
+from __future__ import annotations
+
 import argparse
 import os
 import sys
@@ -16,8 +18,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from benchmarks.harness import HashRewardGSM8K, Record, emit, versions
 from environments.gsm8k import GSM8KSample, load
 from ludic.cli import add_engine_arguments, check_engine_arguments, hide_loading_bars, run_script
@@ -25,10 +25,12 @@ from ludic.config import GRPOConfig, RunPaths, add_arguments, from_arguments
 from ludic.rollout.engine import InferenceEngine
 from ludic.run.engine import open_engine
 from ludic.task.prompts import encode_prompt, load_tokenizer
-from ludic.train.trainer import GRPOTrainer
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ludic.train.trainer import GRPOTrainer
 
 GIB = 2**30
 
@@ -69,6 +71,8 @@ class UpdateRecorder:
 
 def _peak_gib() -> float:
     """The most GPU memory that tensors took since the last call, in GiB; 0 without a GPU."""
+    import torch
+
     if not torch.cuda.is_available():
         return 0.0
     peak = torch.cuda.max_memory_allocated() / GIB
@@ -82,15 +86,9 @@ def _rss_gib() -> float:
     return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / GIB if statm.exists() else 0.0
 
 
-class BenchmarkTrainer(GRPOTrainer[GSM8KSample]):
-    """The trainer without its checkpoints: 6 GB written at the end of each run measure a disk."""
-
-    async def save(self) -> Path:
-        return self.paths.checkpoints
-
-
-def load_policy(model: str, device: torch.device) -> "PreTrainedModel":
+def load_policy(model: str, device: torch.device) -> PreTrainedModel:
     """The policy with float32 masters on `device`."""
+    import torch
     from transformers import AutoModelForCausalLM
 
     policy: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
@@ -100,15 +98,23 @@ def load_policy(model: str, device: torch.device) -> "PreTrainedModel":
 def build_trainer(
     config: GRPOConfig,
     *,
-    policy: "PreTrainedModel",
+    policy: PreTrainedModel,
     model_name: str,
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: PreTrainedTokenizerBase,
     engine: InferenceEngine,
     samples: Sequence[GSM8KSample],
-    recorder: UpdateRecorder,
+    emit: Callable[[Record], None],
     out_dir: Path,
-) -> BenchmarkTrainer:
+) -> GRPOTrainer[GSM8KSample]:
     """A trainer as the training script builds it, on the task with the checksum for a reward."""
+    from ludic.train.trainer import GRPOTrainer
+
+    class BenchmarkTrainer(GRPOTrainer[GSM8KSample]):
+        """The trainer without its checkpoints: 6 GB written at the end of each run measure a disk."""
+
+        async def save(self) -> Path:
+            return self.paths.checkpoints
+
     return BenchmarkTrainer(
         config=config,
         model=policy,
@@ -118,12 +124,12 @@ def build_trainer(
         environment=HashRewardGSM8K(),
         train_samples=samples,
         eval_samples=[],
-        metric_logger=recorder,
-        paths=RunPaths(out_dir=out_dir),
+        metric_logger=UpdateRecorder(emit),  # its clock starts here, after the imports
+        paths=RunPaths(out_dir=out_dir, name="gsm8k"),
     )
 
 
-def probe_of(tokenizer: "PreTrainedTokenizerBase", sample: GSM8KSample) -> list[int]:
+def probe_of(tokenizer: PreTrainedTokenizerBase, sample: GSM8KSample) -> list[int]:
     """The prompt by whose log-probs weight syncs are proven."""
     return encode_prompt(tokenizer, HashRewardGSM8K().messages(sample))[:64]
 
@@ -142,6 +148,8 @@ async def main() -> int:
     args = build_parser().parse_args()
     check_engine_arguments(args)
     config = from_arguments(args)
+    import torch  # --help and wrong flags answer without it
+
     hide_loading_bars()
     tokenizer = load_tokenizer(args.model)
     samples = load("train", dataset=args.dataset, limit=args.limit)
@@ -164,7 +172,7 @@ async def main() -> int:
                 tokenizer=tokenizer,
                 engine=engine,
                 samples=samples,
-                recorder=UpdateRecorder(emit),
+                emit=emit,
                 out_dir=out_dir,
             )
             await trainer.run()

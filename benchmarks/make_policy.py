@@ -7,35 +7,25 @@ From nothing it makes the tokenizer and the chat template too. Such a policy har
 of the usual length that end by themselves with a boxed number, which is what a benchmark of the training loop needs and what
 random weights cannot give. From a small pretrained model, which solves almost nothing as it is, it makes one that has
 something to learn from. DIR holds GSM8K's train.jsonl. A number of steps gives the same policy again, up to the rounding of
-the kernels; a number of seconds does not. It trains on packed rows with ludic's own log-probs; the padded kind would be
-several times slower.
+the kernels; a number of seconds does not.
 """
 
+from __future__ import annotations
+
 import argparse
-import random
 import re
 import sys
 import time
 from pathlib import Path
-from typing import Any
-
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    AutoModelForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-)
+from typing import TYPE_CHECKING, Any
 
 from environments.gsm8k import DEFAULT_SYSTEM_PROMPT, GSM8K, GSM8KSample, load
 from ludic.task.pretrained import load_model
-from ludic.task.prompts import encode_prompt, load_tokenizer
-from ludic.train.attention import prepare_packed_attention
-from ludic.train.logprobs import token_logprobs
-from ludic.train.packing import pack
-from ludic.types import TrainingSample
+from ludic.task.prompts import load_tokenizer
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -55,6 +45,8 @@ TINY_TRAINING: dict[str, Any] = {"seconds": 40.0, "budget": 2048, "batch_size": 
 """Two CPU cores take a quarter of a second over 8 solutions: small steps, or there are too few of them to learn where to end."""
 PRETRAINED_TRAINING: dict[str, Any] = {**TRAINING, "seconds": None, "steps": 233, "lr": 1.5e-4}
 """Two epochs of GSM8K's 7,473 problems."""
+MAX_SEQ_LEN = 2048
+"""Tokens of a problem and its solution."""
 PROGRESS_S = 10.0
 
 CHAT_TEMPLATE = (
@@ -65,6 +57,9 @@ CHAT_TEMPLATE = (
 
 def build_tokenizer(samples: list[GSM8KSample], vocab_size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE over the problems, with single digits as tokens and Qwen's chat markers."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -90,70 +85,13 @@ def solution(sample: GSM8KSample) -> str:
     return f"{worked}\nThe answer is \\boxed{{{sample.target}}}."
 
 
-def training_row(tokenizer: PreTrainedTokenizerBase, environment: GSM8K, sample: GSM8KSample) -> TrainingSample:
-    prompt = encode_prompt(tokenizer, environment.messages(sample))
-    completion = [*tokenizer.encode(solution(sample), add_special_tokens=False), tokenizer.eos_token_id]
-    return TrainingSample(
-        token_ids=prompt + completion,
-        loss_mask=[False] * len(prompt) + [True] * len(completion),
-        rollout_logprobs=None,
-        advantage=1.0,
-    )
-
-
-def train(
-    model: PreTrainedModel,
-    rows: list[TrainingSample],
-    *,
-    steps: int | None,
-    seconds: float | None,
-    batch_size: int,
-    budget: int,
-    lr: float,
-) -> tuple[int, float]:
-    """Supervised training for a number of steps or of seconds, with a line of progress now and then; the number of steps, and
-    the last loss in nats a token."""
-    device = next(model.parameters()).device
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), fused=device.type == "cuda")
-    prepare_packed_attention(model)
-    model.train()
-    shuffler = random.Random(0)
-    started = said = time.perf_counter()
-    taken, loss, done = 0, torch.zeros(()), 0.0
-    while done < 1:
-        shuffler.shuffle(rows)
-        for first in range(0, len(rows), batch_size):
-            batch = pack(
-                rows[first : first + batch_size], token_budget=budget, normalisation="token_mean", share_prompts=False
-            )
-            total = torch.zeros((), device=device)
-            for row in batch:
-                row = row.to(device)
-                with torch.autocast("cuda", dtype=torch.bfloat16, enabled=device.type == "cuda"):
-                    stats = token_logprobs(model, row, temperature=1.0, with_entropy=False)
-                loss = -(stats.logprobs * row.loss_weights).sum()
-                loss.backward()
-                total += loss.detach()
-            passed = time.perf_counter() - started
-            done = (taken + 1) / steps if steps is not None else passed / (seconds or 1.0)
-            for group in optimizer.param_groups:
-                group["lr"] = lr * min(1.0, (taken + 1) / 20) * max(0.05, 1.0 - done)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            taken, loss = taken + 1, total
-            if done >= 1:
-                break
-            if time.perf_counter() - said >= PROGRESS_S:
-                said = time.perf_counter()
-                sys.stderr.write(f"{done:.0%} after {passed:.0f} s: {taken} steps, loss {loss.item():.2f}\n")
-    return taken, loss.item()
-
-
 def build_model(
     shape: dict[str, Any], tokenizer: PreTrainedTokenizerFast, device: torch.device, dtype: torch.dtype
 ) -> PreTrainedModel:
     """A Qwen2 with random weights, made on the device: a large one would take minutes on the CPU."""
+    import torch
+    from transformers import AutoModelForCausalLM, Qwen2Config
+
     config = Qwen2Config(
         **{"tie_word_embeddings": True, **shape},
         max_position_embeddings=32768,
@@ -206,6 +144,10 @@ def main() -> None:
     for name, value in defaults.items():
         if getattr(args, name) is None and not (length_given and name in ("steps", "seconds")):
             setattr(args, name, value)
+    import torch  # --help and wrong flags answer without it
+
+    from ludic.train.warm_start import warm_start
+
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     samples = load("train", dataset=args.dataset)
@@ -220,18 +162,27 @@ def main() -> None:
     trained = "random weights"
     if not args.random:
         environment = GSM8K(system_prompt=DEFAULT_SYSTEM_PROMPT)
-        rows = [training_row(tokenizer, environment, sample) for sample in samples]
-        started = time.perf_counter()
-        steps, loss = train(
+        started = said = time.perf_counter()
+
+        def progress(step: int, loss: float) -> None:
+            nonlocal said
+            if time.perf_counter() - said >= PROGRESS_S:
+                said = time.perf_counter()
+                sys.stderr.write(f"{step} steps after {said - started:.0f} s, loss {loss:.2f}\n")
+
+        losses = warm_start(
             model,
-            rows,
+            tokenizer,
+            [(environment.messages(sample), solution(sample)) for sample in samples],
+            max_seq_len=min(MAX_SEQ_LEN, args.budget),
             steps=args.steps,
             seconds=args.seconds,
             batch_size=args.batch_size,
-            budget=args.budget,
-            lr=args.lr,
+            learning_rate=args.lr,
+            micro_token_budget=args.budget,
+            on_step=progress,
         )
-        trained = f"{steps} steps in {time.perf_counter() - started:.0f} s, loss {loss:.2f}"
+        trained = f"{len(losses)} steps in {time.perf_counter() - started:.0f} s, loss {losses[-1]:.2f}"
         torch.nn.Module.to(model, torch.bfloat16)
         model.config.dtype = torch.bfloat16
     model.save_pretrained(args.out)

@@ -22,8 +22,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
-
 from benchmarks.harness import ROOT, Record, records_of, say, versions
 from ludic.inference.client.server_process import PARENT_PID_VARIABLE, free_port, last_error_lines
 from ludic.rollout.errors import EngineError
@@ -242,6 +240,8 @@ def ensure_policy(args: argparse.Namespace, *, random: bool = False, gpu: int | 
 
 def gpus_for(device: str) -> tuple[int | None, int | None]:
     """Which GPU serves and which one trains: two where there are two, else the same; None on a CPU."""
+    import torch
+
     if device == "cpu":
         return None, None
     return 0, min(1, max(0, torch.cuda.device_count() - 1))  # counting does not touch them

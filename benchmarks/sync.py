@@ -2,12 +2,14 @@
 
     python benchmarks/sync.py --dataset DIR --out OUT            two GPUs; the 0.5B and the 1.5B shape with random weights
 
-For each shape one server of ludic, as it is by default, and one with vLLM's own `nccl` backend come up on GPU 0; the trainer's
-half is a process on GPU 1. ludic's syncs are proven and are measured twice: with an idle server, and with generation in
+For each shape one server of ludic, without compilation, and one with vLLM's own `nccl` backend come up on GPU 0; the
+trainer's half is a process on GPU 1. ludic's syncs are proven and are measured twice: with an idle server, and with generation in
 flight. vLLM's own are what a plain client of its routes does: wait for running requests, pause, send, resume, no proof. The
 first syncs are left out: they set up NCCL, and ludic's first goes through vLLM's reload. `open` and `probe`, which do not
 hold generation, are not counted.
 """
+
+from __future__ import annotations
 
 import argparse
 import asyncio
@@ -19,8 +21,6 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import torch
 
 from benchmarks.harness import (
     Record,
@@ -49,10 +49,10 @@ from benchmarks.processes import (
 )
 from ludic.cli import hide_loading_bars
 from ludic.rollout.engine import InferenceEngine, PolicyWeights
-from ludic.train.attention import prepare_packed_attention
 from ludic.types import SamplingParams
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 UNCOUNTED = ("open", "probe", "wait")
@@ -78,9 +78,12 @@ def build_parser() -> argparse.ArgumentParser:
 # -- the trainer's half, a process of its own ------------------------------------------------------------------------------
 
 
-def load_masters(policy: Path) -> "PreTrainedModel":
+def load_masters(policy: Path) -> PreTrainedModel:
     """The model as a trainer holds it: float32 on the GPU where there is one."""
+    import torch
     from transformers import AutoModelForCausalLM
+
+    from ludic.train.attention import prepare_packed_attention
 
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32)
     model = torch.nn.Module.to(model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -88,10 +91,12 @@ def load_masters(policy: Path) -> "PreTrainedModel":
     return model
 
 
-@torch.no_grad()
 def change_a_little(model: torch.nn.Module) -> None:
     """So that a sync which transfers nothing would be found out."""
-    list(model.parameters())[-1].mul_(1.01)
+    import torch
+
+    with torch.no_grad():
+        list(model.parameters())[-1].mul_(1.01)
 
 
 async def proven_syncs(policy: Path, url: str | None, *, syncs: int, in_flight: int) -> AsyncIterator[Record]:
@@ -133,6 +138,8 @@ async def generating(engine: InferenceEngine, completions: int) -> AsyncIterator
 
 def vllm_syncs(policy: Path, url: str, *, syncs: int) -> list[Record]:
     """vLLM's packed NCCL broadcast as its own client would drive it."""
+    import torch
+
     from benchmarks.peers.vllm_nccl import NCCLTransport
     from ludic.inference.client.server_control import ServerControl
     from ludic.inference.weights.weight_transport import WireWeights
@@ -190,6 +197,7 @@ def measure_all(args: argparse.Namespace) -> None:
         policies[args.shape] = ensure_policy(args, random=True, gpu=training_gpu)
     kinds = ("ludic", "nccl") if args.device == "cuda" and not args.server else ("ludic",)
     settings = vllm_settings(device=args.device, max_model_len=512, gpu_share=GPU_SHARE, kv_cache_gib=KV_CACHE_GIB)
+    settings["enforce_eager"] = True  # a sync does not run the compiled graphs, which take half of a server's start
     native = {**settings, "weight_transfer_config": json.dumps({"backend": "nccl"})}
     specs = [
         ludic_server(policies[shape], native if kind == "nccl" else settings, gpu=serving_gpu, name=f"{kind}_{shape}")

@@ -10,6 +10,8 @@ second count the tokens of the sequences, a shared prompt once for each of its c
 update's wall clock in which no kernel ran; "between" is what of it lay between one micro-batch and the next.
 """
 
+from __future__ import annotations
+
 import argparse
 import gc
 import itertools
@@ -20,8 +22,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from benchmarks.harness import (
     Record,
@@ -40,6 +40,7 @@ from ludic.config import GRPOConfig
 from ludic.types import TrainingSample
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
     from ludic.train.learner import Learner
@@ -100,7 +101,8 @@ def update_samples(lengths: Lengths, vocab_size: int, seed: int = 0) -> list[Tra
     return samples
 
 
-def build_model(shape: str, device: str, **changes: Any) -> "PreTrainedModel":
+def build_model(shape: str, device: str, **changes: Any) -> PreTrainedModel:
+    import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(0)
@@ -113,7 +115,9 @@ def build_model(shape: str, device: str, **changes: Any) -> "PreTrainedModel":
     return model
 
 
-def build_learner(args: argparse.Namespace, shape: str, *, vocab_size: int | None = None, **settings: Any) -> "Learner":
+def build_learner(args: argparse.Namespace, shape: str, *, vocab_size: int | None = None, **settings: Any) -> Learner:
+    import torch
+
     from ludic.train.learner import Learner
 
     torch._dynamo.reset()
@@ -122,8 +126,10 @@ def build_learner(args: argparse.Namespace, shape: str, *, vocab_size: int | Non
     return Learner(config, build_model(shape, args.device, **changes))
 
 
-def measure(args: argparse.Namespace, learner: "Learner", lengths: Lengths, *, updates: int | None = None) -> Record:
+def measure(args: argparse.Namespace, learner: Learner, lengths: Lengths, *, updates: int | None = None) -> Record:
     """Seconds, throughput, MFU, memory and idle time of whole updates; the first two are warm-up."""
+    import torch
+
     samples = update_samples(lengths, learner.model.config.vocab_size)
     on_gpu = args.device == "cuda"
 
@@ -166,8 +172,9 @@ def measure(args: argparse.Namespace, learner: "Learner", lengths: Lengths, *, u
     return record
 
 
-def idle(learner: "Learner", update: Any, typical_s: float) -> Record:
+def idle(learner: Learner, update: Any, typical_s: float) -> Record:
     """The share of an update in which the GPU waited: in all (against the kernels' time), and between micro-batches."""
+    import torch
     from torch.profiler import ProfilerActivity, profile
 
     marks: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
@@ -273,7 +280,7 @@ def part_gradients(args: argparse.Namespace) -> None:
         difference = norm = 0.0
         for master, expected in zip(learner.masters.parameters, reference, strict=True):
             assert master.grad is not None
-            gradient = master.grad / learner._num_loss_tokens
+            gradient = master.grad / learner._part.num_loss_tokens
             difference += float((gradient.cpu() - expected).double().square().sum())
             norm += float(expected.double().square().sum())
         emit({"row": name, "relative_error": (difference / norm) ** 0.5, "dtype": "bf16" if cuda else "fp32"})
@@ -283,6 +290,8 @@ def part_gradients(args: argparse.Namespace) -> None:
 
 def plain_gradients(args: argparse.Namespace, lengths: Lengths) -> list[torch.Tensor]:
     """One sequence at a time through the untouched model in fp32, on the CPU's memory afterwards."""
+    import torch
+
     model = build_model("0.5b" if args.device == "cuda" else "tiny", args.device)
     samples = update_samples(lengths, model.config.vocab_size)
     total = sum(sum(sample.loss_mask) for sample in samples)
@@ -299,6 +308,8 @@ def plain_gradients(args: argparse.Namespace, lengths: Lengths) -> list[torch.Te
 
 
 def _free() -> None:
+    import torch
+
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

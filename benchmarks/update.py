@@ -42,7 +42,6 @@ from benchmarks.processes import (
     vllm_settings,
 )
 from ludic.cli import hide_loading_bars
-from ludic.inference.client.vllm_client import stop_token_ids
 from ludic.rollout.errors import EngineError
 from ludic.task.prompts import load_tokenizer
 
@@ -154,6 +153,8 @@ def run_phase(args: argparse.Namespace, phase: str, policy: Path, url: str | Non
 
 async def bare_generation(args: argparse.Namespace, policy: Path, url: str | None) -> list[Record]:
     """The rollouts of as many updates, and nothing else: by turns without and with log-probs, each time new prompts."""
+    from ludic.inference.client.vllm_client import stop_token_ids
+
     source, rows = PromptSource(policy, args.dataset), []
     stops = stop_token_ids(str(policy), load_tokenizer(policy))
     groups = args.rollouts // args.group_size

@@ -16,14 +16,22 @@ import sys
 from collections.abc import Sequence
 from typing import Any, cast
 
-from ludic.inference.wire import COMPLETIONS_PATH, PATH, PROTOCOL, Generated, GenerateRequest, encode_reply
+from ludic.inference.wire import (
+    COMPLETIONS_PATH,
+    LEASE_HEADER,
+    PATH,
+    PROTOCOL,
+    Generated,
+    GenerateRequest,
+    encode_reply,
+)
 
 FIRST_BYTE = 5
 """Token ids are bytes from here on, as in the tokenizer of the tiny test models: completions decode to some text."""
 STOP = 1
 VOCAB_SIZE = FIRST_BYTE + 256
-BOOT = "0123456789abcdef0123456789abcdef"
-"""It has one start only."""
+TOKEN = "0123456789abcdef0123456789abcdef"
+"""Of its one start, and of callers without a lease. It refuses every other, as a server that was started again does."""
 
 
 def drawn(prompt: Sequence[int], request_id: str, member: int, max_tokens: int) -> Generated:
@@ -91,10 +99,15 @@ class WireProtocol(asyncio.Protocol):
             )
 
     def _reply(self, head: bytes, body: bytes) -> bytes:
+        _, found, rest = head.lower().partition(LEASE_HEADER.encode() + b": ")
+        token = rest.partition(b"\r\n")[0]
+        if found and token != TOKEN.encode():
+            return b"HTTP/1.1 410 Gone\r\nContent-Length: 28\r\n\r\nthe server was started again"
         content = answer(head.split(b" ", 2)[1], body, by_prompt=self._by_prompt)
+        repeated = b"%b: %b\r\n" % (LEASE_HEADER.encode(), token) if found else b""
         return (
-            b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nx-ludic-boot: %b\r\nContent-Length: %d\r\n\r\n"
-            % (BOOT.encode(), len(content))
+            b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n%bContent-Length: %d\r\n\r\n"
+            % (repeated, len(content))
         ) + content
 
     def _write(self, reply: bytes, then_close: bool) -> None:

@@ -342,7 +342,7 @@ def _after(bench: Bench, checkpoints: Path) -> tuple[Path | None, list[str]]:
 
 def _inject_logging(bench: Bench, name: str, number: int) -> Injection:
     """Metrics are written one by one, rollouts through a thread: each has its turn."""
-    from ludic.telemetry import read_jsonl
+    from ludic.storage.jsonl import read_jsonl
 
     rollouts = bench.rng.random() < 0.5
     folder = bench.place / f"log_{number}"
@@ -371,7 +371,7 @@ def _inject_logging(bench: Bench, name: str, number: int) -> Injection:
 
 
 def _log_metrics(bench: Bench, name: str, path: Path, texts: list[str]) -> tuple[int, OSError | None]:
-    from ludic.telemetry import make_logger
+    from ludic.telemetry.loggers import make_logger
 
     accepted = 0
     with (
@@ -387,7 +387,7 @@ def _log_metrics(bench: Bench, name: str, path: Path, texts: list[str]) -> tuple
 
 
 def _log_rollouts(bench: Bench, name: str, path: Path, texts: list[str]) -> tuple[int, OSError | None]:
-    from ludic.telemetry import JsonlWriter
+    from ludic.storage.jsonl import JsonlWriter
 
     accepted, found = 0, None
     writer = JsonlWriter(path)

@@ -87,9 +87,6 @@ class ModelServer(ServerControl):
     def resume(self, *, timeout_s: float | None = None) -> None:
         self.paused.append(False)
 
-    def server_info(self) -> dict[str, Any]:
-        return {"cache_salt": True}
-
     def expect_weights(self, wanted: dict[str, dict[str, Any]]) -> list[str]:
         self._wanted[:] = wanted
         return [""]

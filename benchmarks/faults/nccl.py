@@ -7,6 +7,8 @@ must raise within its deadline, the trainer's GPU must compute, and after SIGCON
 Every other stop is told to the sync by `abort`, as a trainer that watches its server would. Prints a JSON line an injection.
 """
 
+from __future__ import annotations
+
 import argparse
 import dataclasses
 import json
@@ -20,24 +22,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from benchmarks.faults.outcome import Injection
-from ludic.inference.client.server_control import ServerControl
 from ludic.inference.client.server_process import ServerProcess
-from ludic.inference.weights.background import BackgroundCall
-from ludic.inference.weights.weight_sync import SETTLE_S, WeightSync
 from ludic.rollout.engine import WeightSyncReport
 from ludic.rollout.errors import EngineError
-from ludic.train.attention import prepare_packed_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from ludic.inference.weights.weight_sync import WeightSync
+
 ROW = "server stopped or killed in a sync over NCCL"
 PROBE = list(range(5, 60))
-CLEANING_S = SETTLE_S + 12.0
-"""What a sync may take beyond its deadline: tearing NCCL down and leaving the server paused."""
+CLEANING_S = 12.0
+"""What a sync may take beyond its deadline and `SETTLE_S`: tearing NCCL down and leaving the server paused."""
 SERVER_ARGS = (
     *("--max-model-len", "512", "--gpu-memory-utilization", "0.3", "--enforce-eager"),
     *("--weight-transfer-config", '{"backend": "ludic_nccl"}'),
@@ -61,7 +59,10 @@ class Rig:
     """The trainer's half, on the second GPU."""
 
     def __init__(self, args: argparse.Namespace, server: ServerProcess) -> None:
+        import torch
         from transformers import AutoModelForCausalLM
+
+        from ludic.train.attention import prepare_packed_attention
 
         self.rng = random.Random(args.seed)
         self.device = torch.device("cuda:1")
@@ -77,6 +78,11 @@ class Rig:
         self.syncer = self.new_syncer(120.0)  # the first sync also loads NCCL
 
     def new_syncer(self, deadline_s: float) -> WeightSync:
+        import torch
+
+        from ludic.inference.client.server_control import ServerControl
+        from ludic.inference.weights.weight_sync import WeightSync
+
         return WeightSync(
             ServerControl(self.server.base_url),
             transport="ludic_nccl",
@@ -98,6 +104,9 @@ class Rig:
 
     def strike(self, strike: Callable[[], None], *, tell: bool) -> tuple[str, float, bool]:
         """A sync, and a strike at a random moment of it: what it raised ("" for nothing), the seconds, whether in time."""
+        from ludic.inference.weights.background import BackgroundCall
+        from ludic.inference.weights.weight_sync import SETTLE_S
+
         change(self.policy, self.rng)
         self.version += 1
         syncing = BackgroundCall(lambda: self.syncer.sync(self.policy, self.version))
@@ -106,7 +115,7 @@ class Rig:
         started = time.monotonic()
         if tell:
             threading.Timer(1.0, lambda: self.syncer.abort("its process was stopped")).start()
-        allowed = (1.5 if tell else self.deadline_s) + CLEANING_S
+        allowed = (1.5 if tell else self.deadline_s) + SETTLE_S + CLEANING_S
         try:
             syncing.result(allowed + 20.0)
         except EngineError as error:
@@ -118,6 +127,10 @@ class Rig:
 
     def gpu_problem(self) -> str:
         """Why the trainer's GPU does not compute; "" if it does. A kernel that spins would keep it for ever."""
+
+        import torch
+
+        from ludic.inference.weights.background import BackgroundCall
 
         def compute() -> float:
             torch.cuda.set_device(self.device)
@@ -149,12 +162,14 @@ class Rig:
         return problem, time.monotonic() - started
 
 
-@torch.no_grad()
-def change(model: "PreTrainedModel", rng: random.Random) -> None:
+def change(model: PreTrainedModel, rng: random.Random) -> None:
     """Every tensor, on its device, a little."""
-    factor = 1.0 + rng.choice((-1, 1)) * rng.uniform(0.01, 0.02)
-    for parameter in model.parameters():
-        parameter.mul_(factor).add_(1e-4)
+    import torch
+
+    with torch.no_grad():
+        factor = 1.0 + rng.choice((-1, 1)) * rng.uniform(0.01, 0.02)
+        for parameter in model.parameters():
+            parameter.mul_(factor).add_(1e-4)
 
 
 def signal_group(server: ServerProcess, number: signal.Signals) -> Callable[[], None]:
@@ -230,6 +245,8 @@ def run(args: argparse.Namespace) -> list[Injection]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
+    import torch  # --help and wrong flags answer without it
+
     args.out.mkdir(parents=True, exist_ok=True)
     if torch.cuda.device_count() < 2:
         build_parser().error(f"two GPUs are needed, {torch.cuda.device_count()} are seen")

@@ -31,7 +31,8 @@ from ludic.task.prompts import load_tokenizer
 from ludic.train.checkpoint import list_checkpoints
 from ludic.train.learner import Learner
 from ludic.train.logprobs import TokenStats
-from ludic.train.losses import LOSSES, LossInputs, LossOutput, LossSettings
+from ludic.train.loss_inputs import LossInputs, LossOutput, LossSettings
+from ludic.train.losses import LOSSES
 from ludic.train.master_weights import MasterWeights
 from ludic.train.trainer import GRPOTrainer
 from ludic.train.update_batch import UpdateBatch
@@ -216,8 +217,8 @@ def _one_fault(
             update(twin, samples)
     if figures["skipped_update"] != float(epoch == 0):
         return "not skipped" if not epoch else "the whole update was skipped"
-    if epoch and figures["skipped_epochs"] != learner.config.epochs_per_update - epoch:
-        return f"{figures['skipped_epochs']:.0f} epochs counted as skipped"
+    if epoch and figures["skipped_steps"] != learner.config.epochs_per_update - epoch:
+        return f"{figures['skipped_steps']:.0f} epochs counted as skipped"
     if not all(map(math.isfinite, figures.values())):
         return "a figure that is not finite was logged"
     if "not finite" not in learner.diagnosis() and "beyond" not in learner.diagnosis():
@@ -371,7 +372,7 @@ class Run:
         self.plan, self._rng = plan, rng
         self.environment, self.logger = _EverySecond(), _Watcher()
         self.engine = _Engine(LocalEngine.from_pretrained(policy))
-        self.paths = RunPaths(out_dir=folder)
+        self.paths = RunPaths(out_dir=folder, name="gsm8k")
         folder.mkdir(parents=True, exist_ok=True)
         self.trainer: GRPOTrainer[int] = GRPOTrainer(
             config=dataclasses.replace(CONFIG, logprob_share=1.0, **settings),

@@ -14,6 +14,8 @@ other weights: `--lr` is high enough for the policies of two updates to differ.
 With two GPUs the server takes the first and training the second. Vary `--seed` for other instants.
 """
 
+from __future__ import annotations
+
 import argparse
 import asyncio
 import collections
@@ -26,32 +28,26 @@ import random
 import signal
 import sys
 import time
-import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
-
-import torch
 
 from benchmarks.faults.outcome import Injection
 from benchmarks.harness import HashRewardGSM8K
 from environments.gsm8k import load
 from ludic.cli import hide_loading_bars
 from ludic.config import GRPOConfig, RunPaths
-from ludic.inference.client import handshake
 from ludic.inference.client.server_process import ServerProcess, start_server
-from ludic.inference.client.vllm_client import VLLMEngine
-from ludic.rollout.engine import Policy, WeightSyncReport
-from ludic.survival import recovery
-from ludic.survival.recovery import RecoveringEngine
 from ludic.task.pretrained import load_config, load_model
 from ludic.task.prompts import encode_prompt, load_tokenizer
-from ludic.train.trainer import GRPOTrainer
-from ludic.types import Completion, SamplingParams
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from benchmarks.faults.phased_engine import PhasedEngine
+    from ludic.survival.recovery import RecoveringEngine
+    from ludic.train.trainer import GRPOTrainer
 
 ROW = "server lost"
 Phase = Literal["generation", "sync", "between updates"]
@@ -76,32 +72,6 @@ def plan(rounds: int, *, stops: bool = True, most: int | None = None) -> list[Fa
         acts += [("generation", "stopped"), ("sync", "stopped")]
     chosen = (acts * rounds)[:most]
     return [Fault(update=2 * number + 2, phase=phase, act=act) for number, (phase, act) in enumerate(chosen)]
-
-
-class PhasedEngine(VLLMEngine):
-    """A client that says what it is doing."""
-
-    def __init__(self, base_url: str, **settings: Any) -> None:
-        super().__init__(base_url, **settings)
-        self.phases: collections.Counter[str] = collections.Counter()
-
-    async def generate(
-        self, prompt_token_ids: Sequence[int], *, num_completions: int, sampling: SamplingParams
-    ) -> list[Completion]:
-        with self._phase("generation"):
-            return await super().generate(prompt_token_ids, num_completions=num_completions, sampling=sampling)
-
-    async def update_weights(self, policy: Policy) -> WeightSyncReport:
-        with self._phase("sync"):
-            return await super().update_weights(policy)
-
-    @contextlib.contextmanager
-    def _phase(self, name: str) -> Any:
-        self.phases[name] += 1
-        try:
-            yield
-        finally:
-            self.phases[name] -= 1
 
 
 class Metrics:
@@ -130,7 +100,7 @@ class Saboteur:
         server: ServerProcess,
         engine: RecoveringEngine,
         client: PhasedEngine,
-        trainer: "GRPOTrainer[Any]",
+        trainer: GRPOTrainer[Any],
         by_hand: bool,
         seed: int,
         log: list[str],
@@ -259,6 +229,8 @@ async def inject(
 @contextlib.contextmanager
 def silence_after(seconds: float) -> Any:
     """A shorter patience than a real run's, so that a stopped server does not cost a minute each."""
+    from ludic.survival import recovery
+
     before = recovery.SILENT_S, recovery.WATCH_S
     recovery.SILENT_S, recovery.WATCH_S = seconds, min(2.0, recovery.WATCH_S)
     try:
@@ -273,17 +245,19 @@ async def opened(
     folder: Path,
     server: ServerProcess,
     by_hand: bool,
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: PreTrainedTokenizerBase,
     log: list[str],
 ) -> AsyncIterator[tuple[PhasedEngine, RecoveringEngine]]:
     """The engine on a server that runs, which it has as its own or does not know."""
-    trainer_id = uuid.uuid4().hex
+    from benchmarks.faults.phased_engine import PhasedEngine
+    from ludic.inference.client import handshake
+    from ludic.survival.recovery import RecoveringEngine
+
     client = PhasedEngine(
         server.base_url,
         model=str(model),
         concurrency=1024,
         vocab_size=load_config(model).get_text_config().vocab_size,
-        trainer=trainer_id,
     )
     engine = RecoveringEngine(client, server=None if by_hand else server, out_dir=folder, wait_s=600.0, say=log.append)
     try:
@@ -292,20 +266,24 @@ async def opened(
     finally:
         await engine.aclose()
         if not by_hand:  # a run ends its own server and need not let go of it; this one may be used again
-            await asyncio.to_thread(handshake.release, client.control, trainer_id)
+            await asyncio.to_thread(handshake.release, client.control)
 
 
 def make_trainer(
     model: Path,
     dataset: Path,
     folder: Path,
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: PreTrainedTokenizerBase,
     engine: RecoveringEngine,
     environment: HashRewardGSM8K,
     metrics: Metrics,
     config: GRPOConfig,
-) -> "GRPOTrainer[Any]":
+) -> GRPOTrainer[Any]:
     """The trainer on the second GPU, or the CPU, with rewards that vary whatever the policy can do."""
+    import torch
+
+    from ludic.train.trainer import GRPOTrainer
+
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", min(1, torch.cuda.device_count() - 1))
@@ -320,11 +298,11 @@ def make_trainer(
         train_samples=load("train", dataset=dataset),
         eval_samples=[],
         metric_logger=metrics,
-        paths=RunPaths(out_dir=folder),
+        paths=RunPaths(out_dir=folder, name="gsm8k"),
     )
 
 
-def wrong_books(trainer: "GRPOTrainer[Any]", metrics: Metrics, config: GRPOConfig) -> list[str]:
+def wrong_books(trainer: GRPOTrainer[Any], metrics: Metrics, config: GRPOConfig) -> list[str]:
     """What the run's files and metrics say that must not be."""
     problems = []
     if trainer.state.step != config.train_steps:
@@ -370,6 +348,8 @@ def main() -> int:
     parser.add_argument("--server-args", default="", help="more flags for the server, separated by spaces")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    import torch  # --help and wrong flags answer without it
+
     hide_loading_bars()
     config = GRPOConfig(
         rollouts_per_update=args.rollouts,

@@ -25,7 +25,7 @@ from unittest import mock
 
 from benchmarks.faults.outcome import Injection
 from ludic.inference.server.server_guard import ServerGuard
-from ludic.inference.wire import LEASE_S, PATH, TRAINER_HEADER, TRAINER_PATH
+from ludic.inference.wire import LEASE_HEADER, LEASE_S, PATH, TRAINER_PATH
 
 ROW = "two trainers on one server"
 CONTROL = ("/pause", "/resume", "/init_weight_transfer_engine", "/start_weight_update", "/update_weights",
@@ -70,7 +70,7 @@ class World:
                 await self.hold.wait()
             answer = {"weights": [before, self.weights]}
         elif path in CONTROL:
-            named = [value.decode() for name, value in scope["headers"] if name == TRAINER_HEADER.encode()]
+            named = [value.decode() for name, value in scope["headers"] if name == LEASE_HEADER.encode()]
             self.weights = named[0] if named else "somebody's"
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": json.dumps(answer).encode()})
@@ -84,7 +84,7 @@ class World:
         async def send(message: Any) -> None:
             sent.append(message)
 
-        headers = [] if by is None else [(TRAINER_HEADER.encode(), by.encode())]
+        headers = [] if by is None else [(LEASE_HEADER.encode(), by.encode())]
         await self.guard({"type": "http", "method": method, "path": path, "headers": headers}, receive, send)
         return Reply(status=sent[0]["status"], body=json.loads(sent[1]["body"]))
 
@@ -97,7 +97,7 @@ class Trainer:
 
     def __init__(self, world: World, name: str) -> None:
         self.world = world
-        self.id = f"{world.rng.getrandbits(128):032x}"
+        self.token: str | None = None
         self.identity = {
             "host": f"node-{name}",
             "pid": world.rng.randrange(1, 2**22),
@@ -106,12 +106,25 @@ class Trainer:
         }
         self.pushed = False
 
-    async def claim(self, *, takes_over: str | None = None) -> Reply:
-        body = {"trainer": self.id, "identity": self.identity, "takes_over": takes_over}
-        return await self.world.ask("POST", TRAINER_PATH, body, by=self.id)
+    @property
+    def lease(self) -> int:
+        """The number of its lease."""
+        assert self.token is not None
+        return int(self.token.partition("-")[2])
+
+    async def claim(self, *, takes_over: int | None = None) -> Reply:
+        reply = await self.world.ask(
+            "POST", TRAINER_PATH, {"identity": self.identity, "takes_over": takes_over}, by=self.token
+        )
+        if reply.status == 200:
+            self.token = reply.body["token"]
+        return reply
+
+    async def release(self) -> Reply:
+        return await self.world.ask("DELETE", TRAINER_PATH, by=self.token)
 
     async def control(self, path: str | None = None) -> Reply:
-        return await self.world.ask("POST", path or self.world.rng.choice(CONTROL), by=self.id)
+        return await self.world.ask("POST", path or self.world.rng.choice(CONTROL), by=self.token)
 
     async def push(self) -> Reply:
         self.pushed = True
@@ -119,12 +132,12 @@ class Trainer:
 
     async def generate(self) -> Reply:
         """Raises PromiseBroken where the completion is accepted and comes from other weights than this trainer's."""
-        reply = await self.world.ask("POST", self.world.rng.choice(GENERATION), by=self.id)
-        if reply.status == 200 and self.pushed and set(reply.body["weights"]) != {self.id}:
+        reply = await self.world.ask("POST", self.world.rng.choice(GENERATION), by=self.token)
+        if reply.status == 200 and self.pushed and set(reply.body["weights"]) != {self.token}:
             raise PromiseBroken("a trainer got a completion of another one's weights for its own")
         return reply
 
-    async def start(self, *, takes_over: str | None = None) -> None:
+    async def start(self, *, takes_over: int | None = None) -> None:
         _expect("a free server was refused", (await self.claim(takes_over=takes_over)).status == 200)
         _expect("the holder could not push its weights", (await self.push()).status == 200)
         _expect("the holder could not generate", (await self.generate()).status == 200)
@@ -144,7 +157,9 @@ def _expect(broken: str, kept: bool) -> None:
 
 async def _is_shut_out(stranger: Trainer, holder: Trainer) -> str:
     """Whatever the stranger asks, it is refused with who the holder is; and the holder goes on."""
-    asks: list[Callable[[], Awaitable[Reply]]] = [stranger.claim, stranger.control, stranger.generate]
+    asks: list[Callable[[], Awaitable[Reply]]] = [stranger.claim, stranger.control]
+    if stranger.token is not None:  # without one it may generate, as an evaluation; a run does not before its claim
+        asks.append(stranger.generate)
     stranger.world.rng.shuffle(asks)
     for ask in asks:
         reply = await ask()
@@ -189,7 +204,7 @@ async def first_sleeps(world: World) -> str:
     await second.work()
     await _is_shut_out(first, second)
     if world.rng.random() < 0.5:  # nor when the second has gone
-        await world.ask("DELETE", TRAINER_PATH, {"trainer": second.id}, by=second.id)
+        await second.release()
     else:
         world.pass_time(LEASE_S, 100 * LEASE_S)
     for ask in (first.claim, first.control, first.generate):
@@ -231,29 +246,30 @@ async def first_is_dead(world: World) -> str:
     first, second, third = Trainer(world, "ann"), Trainer(world, "ben"), Trainer(world, "cem")
     await first.start()
     world.pass_time(0.0, LEASE_S - 1e-3)
-    wrong = await third.claim(takes_over=world.rng.choice((second.id, third.id)))
+    wrong = await third.claim(takes_over=first.lease + world.rng.choice((-1, 1)))
     _expect("a trainer took the server over from one that did not have it", wrong.status == 409)
-    await second.start(takes_over=first.id)
-    late = await third.claim(takes_over=first.id)
+    await second.start(takes_over=first.lease)
+    late = await third.claim(takes_over=first.lease)
     _expect("the server was taken over a second time", late.status == 409)
     await _is_shut_out(first, second)
     return "taken over at once, by the one that names it"
 
 
-async def unnamed_control(world: World) -> str:
-    """A script without a name pauses or changes the server of a trainer."""
+async def unleased_control(world: World) -> str:
+    """A script without a lease pauses or changes the server of a trainer."""
     first = Trainer(world, "ann")
     await first.start()
     world.pass_time(0.0, LEASE_S - 1e-3)
     reply = await world.ask(world.rng.choice(("POST", "PUT", "DELETE")), world.rng.choice(CONTROL), by=None)
     _expect(
-        "an unnamed client changed the server of a trainer", reply.status == 409 and "ann@node-ann" in reply.message
+        "a client without a lease changed the server of a trainer",
+        reply.status == 409 and "ann@node-ann" in reply.message,
     )
     await first.work()
     return "refused, with the first one's identity"
 
 
-async def unnamed_control_while_asleep(world: World) -> str:
+async def unleased_control_while_asleep(world: World) -> str:
     """The same after the trainer was silent for longer than its lease: it must not go on as if nothing had been."""
     first = Trainer(world, "ann")
     await first.start()
@@ -263,7 +279,7 @@ async def unnamed_control_while_asleep(world: World) -> str:
     for ask in (first.generate, first.control, first.claim):
         told = await ask()
         _expect("a trainer went on with weights that somebody changed", told.status == 409)
-        _expect("it was not told why", "a client that named no trainer" in told.message)
+        _expect("it was not told why", "a client without a lease" in told.message)
     return "the trainer is told that its server was changed"
 
 
@@ -278,13 +294,41 @@ async def clock_jumps(world: World) -> str:
 
 
 async def evaluation(world: World) -> str:
-    """An evaluation, which names no trainer, beside the trainer: it may generate, and disturbs nothing."""
+    """An evaluation, which has no lease, beside the trainer: it may generate, and disturbs nothing."""
     first = Trainer(world, "ann")
     await first.start()
     for path in (*GENERATION, "/tokenize"):
         _expect("an evaluation was refused", (await world.ask("POST", path, by=None)).status == 200)
     await first.work()
     return "both are served"
+
+
+async def server_restarts(world: World) -> str:
+    """The server is started again, and perhaps another trainer comes first: the trainer must not take it for the one it had."""
+    first, second = Trainer(world, "ann"), Trainer(world, "ben")
+    await first.start()
+    world.guard, world.weights = ServerGuard(world._app, clock=lambda: world.now), "base"
+    if world.rng.random() < 0.5:
+        await second.start()
+    for ask in (first.generate, first.control, first.release, first.claim):
+        reply = await ask()
+        _expect("a trainer went on with a server that was started again", reply.status == 410)
+        _expect("it was not told that it was started again", "started again" in reply.message)
+    first.token = None
+    if second.token is not None:
+        return await _is_shut_out(first, second)
+    await first.start()
+    return "the trainer is told, and claims it anew"
+
+
+async def claim_unanswered(world: World) -> str:
+    """The answer to a claim is lost on its way: the trainer must not be kept out of the server by its own lease."""
+    first, second = Trainer(world, "ann"), Trainer(world, "ben")
+    _expect("a free server was refused", (await first.claim()).status == 200)
+    first.token = None
+    world.pass_time(0.0, LEASE_S - 1e-3)
+    await first.start()
+    return await _is_shut_out(second, first)
 
 
 KINDS: dict[str, Callable[[World], Awaitable[str]]] = {
@@ -294,10 +338,12 @@ KINDS: dict[str, Callable[[World], Awaitable[str]]] = {
     "the same, with completions on their way": first_sleeps_mid_generation,
     "the first sleeps through its lease, nobody comes": first_is_late,
     "the first was killed, its successor comes": first_is_dead,
-    "an unnamed client controls the server": unnamed_control,
-    "the same, while the first sleeps": unnamed_control_while_asleep,
+    "a client without a lease controls the server": unleased_control,
+    "the same, while the first sleeps": unleased_control_while_asleep,
     "the wall clock jumps": clock_jumps,
     "an evaluation beside the trainer": evaluation,
+    "the server is started again": server_restarts,
+    "the answer to a claim is lost": claim_unanswered,
 }
 
 

@@ -102,9 +102,9 @@ async def break_fake(
     server, url = await wire_server.start()
     try:
         async with fault_proxy(url, rng=random.Random(seed)) as proxy, fake_client(proxy.base_url, own_route) as engine:
-            if not own_route:  # plain vLLM has no boot id
-                kinds = [kind for kind in kinds if kind.name != "no boot id"]
-                engine._boot = None
+            if not own_route:  # plain vLLM gives no token
+                kinds = [kind for kind in kinds if kind.name not in wire_kinds.NEED_TOKENS]
+                engine.control.token = None
             prompts = [[5 + number % 251, 5 + number // 251, 4] for number in range(max(32, count))]
             tokenizer = cast("PreTrainedTokenizerBase", ByteTokenizer())
             return await _stream(engine, proxy, prompts, tokenizer, plan(prompts, kinds, count, seed), drawn=True)
@@ -137,7 +137,7 @@ async def break_real(
 
 
 async def restart_once(seed: int) -> Injection:
-    """A reply in the middle of a stream says that the server was started again: nothing of it may be used."""
+    """In the middle of a stream, requests reach a server that was started again: nothing of it may be used."""
     server, url = await wire_server.start()
     started = time.perf_counter()
     rng = random.Random(seed)
@@ -146,7 +146,7 @@ async def restart_once(seed: int) -> Injection:
     async with fault_proxy(url, rng=rng) as proxy, fake_client(proxy.base_url, own_route=True) as engine:
         prompts = [[5 + number, 4] for number in range(16)]
         struck = rng.choice(prompts)
-        proxy.plan = {tuple(struck): [wire_kinds.OTHER_BOOT] * vllm_client.MAX_ATTEMPTS}
+        proxy.plan = {tuple(struck): [wire_kinds.OTHER_START] * vllm_client.MAX_ATTEMPTS}
         stream = _stream_of(engine, cast("PreTrainedTokenizerBase", ByteTokenizer()))
         stream.submit(0, _as_prompts(prompts))
         try:
@@ -159,7 +159,11 @@ async def restart_once(seed: int) -> Injection:
         await stream.aclose()
     server.close()
     return Injection(
-        row=RESTART_ROW, fault=wire_kinds.OTHER_BOOT.name, outcome=outcome, ok=ok, seconds=time.perf_counter() - started
+        row=RESTART_ROW,
+        fault=wire_kinds.OTHER_START.name,
+        outcome=outcome,
+        ok=ok,
+        seconds=time.perf_counter() - started,
     )
 
 
@@ -264,7 +268,8 @@ def _is_the_one(group: RolloutGroup, proxy: FaultProxy, prompt: tuple[int, ...],
 def _stream_of(
     engine: VLLMEngine, tokenizer: "PreTrainedTokenizerBase", writer: ListWriter | None = None
 ) -> GroupStream[int]:
-    return GroupStream(engine, Lookup(), group_size=GROUP_SIZE, tokenizer=tokenizer, writer=writer)
+    record = None if writer is None else writer.write
+    return GroupStream(engine, Lookup(), group_size=GROUP_SIZE, tokenizer=tokenizer, record=record)
 
 
 def _as_prompts(prompts: Sequence[list[int]]) -> list[Prompt[int]]:
@@ -279,7 +284,7 @@ def _as_prompts(prompts: Sequence[list[int]]) -> list[Prompt[int]]:
 async def fake_client(url: str, own_route: bool) -> AsyncIterator[VLLMEngine]:
     """A client of the fake server, which has no other routes to make its acquaintance by."""
     engine = VLLMEngine(url, model="fake", concurrency=64, vocab_size=wire_server.VOCAB_SIZE)
-    engine._has_generate_route, engine._boot = own_route, wire_server.BOOT
+    engine._has_generate_route, engine.control.token = own_route, wire_server.TOKEN
     try:
         yield engine
     finally:

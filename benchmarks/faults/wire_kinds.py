@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from benchmarks.faults.proxy import Call, Fault, Reply, http
+from ludic.inference.wire import LEASE_HEADER
 
 Damage = Callable[[dict[str, Any]], None]
 """Changes a reply's JSON in place; `Group` makes it the same on both routes."""
@@ -25,7 +26,6 @@ REFUSED_S = 0.05
 SWAP_S = 0.3
 """How long a reply waits for another one to change places with."""
 BLOCK = b" " * 2**16
-BOOT = "x-ludic-boot"
 
 
 # --- the connection ---------------------------------------------------------------------------------------------------
@@ -332,9 +332,23 @@ def _right(*headers: tuple[str, str], before: bytes = b"", chunks: bool = False)
     return apply
 
 
-async def _without_boot(call: Call) -> None:
+async def _without_token(call: Call) -> None:
     reply = await call.forward()
-    await call.send(http(reply.body, headers=[pair for pair in reply.headers if pair[0].lower() != BOOT]))
+    await call.send(http(reply.body, headers=[pair for pair in reply.headers if pair[0].lower() != LEASE_HEADER]))
+
+
+async def _other_token(call: Call) -> None:
+    reply = await call.forward()
+    headers = [(name, "f" * 32 if name.lower() == LEASE_HEADER else value) for name, value in reply.headers]
+    await call.send(http(reply.body, headers=headers))
+
+
+async def _without_the_requests_token(call: Call) -> None:
+    """As a proxy that drops headers which it does not know."""
+    lines = call.head.split(b"\r\n")
+    call.head = b"\r\n".join(line for line in lines if not line.lower().startswith(LEASE_HEADER.encode()))
+    reply = await call.forward()
+    await call.send(http(reply.body, headers=reply.headers))
 
 
 @functools.cache
@@ -427,7 +441,9 @@ _APPLY: dict[str, Callable[[Call], Awaitable[None]]] = {
     "headers without end": _endless_headers,
     "a reply to another prompt": _another_prompts,
     "the reply to an earlier attempt": _again,
-    "no boot id": _without_boot,
+    "no token": _without_token,
+    "the token of another start": _other_token,
+    "the request's token dropped": _without_the_requests_token,
     "100 Continue without end": _endless_informational,
     "slow-loris in the headers": _slowly(lambda whole: 1),
     "slow-loris in the body": _slowly(lambda whole: whole.index(b"\r\n\r\n") + 5),
@@ -456,11 +472,16 @@ KINDS = tuple(
 )
 
 
-async def other_boot(call: Call) -> None:
-    """The reply is right, and says that another start of the server has given it."""
+NEED_TOKENS = frozenset({"no token", "the token of another start", "the request's token dropped"})
+"""Kinds that plain vLLM cannot have."""
+
+
+async def other_start(call: Call) -> None:
+    """Another start of the server gets the request, and does not know its token."""
+    token = next(line for line in call.head.split(b"\r\n") if line.lower().startswith(LEASE_HEADER.encode()))
+    call.head = call.head.replace(token, LEASE_HEADER.encode() + b": " + b"f" * 32)
     reply = await call.forward()
-    headers = [(name, "f" * 32 if name.lower() == BOOT else value) for name, value in reply.headers]
-    await call.send(http(reply.body, headers=headers))
+    await call.send(http(reply.body, status=reply.status, headers=reply.headers))
 
 
-OTHER_BOOT = Fault(name="another start of the server", apply=other_boot)
+OTHER_START = Fault(name="another start of the server", apply=other_start)

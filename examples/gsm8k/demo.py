@@ -22,8 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ludic.types import ChatMessage
+
 if TYPE_CHECKING:  # imported where they are used: the demo's flags are checked before
-    import torch
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 DEMO_FLAGS: dict[str, str] = {
@@ -49,6 +50,8 @@ NUM_THREADS = 1
 NUM_TRAIN_PROBLEMS = 4_000
 NUM_TEST_PROBLEMS = 256
 NUM_WARM_START_PROBLEMS = 33_000
+BATCH_SIZE, LEARNING_RATE = 16, 2e-3
+"""Of the warm start."""
 FINISHED_SHARE = 0.42
 """How many of the students' solutions to problems of several steps get to the end."""
 
@@ -240,8 +243,6 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
-PROMPT = "<|user|>{}<|end|><|assistant|>"
-"""What the chat template makes of a question without a system prompt; a test holds the two together."""
 
 
 def build_tokenizer(texts: Sequence[str], *, vocab_size: int = 640) -> "PreTrainedTokenizerFast":
@@ -312,65 +313,10 @@ def student_solution(problem: Problem, rng: random.Random) -> str:
     return problem.solution(num_steps)
 
 
-def warm_start(
-    policy: "LlamaForCausalLM",
-    tokenizer: "PreTrainedTokenizerFast",
-    practice: Sequence[Problem],
-    *,
-    seed: int,
-    batch_size: int = 16,
-    lr: float = 2e-3,
-    on_progress: Callable[[str], None] | None = None,
-) -> None:
-    """Train `policy` in place, one pass over `practice`, to imitate the students. Loss on the solutions only."""
-    import torch
-
+def student_examples(practice: Sequence[Problem], seed: int) -> list[tuple[list[ChatMessage], str]]:
+    """What the policy imitates: the prompts as the environment puts them, without a system prompt, and students' solutions."""
     rng = random.Random(f"demo students {seed}")
-    prompts = tokenizer([PROMPT.format(p.question) for p in practice])["input_ids"]
-    solutions = tokenizer([student_solution(p, rng) + "<|end|>" for p in practice])["input_ids"]
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-    num_steps = len(practice) // batch_size
-    num_rising = max(1, num_steps // 20)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / num_rising, (num_steps - step) / (num_steps - num_rising))
-    )
-    policy.train()
-    for step, batch in enumerate(_batches(prompts, solutions, batch_size, rng)):
-        input_ids, labels = _pad_batch([prompts[i] for i in batch], [solutions[i] for i in batch])
-        hidden = policy.model(input_ids=input_ids, use_cache=False)[0][:, :-1]
-        predicted = labels[:, 1:] != -100  # Only these positions are put through the output head
-        loss = torch.nn.functional.cross_entropy(policy.lm_head(hidden[predicted]), labels[:, 1:][predicted])
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if on_progress is not None and (step + 1) % 20 == 0:
-            on_progress(f"warm start: step {step + 1} of {num_steps}, loss {loss.item():.3f}")
-    policy.eval()
-
-
-def _batches(
-    prompts: Sequence[list[int]], solutions: Sequence[list[int]], batch_size: int, rng: random.Random
-) -> list[list[int]]:
-    """Cut the examples into batches of similar length, which saves a quarter of the padding, in random order."""
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(solutions[i]) + rng.random() * 6)
-    batches = [order[i : i + batch_size] for i in range(0, len(order) - batch_size + 1, batch_size)]
-    rng.shuffle(batches)
-    return batches
-
-
-def _pad_batch(prompts: Sequence[list[int]], solutions: Sequence[list[int]]) -> "tuple[torch.Tensor, torch.Tensor]":
-    """Input ids and labels [B, L], filled up on the right; labels are -100 where there is nothing to learn."""
-    import torch
-
-    width = max(len(prompt) + len(solution) for prompt, solution in zip(prompts, solutions, strict=True))
-    input_ids = torch.zeros(len(prompts), width, dtype=torch.long)
-    labels = torch.full((len(prompts), width), -100)
-    for row, (prompt, solution) in enumerate(zip(prompts, solutions, strict=True)):
-        input_ids[row, : len(prompt) + len(solution)] = torch.tensor([*prompt, *solution])
-        labels[row, len(prompt) : len(prompt) + len(solution)] = torch.tensor(solution)
-    return input_ids, labels
+    return [([ChatMessage(role="user", content=p.question)], student_solution(p, rng)) for p in practice]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -401,6 +347,8 @@ def build_demo(
     """Write `model/`, `train.jsonl` and `test.jsonl` into `out_dir`. The same seed writes the same files."""
     import torch
 
+    from ludic.train.warm_start import warm_start
+
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     drawn = draw_problems(seed, num_train=num_train, num_test=num_test, num_warm_start=num_warm_start)
@@ -409,11 +357,28 @@ def build_demo(
         path.write_text("".join(json.dumps(problem.row) + "\n" for problem in rows), encoding="utf-8")
     tokenizer = build_tokenizer([f"{p.question}\n{p.solution()}" for p in drawn.train])
     policy = build_policy(tokenizer, seed)
+    num_steps = max(1, num_warm_start // BATCH_SIZE)
+
+    def progress(step: int, loss: float) -> None:
+        if on_progress is not None and step % 20 == 0:
+            on_progress(f"warm start: step {step} of {num_steps}, loss {loss:.3f}")
+
     start_s = time.perf_counter()
     num_threads = torch.get_num_threads()
     torch.set_num_threads(NUM_THREADS)
     try:
-        warm_start(policy, tokenizer, drawn.warm_start, seed=seed, on_progress=on_progress)
+        warm_start(
+            policy,
+            tokenizer,
+            student_examples(drawn.warm_start, seed),
+            max_seq_len=int(DEMO_FLAGS["--max-seq-len"]),
+            steps=num_steps,
+            batch_size=BATCH_SIZE,
+            learning_rate=LEARNING_RATE,
+            micro_token_budget=int(DEMO_FLAGS["--micro-token-budget"]),
+            seed=seed,
+            on_step=progress,
+        )
     finally:
         torch.set_num_threads(num_threads)
     warm_start_s = time.perf_counter() - start_s

@@ -8,7 +8,7 @@ import argparse
 import os
 from pathlib import Path
 
-from environments.gsm8k import load
+from environments.gsm8k import NAME, load
 from ludic.cli import DEFAULT_HOST, DEFAULT_PORT
 from ludic.commands import flag, python_command
 from ludic.config import GRPOConfig, RunPaths
@@ -30,7 +30,14 @@ def evaluation_advice(args: argparse.Namespace, config: GRPOConfig, checkpoint: 
     words += flag("--system-prompt", args.system_prompt) if args.system_prompt else []
     words += _template_flags(args)
     words += ["--max-tokens", str(config.max_completion_len or 512), "--max-seq-len", str(config.max_seq_len)]
-    words += ["--out-dir", str(out_dir), "--out", f"gsm8k_eval_{Path(checkpoint).name}.jsonl", "--limit", "250"]
+    words += [
+        "--out-dir",
+        str(out_dir),
+        "--out",
+        f"gsm8k_eval_{Path(checkpoint).name}.jsonl",
+        "--limit",
+        str(config.eval_limit or 250),
+    ]
     return ["next, to evaluate the checkpoint:", "  " + python_command(*words)]
 
 
@@ -38,7 +45,7 @@ def training_advice(args: argparse.Namespace, weights: WeightsInUse, *, longest:
     """What to type next: a command that works as it stands, or why there is none. `longest` is a prompt's tokens."""
     model = args.tokenizer or args.model
     if weights.from_run:
-        folder = RunPaths(out_dir=Path(weights.out_dir or "")).checkpoints / f"step_{weights.policy_version}"
+        folder = RunPaths(out_dir=Path(weights.out_dir or ""), name=NAME).checkpoints / f"step_{weights.policy_version}"
         if not (weights.out_dir and folder.is_dir()):
             return [
                 "no command trains on from here: these weights are on the server, and in no checkpoint of their run"
@@ -53,7 +60,7 @@ def training_advice(args: argparse.Namespace, weights: WeightsInUse, *, longest:
     words += _template_flags(args)
     words += _lengths(args, weights, longest)
     words += ["--out-dir", str(Path(args.out_dir) / f"train_from_{Path(model).name}")]  # the run there may own --model
-    return [*notes, "next, to train on from here:", "  " + python_command(*words)]
+    return [*notes, "next, to continue training from these weights:", "  " + python_command(*words)]
 
 
 def _training_problems(args: argparse.Namespace) -> tuple[list[str], list[str]] | None:
@@ -89,6 +96,7 @@ def _engine_flags(args: argparse.Namespace, weights: WeightsInUse, model: str) -
     key = ["--api-key-file", args.api_key_file] if args.api_key_file else []
     if weights.is_ours and model == args.model and not args.start_server:
         where = ["--base-url", args.base_url] if args.base_url else []
+        where += [word for url in args.server or () for word in ("--server", url)]
         where += ["--host", args.host] if args.host != DEFAULT_HOST else []
         return [*where, *(["--port", str(args.port)] if args.port != DEFAULT_PORT else []), *key]
     return [*_started_server(args), *key]
