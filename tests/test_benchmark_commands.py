@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Collection
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from benchmarks.browser import chromium
 from benchmarks.harness import ROOT, Record, Records
 from tests.vllm_helpers import CPU_SERVER_ARGS, CPU_SERVER_ENV
 
@@ -24,7 +26,11 @@ if TYPE_CHECKING:
 README = (ROOT / "benchmarks" / "README.md").read_text()
 ELSEWHERE = {
     "learning.py": "tests/test_benchmark_learning.py runs it, without a server",
+    "choosing.py": "tests/test_benchmark_choosing.py runs it, without a server",
+    "off_policy.py": "tests/test_benchmark_off_policy.py runs it, without a server",
+    "data_that_teaches.py": "tests/test_benchmark_data_that_teaches.py runs it, without a server",
     "logprob_gap.py": "tests/test_benchmark_gap.py runs both of its sides, the server's with the one that the other tests have",
+    "ranks.py": "tests/test_ranks.py runs it, without a server",
     "-m benchmarks.faults.nccl": "NCCL does not exist without two GPUs",
 }
 """Commands that no test here runs, and why."""
@@ -130,6 +136,22 @@ def test_update_times_ludics_updates_beside_bare_generation(
         assert all(row["metrics"]["server_recoveries"] == 0 for row in rows)  # by the engine that the scripts have
 
 
+@pytest.mark.slow
+def test_commits_lets_two_checkouts_take_turns(common: str, tmp_path: Path) -> None:
+    for folder in ("src", "benchmarks", "environments"):
+        shutil.copytree(ROOT / folder, tmp_path / "other" / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    updates = tmp_path / "other" / "benchmarks" / "ludic_updates.py"
+    changed = updates.read_text().replace('"rss_gib": _rss_gib()', '"rss_gib": -1.0')
+    updates.write_text(changed)
+    small = "--updates 2 --skip 1 --rollouts 8 --group-size 4 --max-tokens 8 --max-seq-len 256 --turns 1 --engine local"
+    run("commits.py", f"{common} {small} --against {tmp_path / 'other'}", tmp_path / "out")
+    report = (tmp_path / "out" / "commits.md").read_text()
+    check_rows(report, "this commit 1", "the other 1")
+    assert re.search(r"Median of this commit over median of the other, all turns: \d", report)
+    assert all(row["rss_gib"] > 0 for row in part(tmp_path / "out", "commits", "this 1"))
+    assert all(row["rss_gib"] == -1 for row in part(tmp_path / "out", "commits", "other 1"))
+
+
 @in_the_gate
 def test_generation_compares_offline_vllm_with_ludics_server_on_as_many_tokens(common: str, tmp_path: Path) -> None:
     small = "--prompts 3 --group-size 4 --max-tokens 16 --fixed-tokens 8 --repeats 1"
@@ -183,6 +205,14 @@ def test_load_finds_every_rollout_of_the_fake_and_of_a_real_server(digit_server:
     assert "| 400 | 0 / 0 / 0 |" in fake and "| 200 | 0 / 0 / 0 |" in real
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(chromium() is None, reason="needs chromium and chromedriver on the PATH")
+def test_the_report_page_is_timed_with_few_and_with_many_rollouts() -> None:
+    report = run("-m benchmarks.report_page", "--rollouts 100,4000 --repeats 1")
+    check_rows(report, "100", "4,000")
+    assert float(report.splitlines()[-1].strip("| ").split(" | ")[-1]) > 0, report
+
+
 @in_the_gate
 def test_families_are_proven_on_a_server_each(tmp_path: Path) -> None:
     """One whose names and experts differ between memory, checkpoint and server, and one that is held transposed."""
@@ -222,7 +252,7 @@ def test_survival_pulls_every_plug_and_adds_the_lost_servers(
     lost = run("-m benchmarks.faults.server_lost", flags, tmp_path / "lost")
     killed, books = (json.loads(line) for line in lost.splitlines())
     assert killed["ok"] and killed["fault"] == "killed in generation" and killed["seconds"] > 0
-    assert books["ok"] and re.match(r"\d+ updates whole, \d+ completions asked for again", books["outcome"])
+    assert books["ok"] and re.fullmatch(r"4 updates whole, \d+ completions asked for again", books["outcome"])
     (tmp_path / "lost.jsonl").write_text(lost)
     # Code 1 where a promise was not kept: a slow machine grades fewer answers a second than is promised, and nothing else.
     flags = f"{where} --scale 0.001 --add {tmp_path / 'lost.jsonl'}"

@@ -91,7 +91,7 @@ def test_a_tiny_run_shares_its_policies_goes_one_update_stale_and_is_not_made_tw
     script(monkeypatch, "--out", str(tmp_path), *TINY)
     result = json.loads((tmp_path / "learning.json").read_text())
     runs = {(run["arm"], run["seed"]): run for run in result["runs"]}
-    assert set(runs) == {(arm, seed) for arm in learning.ARMS for seed in (0, 1)}
+    assert set(runs) == {(arm, seed) for arm in learning.DEFAULT_ARMS.split(",") for seed in (0, 1)}
     for (arm, seed), made in runs.items():
         assert len(made["reward"]) == 2 and made["rollouts"] == 32
         assert made["staleness"] == [0.0, 0.0 if arm == "on_policy" else 1.0]

@@ -823,6 +823,7 @@ STORED = {
         ({"warmup_steps": 2}, 5, []),
         ({"warmup_steps": 2}, 4, ["--warmup-steps was 5, is 2"]),
         ({"save_every": 3, "compile": False, "micro_token_budget": None, "eval_every": 1}, 0, []),
+        ({"concurrency": 4, "servers": 2}, 0, []),
         ({"new_flag": None}, 0, ["--new-flag is the default, the checkpoint was made without it"]),
         ({"system_prompt": "Be brief.\x1b[2J"}, 0,
          ["--system-prompt is 'Be brief.\\x1b[2J', the checkpoint was made without it"]),
@@ -840,6 +841,6 @@ def test_a_setting_that_is_gone_is_named_and_of_long_texts_the_difference_is_sho
 
 
 def test_every_setting_is_thought_about_and_a_tuple_is_the_list_that_json_made_of_it() -> None:
-    assert _HARMLESS.keys() - {"concurrency", "out_dir", "logger", "verbose"} <= asdict(GRPOConfig()).keys()
+    assert _HARMLESS.keys() - {"concurrency", "servers", "out_dir", "logger", "verbose"} <= asdict(GRPOConfig()).keys()
     assert changed_settings({"a": [1, 2]}, {"a": (1, 2)}) == []
     assert changed_settings({"a": 1}, {"a": True}) == ["--a was 1, is on"]

@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from environments.gsm8k import GSM8K, load
+from environments.gsm8k import GSM8K, GSM8KSample, load
 from ludic.rollout.local import LocalEngine
 from ludic.task.prompts import encode_prompt
 from ludic.types import SamplingParams
@@ -114,17 +114,17 @@ def test_the_folder_is_an_ordinary_one_and_its_tokenizer_writes_any_text(built: 
 def test_the_warm_start_sees_prompts_exactly_as_the_environment_puts_them(built: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(built / "model")
     environment = GSM8K(system_prompt=demo.DEMO_FLAGS["--system-prompt"])
-    for sample in load("train", dataset=built, limit=20):
-        assert (
-            encode_prompt(tokenizer, environment.messages(sample))
-            == tokenizer(demo.PROMPT.format(sample.question))["input_ids"]
-        )
+    problems = _draw(20)
+    shown = [messages for messages, _ in demo.student_examples(problems, seed=0)]
+    samples = [GSM8KSample(question=problem.question, answer="", target="") for problem in problems]
+    assert shown == [environment.messages(sample) for sample in samples]
+    assert encode_prompt(tokenizer, shown[0])[-1] == tokenizer.convert_tokens_to_ids("<|assistant|>")
 
 
 def test_prompt_and_full_solution_fit_the_demos_limits(built: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(built / "model")
     for problem in _draw(1000):
-        prompt = tokenizer(demo.PROMPT.format(problem.question))["input_ids"]
+        prompt = encode_prompt(tokenizer, [{"role": "user", "content": problem.question}])
         solution = tokenizer(problem.solution() + "<|end|>")["input_ids"]
         assert len(solution) <= int(demo.DEMO_FLAGS["--max-tokens"])
         assert len(prompt) + int(demo.DEMO_FLAGS["--max-tokens"]) <= int(demo.DEMO_FLAGS["--max-seq-len"])

@@ -18,14 +18,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import aiohttp
 import pytest
 
 from ludic.cli import check_engine_arguments, run_script
 from ludic.config import from_arguments
+from ludic.inference.client import handshake
+from ludic.inference.client.server_control import ServerControl
 from ludic.inference.client.weights_in_use import WeightsInUse
-from ludic.inference.wire import TRAINER_PATH
 from ludic.rollout.problems import read_records
+from ludic.run import evaluation
 from tests.fake_vllm import FakeServer, serving
 from tests.printed import printed_command
 from tests.vllm_helpers import make_tiny_model, make_tiny_tokenizer
@@ -86,7 +87,7 @@ async def run(script: ModuleType, arguments: list[str]) -> int:
     return code
 
 
-def test_an_evaluation_that_is_piped_writes_plain_lines_a_table_and_three_files(
+def test_an_evaluation_that_is_piped_writes_plain_lines_a_table_and_its_files(
     script: ModuleType, model: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = script.build_parser().parse_args(flags(model, dataset, tmp_path, "--limit", "12"))
@@ -96,7 +97,7 @@ def test_an_evaluation_that_is_piped_writes_plain_lines_a_table_and_three_files(
     stdout = capsys.readouterr().out
     assert "\x1b" not in stdout
     assert re.search(r"GSM8K test  12/12  accuracy \d", stdout)
-    assert "accuracy, strict (boxed only)" in stdout and "95% interval" in stdout
+    assert "accuracy, strict" in stdout and "95% interval" in stdout
     assert f"weights: those of {model}" in stdout
     records = read_records(tmp_path / "gsm8k_eval.jsonl")
     assert sorted(record["index"] for record in records) == list(range(12))
@@ -106,6 +107,10 @@ def test_an_evaluation_that_is_piped_writes_plain_lines_a_table_and_three_files(
     tokens = sum(completion["num_tokens"] for record in records for completion in record["completions"])
     assert summary["total_completion_tokens"] == tokens > 0
     assert summary["settings"] == json.loads((tmp_path / "gsm8k_eval.jsonl.settings.json").read_text())
+    page = tmp_path / "gsm8k_eval.jsonl.report.html"
+    assert page.read_text().startswith("<!doctype html>") and str(page) in stdout
+    again = script.build_parser().parse_args(["--config", str(tmp_path / "gsm8k_eval.jsonl.config.toml")])
+    assert again.resolved == arguments.resolved
 
 
 async def test_ctrl_c_ends_with_130_keeps_the_records_and_the_printed_command_finishes_them(
@@ -122,6 +127,7 @@ async def test_ctrl_c_ends_with_130_keeps_the_records_and_the_printed_command_fi
     assert process.returncode == 130
     num_done = len(read_records(out))
     assert 0 < num_done < 400
+    assert out.with_name("gsm8k_eval.jsonl.report.html").stat().st_size > 100_000  # of what is done
     assert "Traceback" not in stderr
     assert f"what is done is kept in {out}" in stderr
     assert run_as_printed(stderr).returncode == 0
@@ -287,18 +293,17 @@ async def test_a_server_is_told_every_sampling_value_and_what_it_says_of_its_wei
     script: ModuleType, model: Path, dataset: Path, tmp_path: Path, rl_routes: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fake = FakeServer(tokenizer=make_tiny_tokenizer(), model="policy", rl_routes=rl_routes, generate_route=rl_routes)
-    fake.boot = "b007" * 8 if rl_routes else None
+    fake.start = "b007" * 8 if rl_routes else None
     fake.server_info |= {"model": "/models/first", "device": "cuda"}
     more = ["--engine", "vllm", "--model", "policy", "--tokenizer", str(model), "--limit", "2", "--samples", "2"]
     more += ["--temperature", "0.5", "--seed", "3"]
     async with serving(fake) as server:
         url = ["--base-url", server.base_url]
         if rl_routes:
-            trainer, identity = "5eed5eed", {"out_dir": "/runs/a"}
-            async with aiohttp.ClientSession(server.base_url) as session:
-                await session.post(TRAINER_PATH, json={"trainer": trainer, "identity": identity})
-                await session.put(TRAINER_PATH, json={"trainer": trainer, "policy_version": 37})
-                await session.delete(TRAINER_PATH, json={"trainer": trainer})
+            control = ServerControl(server.base_url)
+            await asyncio.to_thread(handshake.claim, control, {"out_dir": "/runs/a"})
+            await asyncio.to_thread(control.note_weights, 37)
+            await asyncio.to_thread(handshake.release, control)
         assert await run(script, [*flags(model, dataset, tmp_path), *more, *url]) == 0
         server.weights_digest = "of other weights"
         resumed = [*flags(model, dataset, tmp_path), *more, *url, "--limit", "4", "--resume-eval"]
@@ -327,13 +332,13 @@ def test_weights_that_change_while_they_are_scored_are_said_and_recorded(
     script: ModuleType, model: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     states = iter("ab")
-    honest = script.weights_in_use
+    honest = evaluation.weights_in_use
 
     def changing(args: argparse.Namespace) -> object:
         return dataclasses.replace(honest(args), fingerprint=f"held {next(states)}")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(script, "weights_in_use", changing)
+        patch.setattr(evaluation, "weights_in_use", changing)
         assert asyncio.run(run(script, flags(model, dataset, tmp_path, "--limit", "2"))) == 0
     assert "THE WEIGHTS CHANGED while they were scored" in capsys.readouterr().out
     summary = json.loads((tmp_path / "gsm8k_eval.jsonl.summary.json").read_text())
@@ -381,6 +386,7 @@ def test_the_command_that_trains_on_works_as_printed_with_the_local_engine(
         ([], {"is_ours": True}, []),
         (["--host", "node-3", "--port", "8004"], {"is_ours": True}, ["--host", "node-3", "--port", "8004"]),
         (["--base-url", "https://h/vllm"], {"is_ours": True}, ["--base-url", "https://h/vllm"]),
+        (["--server", "https://h/vllm"], {"is_ours": True}, ["--server", "https://h/vllm"]),
         (["--api-key-file", "KEY"], {"is_ours": True}, ["--api-key-file", "KEY"]),
         ([], {}, ["--start-server", "--port", "8001"]),
         (["--port", "8001"], {}, ["--start-server", "--port", "8000"]),
@@ -443,11 +449,11 @@ def test_a_folder_without_problems_to_train_on_is_said(script: ModuleType, model
 
 
 def test_the_resume_command_leaves_out_what_contradicts_it_however_it_was_abbreviated(
-    script: ModuleType, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["x y.py", "--overw", "--system-prompt", "a 'b'", "--resume-e", "--limit", "3"])
     assert (
-        script.resume_command().split("python ", 1)[1]
+        evaluation.resume_command().split("python ", 1)[1]
         == "'x y.py' --system-prompt 'a '\"'\"'b'\"'\"'' --limit 3 --resume-eval"
     )
 

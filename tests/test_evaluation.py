@@ -15,8 +15,8 @@ from ludic.rollout.engine import Policy, WeightSyncReport
 from ludic.rollout.evaluation import EvaluationProgress, evaluate
 from ludic.rollout.intervals import clustered_interval, pass_at_k, wilson_interval
 from ludic.rollout.problems import read_records
+from ludic.storage.jsonl import JsonlWriter
 from ludic.task.prompts import chat_template_fingerprint, decode_completion, encode_prompt, load_tokenizer
-from ludic.telemetry import JsonlWriter
 from ludic.types import ChatMessage, Completion, ParseResult, SamplingParams, Score
 from tests.vllm_helpers import make_tiny_tokenizer
 
@@ -72,7 +72,9 @@ class StubEngine:
 
 
 class Addition:
-    """`2+3`: right when the text is the sum. Three rules that differ: a box, any mention, the last digit."""
+    """`2+3`: right when the text is the sum. Three rules that differ: any mention, a box, the last digit."""
+
+    rules: tuple[str, ...] = ("flexible", "strict", "qwen")
 
     def messages(self, sample: str, /) -> list[ChatMessage]:
         return [{"role": "user", "content": sample}]
@@ -93,8 +95,14 @@ class Addition:
         return Score(reward=float(strict), correct=strict, parse=parse, parts=parts)
 
 
-class OneRule(Addition):
+class OneRule:
     """The same without named rules."""
+
+    def messages(self, sample: str, /) -> list[ChatMessage]:
+        return Addition().messages(sample)
+
+    def target(self, sample: str, /) -> str:
+        return Addition().target(sample)
 
     async def score(self, sample: str, text: str, /) -> Score:
         return Score(reward=0.0, correct=text == self.target(sample), parse=ParseResult(answer=text))
@@ -112,7 +120,12 @@ async def test_every_figure_agrees_with_a_case_counted_by_hand(tokenizer: PreTra
     engine = StubEngine(tokenizer, scripted(answers))
     result = await evaluate(engine, Addition(), SUMS, tokenizer=tokenizer, sampling=GREEDY)
     assert (result.num_problems, result.num_completions) == (4, 4)
-    assert (result.accuracy, result.strict_accuracy, result.qwen_accuracy) == (0.75, 0.25, 0.25)
+    assert {rule: figure.accuracy for rule, figure in result.rules.items()} == {
+        "flexible": 0.75,
+        "strict": 0.25,
+        "qwen": 0.25,
+    }
+    assert result.accuracy == 0.75
     assert result.accuracy_ci95 == pytest.approx(wilson_interval(0.75, 4))
     assert result.correct_rate == 0.25
     assert result.parse_err_rate == 0.25
@@ -124,12 +137,36 @@ async def test_every_figure_agrees_with_a_case_counted_by_hand(tokenizer: PreTra
     assert result.tokens_per_s == pytest.approx(18 / result.seconds)
 
 
-async def test_an_environment_with_one_rule_has_its_verdict_under_all_names(
-    tokenizer: PreTrainedTokenizerFast,
+async def test_an_environment_without_named_rules_has_one_its_own_verdict(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     engine = StubEngine(tokenizer, lambda question, member: "2")
-    result = await evaluate(engine, OneRule(), SUMS, tokenizer=tokenizer, sampling=GREEDY)
-    assert result.accuracy == result.strict_accuracy == result.qwen_accuracy == result.correct_rate == 0.25
+    with JsonlWriter(tmp_path / "r.jsonl") as writer:
+        result = await evaluate(engine, OneRule(), SUMS, tokenizer=tokenizer, sampling=GREEDY, record_writer=writer)
+        records = read_records(tmp_path / "r.jsonl")
+    assert result.accuracy == result.correct_rate == 0.25 and list(result.rules) == ["correct"]
+    summary = result.to_summary(model="m", settings={})
+    assert [name for name in summary if "accuracy" in name] == ["accuracy", "accuracy_ci95"]
+    assert not {"strict", "flexible", "qwen"} & records[0]["completions"][0].keys()
+
+
+@pytest.mark.parametrize(
+    ("rules", "reason"),
+    [
+        ((), r"Addition has the rules \(\): name one at least"),
+        (("strict", "strict"), "each once"),
+        (("strict", "answer"), "none like a field of the records .*answer"),
+        (("strict", "lenient"), "no verdict of the rule 'lenient', its parts are .*: give a part, 0 or 1"),
+    ],
+)
+async def test_rules_that_cannot_be_recorded_are_refused(
+    tokenizer: PreTrainedTokenizerFast, rules: tuple[str, ...], reason: str
+) -> None:
+    environment = Addition()
+    environment.rules = rules
+    engine = StubEngine(tokenizer, lambda question, member: "2")
+    with pytest.raises(ValueError, match=reason):
+        await evaluate(engine, environment, SUMS, tokenizer=tokenizer, sampling=GREEDY)
 
 
 async def test_truncated_answers_and_failed_graders_are_counted(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -155,6 +192,8 @@ async def test_several_samples_give_mean_accuracy_and_pass_at_k(tokenizer: PreTr
     assert result.pass_at_k == pytest.approx(
         {1: 7 / 16, 2: (0.5 + 5 / 6 + 0 + 1) / 4, 3: (0.75 + 1 + 0 + 1) / 4, 4: 0.75}
     )
+    # Of 4 draws: one right and three wrong that agree give 1/4, 1/4 (half of the ties) and 0; two right tie with two wrong.
+    assert result.maj_at_k == pytest.approx({1: 7 / 16, 2: (1 / 4 + 1 / 2 + 0 + 1) / 4, 4: (0 + 1 / 2 + 0 + 1) / 4})
     low, high = result.accuracy_ci95
     independent = wilson_interval(result.accuracy, 16)
     assert low < independent[0] and high > independent[1]  # four problems are not sixteen
@@ -291,6 +330,22 @@ async def test_a_resumed_evaluation_gives_the_figures_of_an_unbroken_one(
     assert resumed.tokens_per_s == pytest.approx((3 + 1) / resumed.seconds)
 
 
+@pytest.mark.parametrize("environment", [Addition(), OneRule()])
+async def test_records_from_before_environments_named_their_rules_are_finished(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, environment: Addition | OneRule
+) -> None:
+    path = tmp_path / "r.jsonl"
+    engine = StubEngine(tokenizer, lambda question, member: "2")
+    with JsonlWriter(path) as writer:
+        await evaluate(engine, environment, SUMS[:1], tokenizer=tokenizer, sampling=GREEDY, record_writer=writer)
+    (record,) = read_records(path)
+    old = {**record["completions"][0], "strict": False, "flexible": True, "qwen": True}  # whatever the environment
+    path.write_text(json.dumps({**record, "completions": [old]}) + "\n")
+    done = read_records(path)
+    result = await evaluate(engine, environment, SUMS, tokenizer=tokenizer, sampling=GREEDY, done=done)
+    assert (result.num_taken_over, result.accuracy) == (1, 0.25)
+
+
 async def test_records_of_other_problems_or_other_sample_counts_are_refused(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
@@ -309,6 +364,10 @@ async def test_records_of_other_problems_or_other_sample_counts_are_refused(
         await evaluate(engine, Addition(), SUMS, tokenizer=tokenizer, sampling=GREEDY, done=other_ids)
     with pytest.raises(ValueError, match="the records reach to problem 3, and only 3 problems"):
         await evaluate(engine, Addition(), SUMS[:3], tokenizer=tokenizer, sampling=GREEDY, done=done)
+    environment = Addition()
+    environment.rules = ("flexible", "lenient")
+    with pytest.raises(ValueError, match="problem 0 has no verdict of the rule 'lenient': evaluate into another file"):
+        await evaluate(engine, environment, SUMS, tokenizer=tokenizer, sampling=GREEDY, done=done)
     with pytest.raises(ValueError, match="has 1 completions, not 2"):
         await evaluate(engine, Addition(), SUMS, tokenizer=tokenizer, sampling=GREEDY, done=done, samples_per_problem=2)
 

@@ -93,7 +93,7 @@ def test_a_skipped_update_says_so_in_finite_figures_and_names_what_was_not(
 def test_an_update_that_is_finite_is_not_skipped(learner: Learner, digit_policy_dir: Path) -> None:
     twin, rng = twin_of(learner, digit_policy_dir), random.Random(1)
     figures = update(learner, make_samples(rng))
-    assert figures["skipped_update"] == 0.0 and "skipped_epochs" not in figures and learner.stepped
+    assert figures["skipped_update"] == 0.0 and "skipped_steps" not in figures and learner.stepped
     assert 0 < figures["changed_weights_share"] <= 1 and figures["grad_clipped"] == float(figures["grad_norm"] > 1)
     assert not {name for name in figures if "nonfinite" in name}
     assert learner.diagnosis() == "no update has been skipped"
@@ -128,7 +128,7 @@ def test_epochs_before_the_one_that_is_not_finite_stay_and_the_others_are_left_o
     with fault(learner, "loss", math.nan, rng, epoch=1):
         figures = update(learner, samples)
     wanted = update(twin, samples)
-    assert figures["skipped_update"] == 0.0 and figures["skipped_epochs"] == epochs - 1 and learner.stepped
+    assert figures["skipped_update"] == 0.0 and figures["skipped_steps"] == epochs - 1 and learner.stepped
     assert {name: figures[name] for name in wanted} == wanted
     assert same(learner, twin) and "the loss, in 1 of 2" in learner.diagnosis()
 
@@ -165,7 +165,7 @@ def test_a_damaged_optimizer_state_stops_at_once_and_says_that_the_weights_must_
         FloatingPointError, match=r"THE WEIGHTS THEMSELVES ARE NOT FINITE, in 1 parameters \(model\.embed"
     ):
         update(learner, make_samples(rng))
-    assert "earlier checkpoint" in learner.nonfinite.describe() if learner.nonfinite else True
+    assert "earlier checkpoint" in learner.nonfinite.text if learner.nonfinite else True
 
 
 def test_three_updates_in_a_row_end_the_run_and_two_do_not(digit_policy_dir: Path, tmp_path: Path) -> None:

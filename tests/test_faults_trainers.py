@@ -6,7 +6,8 @@ import pytest
 
 from benchmarks.faults import trainers
 from ludic.inference.server import server_guard
-from ludic.inference.server.trainer_lease import TrainerLease
+from ludic.inference.server.server_guard import ServerGuard
+from ludic.inference.server.trainer_lease import Holder, TrainerLease
 
 
 def test_two_trainers_never_share_a_server_and_each_refusal_names_the_first() -> None:
@@ -25,14 +26,16 @@ def broken(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, value: obj
 
 
 def test_a_lease_that_lets_everybody_in_breaks_the_promise(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = broken(monkeypatch, TrainerLease, "_check", lambda *_: None)
+    anybody = Holder(lease=1, identity={}, seen=0.0)
+    monkeypatch.setattr(TrainerLease, "keep", lambda *_: anybody)
+    found = broken(monkeypatch, TrainerLease, "_require_free", lambda *_: None)
     assert found == trainers.KINDS.keys() - {"an evaluation beside the trainer"}
 
 
 def test_a_guard_that_does_not_look_again_when_an_answer_is_ready_breaks_the_promise(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    found = broken(monkeypatch, server_guard._Answer, "check", property(lambda _: None, lambda *_: None))
+    found = broken(monkeypatch, ServerGuard, "_send_if_still_held", lambda self, send, token, lease: send)
     assert found == {"the same, with completions on their way"}
 
 
@@ -43,7 +46,7 @@ def test_a_guard_that_forgets_who_lost_the_server_breaks_the_promise(monkeypatch
 
 def test_a_route_that_is_thought_harmless_and_is_not_breaks_the_promise(monkeypatch: pytest.MonkeyPatch) -> None:
     found = broken(monkeypatch, server_guard, "LOOKUP_PATHS", frozenset(trainers.CONTROL))
-    assert "a second trainer arrives" in found and "an unnamed client controls the server" in found
+    assert "a second trainer arrives" in found and "a client without a lease controls the server" in found
 
 
 def test_the_program_prints_what_came_of_each_kind(

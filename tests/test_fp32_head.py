@@ -13,6 +13,7 @@ from ludic.run.engine import _server_flags
 from ludic.train.learner import Learner
 from ludic.train.lm_head import Head, head_stats
 from ludic.train.logprobs import token_logprobs
+from ludic.train.mini_batches import Row
 from ludic.train.packing import pack
 from ludic.types import TrainingSample
 
@@ -79,7 +80,7 @@ def test_the_learner_takes_the_product_that_its_setting_says(fp32_head: bool) ->
     (row,) = pack([sample], token_budget=24, normalisation="token_mean", scale=1.0)
     kept, rounded = (token_logprobs(model, row, temperature=1.0, fp32_head=flag).logprobs for flag in (True, False))
     assert not torch.allclose(kept, rounded, atol=1e-3)
-    trained = learner._backward(row, reference=None, old=None)
+    trained = learner._backward(Row(batch=row, reference=None))
     assert torch.equal(trained, (kept if fp32_head else rounded).detach())
 
 

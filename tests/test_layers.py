@@ -10,8 +10,11 @@ SOURCE = Path(__file__).parents[1] / "src/ludic"
 
 ROOMS = (
     "types",
+    "config_checks",
     "config",
     "commands",
+    "completion",
+    "versions",
     "storage",
     "task",
     "rollout",
@@ -19,7 +22,13 @@ ROOMS = (
     "inference",
     "survival",
     "telemetry",
+    "compare",
     "cli",
+    "flags",
+    "config_file",
+    "report",
+    "forecast",
+    "capacity",
     "doctor",
     "run",
 )

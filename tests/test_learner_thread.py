@@ -1,7 +1,9 @@
 """The thread that owns the policy: what it does is done whole, and who reads sees a model with its own version."""
 
 import asyncio
+import contextlib
 import threading
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,11 +23,14 @@ class StandIn(SimpleNamespace):
         self._write(0, 0.0)
         self._write(1, 0.0)
 
+    def whole_model(self) -> contextlib.AbstractContextManager[torch.nn.Module]:
+        return contextlib.nullcontext(self.model)
+
     def _write(self, half: int, value: float) -> None:
         with torch.no_grad():
             self.model.weight[0, half] = value
 
-    def step(self, *, learning_rate: float, num_without_loss: int) -> dict[str, float]:
+    def step(self, *, learning_rate: float, num_without_loss: int, advantage_scale: float) -> dict[str, float]:
         self.stepped = False
         if self.fails == "before":
             raise MemoryError("no room")
@@ -125,3 +130,24 @@ async def test_a_call_that_has_not_begun_is_taken_back_at_once_when_it_is_cancel
         learner.go_on.set()
         await step
     assert called == []
+
+
+async def test_after_the_end_readers_still_come_one_at_a_time() -> None:
+    learner: Any = StandIn()
+    inside, most = 0, 0
+
+    @contextlib.contextmanager
+    def merged() -> Iterator[torch.nn.Module]:
+        nonlocal inside, most
+        inside += 1
+        most = max(most, inside)
+        met.wait(0.2)  # another reader has that long to come in as well
+        yield learner.model
+        inside -= 1
+
+    met = threading.Event()
+    learner.whole_model = merged
+    with LearnerThread(learner, 4) as thread:
+        pass
+    await asyncio.gather(thread.read(look), thread.read(look), thread.read(look))
+    assert most == 1

@@ -223,7 +223,7 @@ async def test_the_local_engine_samples_with_the_frequencies_that_are_trained_on
     model = _model(LENGTH_BOUND["longrope"])
     model.save_pretrained(tmp_path)
     _learner(model)
-    engine = LocalEngine.from_pretrained(tmp_path, eos_token_ids=(), pad_token_id=0, context_len=MAX_SEQ_LEN)
+    engine = LocalEngine.from_pretrained(tmp_path, eos_token_ids=(), context_len=MAX_SEQ_LEN)
     prompts = [[3, 4, 5], [*range(1, 20)]]
     for prompt in prompts:
         (completion,) = await engine.generate(prompt, num_completions=1, sampling=SamplingParams(max_tokens=40, seed=1))

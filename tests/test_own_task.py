@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import runpy
 import subprocess
 import sys
@@ -66,7 +67,16 @@ def finished(digit_policy_dir: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 def test_a_second_task_leaves_the_same_files_under_a_name_of_its_own(finished: tuple[Path, str]) -> None:
     out_dir = finished[0] / "out"
-    kinds = ("metrics.jsonl", "prompt.json", "reward.png", "rollouts.jsonl", "summary.json")
+    kinds = (
+        "config.toml",
+        "metrics.jsonl",
+        "prompt.json",
+        "report.html",
+        "reward.png",
+        "rollouts.jsonl",
+        "start.json",
+        "summary.json",
+    )
     assert {path.name for path in out_dir.iterdir()} == {
         "checkpoints_sums", "run.lock", *(f"sums_train_{kind}" for kind in kinds)
     }  # fmt: skip
@@ -77,8 +87,17 @@ def test_a_second_task_leaves_the_same_files_under_a_name_of_its_own(finished: t
 
 def test_a_second_task_ends_with_the_picture_and_the_table_of_before_and_after(finished: tuple[Path, str]) -> None:
     said = finished[1]
-    assert "3 held-out problems, temperature 0" in said and "strict accuracy" in said
+    assert "3 held-out problems, temperature 0" in said and "  accuracy  " in said
+    assert "strict" not in said and "qwen" not in said  # the rules of another task
     assert "2 updates, 32 rollouts" in said and "sums_train_reward.png" in said
+    block = said[said.index("GRPO of ") :]  # what a person pastes into a message
+    facts = dict(re.findall(r"^  (settings|machine|engine|command|seconds): +(.+)$", block, flags=re.MULTILINE))
+    assert facts["settings"].startswith("16 rollouts an update, dapo, lr ") and "CPU core" in facts["machine"]
+    assert re.match(r"local; python [\d.]+, torch [\w.+]+, transformers [\d.]+$", facts["engine"])
+    assert "sums.py" in facts["command"]
+    assert re.match(r"generation [\d.]+s, training [\d.]+s, syncs [\d.]+s, evaluation [\d.]+s$", facts["seconds"])
+    long = [line for line in block.splitlines() if len(line) > 80 and str(finished[0]) not in line]
+    assert [line for line in long if not line.startswith(("  command:", "GRPO of"))] == [] and "\x1b" not in block
     assert "the first prompt, as it is rendered: '<|user|>What is " in said
 
 
@@ -107,11 +126,10 @@ def test_the_checks_of_a_resumed_run_count_the_checkpoints_of_its_own_name(
 
     monkeypatch.setattr(preparation, "quick_checks", quick_checks)
     out_dir = finished[0] / "out"
-    task = sums.Task(environment=sums.Sums(), load_samples=sums.load_samples)
     for more in ([], ["--resume"]):
         words = ["--model", str(digit_policy_dir), "--out-dir", str(out_dir), *FLAGS, *more]
         args = sums.build_parser().parse_args(words)
-        preparation.prepare(args, from_arguments(args), RunPaths(out_dir=out_dir, name=task.file_name), task)
+        preparation.prepare(args, from_arguments(args), RunPaths(out_dir=out_dir, name=sums.TASK.file_name), sums.TASK)
     assert counted == [0, len(list((out_dir / "checkpoints_sums").iterdir()))] and counted[1] > 0
 
 
@@ -129,15 +147,39 @@ def test_every_training_prompt_is_tokenised_once(
         encoded.append(messages[-1]["content"])
         return prompts.encode_prompt(tokenizer, messages, **more)
 
-    for module in (preparation, inputs):
-        monkeypatch.setattr(module, "encode_prompt", encode)
+    def encode_all(tokenizer: Any, chats: Any) -> list[list[int]]:
+        chats = list(chats)
+        encoded.extend(messages[-1]["content"] for messages in chats)
+        return prompts.encode_prompts(tokenizer, chats)
+
+    monkeypatch.setattr(preparation, "encode_prompts", encode_all)
+    monkeypatch.setattr(inputs, "encode_prompt", encode)
     words = ["--model", str(digit_policy_dir), "--out-dir", str(tmp_path), *FLAGS, "--train-steps", "1", "--no-checks"]
     args = sums.build_parser().parse_args([*words, "--eval-limit", "0"])
-    task = sums.Task(environment=sums.Sums(), load_samples=sums.load_samples)
-    asyncio.run(sums.train_from_flags(args, task))
-    train_samples = sums.load_samples(args, GRPOConfig()).train
+    asyncio.run(sums.train_from_flags(args, sums.TASK))
+    train_samples = sums.load_samples(args).train
     asked = [sums.Sums().messages(sample)[0]["content"] for sample in train_samples]
     assert len(asked) > 10 and [encoded.count(text) for text in asked] == [1] * len(asked)
+
+
+def test_a_second_task_is_evaluated_by_one_call_and_resumed_on_the_same_problems_only(
+    digit_policy_dir: Path, tmp_path: Path
+) -> None:
+    def evaluate(*more: str) -> "subprocess.CompletedProcess[str]":
+        words = [sys.executable, str(SCRIPT.with_name("eval_sums.py")), "--model", str(digit_policy_dir), *more]
+        words += ["--out-dir=~/out", "--engine", "local", "--max-tokens", "12"]
+        env = {"HOME": str(tmp_path), "PYTHONPATH": ":".join(sys.path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        return subprocess.run(words, capture_output=True, text=True, timeout=200, env=env)
+
+    first = evaluate("--largest", "4", "--limit", "2")
+    assert first.returncode == 0, first.stderr
+    assert f"Sums: {digit_policy_dir.name}" in first.stdout and "strict" not in first.stdout
+    others = evaluate("--largest", "5", "--resume-eval")
+    assert others.returncode == 2 and "made with other settings: largest 4, now 5; use another --out" in others.stderr
+    finished = evaluate("--largest", "4", "--resume-eval")
+    assert finished.returncode == 0, finished.stderr
+    summary = json.loads((tmp_path / "out" / "sums_eval.jsonl.summary.json").read_text())
+    assert (summary["num_problems"], summary["num_taken_over"], summary["settings"]["largest"]) == (3, 2, 4)
 
 
 # --- from Python --------------------------------------------------------------------------------------------------------

@@ -70,15 +70,15 @@ async def test_greedy_completions_are_those_of_the_model_whatever_its_generation
     engine = VLLMEngine(base_url, model="policy", stop_token_ids=stop_token_ids(str(folder), tokenizer))
     local = LocalEngine.from_pretrained(folder)
     await engine.connect(tokenizer)
-    changed = []
     for prompt in PROMPTS:
         (served,) = await engine.generate(prompt, num_completions=1, sampling=greedy)
         (wanted,) = await local.generate(prompt, num_completions=1, sampling=greedy)
         assert served.token_ids == wanted.token_ids
         body = {"model": "policy", "prompt": prompt, "max_tokens": 24, "temperature": 0.0, "return_token_ids": True}
         answer = requests.post(f"{base_url}/v1/completions", json=body, timeout=60).json()
-        changed.append(answer["choices"][0]["token_ids"] != wanted.token_ids)
-    assert any(changed), "the file does nothing to a request that says nothing"
+        # The file's repetition penalty changes what repeats a token of the prompt or of itself, and nothing else.
+        repeats = len({*prompt, *wanted.token_ids}) < len(prompt) + len(wanted.token_ids)
+        assert (answer["choices"][0]["token_ids"] != wanted.token_ids) == repeats
     await engine.aclose()
     await local.aclose()
 

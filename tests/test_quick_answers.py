@@ -34,12 +34,27 @@ HEAVY = {
     "vllm",
     "requests",
     "huggingface_hub",
+    "scipy",
+    "bokeh",
+    "aiohttp",
+    "wandb",
+    "tensorboard",
+    "plotext",
+    "math_verify",
+    "shtab",
 }
 PROGRAMS = {
     "train": str(REPOSITORY / "examples" / "gsm8k" / "train_gsm8k.py"),
     "eval": str(REPOSITORY / "examples" / "gsm8k" / "eval_gsm8k_vllm.py"),
     "own task": str(REPOSITORY / "examples" / "sums.py"),
+    "own evaluation": str(REPOSITORY / "examples" / "eval_sums.py"),
+    "other tasks": str(REPOSITORY / "examples" / "evaluate.py"),
+    "files of the harness": str(REPOSITORY / "examples" / "lm_eval_files.py"),
     "doctor": "ludic.doctor",
+    "server": "ludic.inference.vllm_server",
+    "report": "ludic.report",
+    "compare": "ludic.compare",
+    "capacity": "ludic.capacity",
 }
 RUN_AND_LIST_IMPORTS = """
 import json, runpy, sys
@@ -76,6 +91,11 @@ def test_help_is_there_before_any_heavy_library(program: str) -> None:
     assert answer(program, "--help") == (0, set(), [])
 
 
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_the_version_is_there_before_any_heavy_library(program: str) -> None:
+    assert answer(program, "--version") == (0, set(), [])
+
+
 @pytest.mark.parametrize(
     ("program", "flags"),
     [
@@ -92,11 +112,19 @@ def test_help_is_there_before_any_heavy_library(program: str) -> None:
         ("doctor", ["--no-such-flag"]),
         ("doctor", ["--lr", "0"]),
         ("doctor", ["--engine", "local", "--start-server"]),
+        ("capacity", ["--no-such-flag"]),
+        ("capacity", ["--training-gpus", "0"]),
+        ("capacity", ["--model", "no/such-folder"]),
     ],
 )
 def test_flags_that_make_no_sense_are_refused_before_any_heavy_library(program: str, flags: list[str]) -> None:
     code, imported, said = answer(program, *flags)
     assert (code, imported) == (2, set()) and "error: " in said[-1]
+
+
+def test_arithmetic_for_larger_models_needs_no_heavy_library() -> None:
+    assert answer("capacity", "measured") == (0, set(), [])
+    assert answer("capacity", "--model", "70B") == (0, set(), [])
 
 
 # --- a missing server ---------------------------------------------------------------------------------------------------
@@ -120,6 +148,7 @@ def test_no_server_is_looked_for_where_none_is_wanted_and_any_that_listens_is_le
     with socket.create_server(("127.0.0.1", 0)) as listening:
         args = SimpleNamespace(
             base_url=None,
+            server=None,
             engine="vllm",
             start_server=False,
             host="127.0.0.1",

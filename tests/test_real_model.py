@@ -5,7 +5,6 @@ It needs the dependency group `real-model` beside the CPU environment (CONTRIBUT
 
 import importlib.util
 import shutil
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -101,7 +100,6 @@ async def test_it_trains_one_update_syncs_with_proof_and_evaluates_sixteen_probl
             server.base_url,
             model=str(smollm2),
             stop_token_ids=stop_token_ids(str(smollm2), tokenizer, load_config(smollm2)),
-            trainer=uuid.uuid4().hex,
         )
         try:
             await engine.connect(tokenizer, max_seq_len=256)
@@ -109,7 +107,7 @@ async def test_it_trains_one_update_syncs_with_proof_and_evaluates_sixteen_probl
             trainer = GRPOTrainer(
                 config=config, model=policy, model_name=str(smollm2), tokenizer=tokenizer, engine=engine,
                 environment=environment, train_samples=train, eval_samples=problems(50, 16), metric_logger=recorder,
-                paths=RunPaths(out_dir=tmp_path),
+                paths=RunPaths(out_dir=tmp_path, name="gsm8k"),
             )  # fmt: skip
             summary = await trainer.run()
         finally:

@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import subprocess
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -16,7 +18,8 @@ from ludic.inference.client import handshake, vllm_client
 from ludic.inference.client.server_control import ServerControl
 from ludic.inference.client.vllm_client import VLLMEngine
 from ludic.rollout.engine import PolicyWeights, WeightSyncReport
-from ludic.rollout.errors import EngineError, ServerInUseError, ServerLostError, WeightSyncError
+from ludic.rollout.errors import EngineError, ServerInUseError, ServerLostError, ServerRestartedError, WeightSyncError
+from ludic.storage.identity import identity
 from ludic.survival import recovery
 from ludic.survival.recovery import RecoveringEngine
 from ludic.types import Completion, SamplingParams
@@ -60,7 +63,7 @@ class Syncs:
         if self.failures:
             self.failures -= 1
             raise WeightSyncError("the digests differ")
-        self.done.append((self.server.boot, policy_version))
+        self.done.append((self.server.start, policy_version))
         return WeightSyncReport(policy_version=policy_version, num_tensors=1, num_bytes=4, seconds=0.0, proof="digests")
 
     def abort(self, reason: str) -> None:
@@ -85,7 +88,7 @@ class OwnServer:
 
     def restart(self, reason: str) -> None:
         self.reasons.append(reason)
-        self.server.boot = f"{len(self.reasons):032x}"
+        self.server.start = f"{len(self.reasons):032x}"
         self.server.faults.clear()
         self.is_running = True
 
@@ -127,9 +130,9 @@ def connect(
 ) -> Callable[..., Any]:
     """Opens engines on the server, their weights at version 1."""
 
-    async def make(trainer: str = "1" * 32, **settings: Any) -> tuple[RecoveringEngine, list[str]]:
+    async def make(**settings: Any) -> tuple[RecoveringEngine, list[str]]:
         said: list[str] = []
-        client = VLLMEngine(server.base_url, model=MODEL, trainer=trainer)
+        client = VLLMEngine(server.base_url, model=MODEL)
         engine = RecoveringEngine(client, say=said.append, **settings)
         opened.push_async_callback(engine.aclose)
         await engine.connect(tokenizer)
@@ -155,15 +158,48 @@ async def test_what_a_server_that_was_started_again_generates_is_not_returned_be
     server: FakeServer, syncs: Syncs, connect: Callable[..., Any]
 ) -> None:
     engine, said = await connect()
-    server.boot = "2" * 32
+    server.start = "2" * 32
     completion = await one(engine)
     assert completion.policy_version == 1
     assert syncs.done == [("b007" * 8, 1), ("2" * 32, 1)]
-    assert len(server.requests) == 2, "the first reply was of the base weights"
+    assert len(server.requests) == 1, "with the weights that it was started with it generated nothing"
     assert engine.counts()["server_recoveries"] == 1 and engine.counts()["discarded_completions"] == 1
     assert any("started again" in line for line in said) and any(
         "back, with the weights of version 1" in line for line in said
     )
+
+
+async def test_a_server_that_came_back_without_leases_is_not_trained_on_before_it_has_the_weights(
+    server: FakeServer, syncs: Syncs, connect: Callable[..., Any]
+) -> None:
+    engine, _ = await connect()
+    server.start = None  # as plain vLLM, which answers whatever the token
+    assert (await one(engine)).policy_version == 1
+    assert syncs.done == [("b007" * 8, 1), (None, 1)] and engine.counts()["discarded_completions"] == 1
+
+
+async def test_a_run_keeps_its_lease_over_a_failed_sync_and_gets_a_new_one_of_a_new_start(
+    server: FakeServer, syncs: Syncs, connect: Callable[..., Any]
+) -> None:
+    engine, _ = await connect()
+    syncs.failures = 1
+    await engine.update_weights(PolicyWeights(WEIGHTS, 2))
+    await one(engine)
+    server.start = "2" * 32
+    await one(engine)
+    assert server.tokens == ["b007" * 8 + "-1", "2" * 32 + "-1"]
+
+
+async def test_a_sync_never_reaches_a_server_that_was_started_again(
+    server: FakeServer, syncs: Syncs, connect: Callable[..., Any]
+) -> None:
+    engine, _ = await connect()
+    control = engine._engine.control.branch()
+    server.start = "2" * 32
+    for ask in (control.pause, lambda: control.note_weights(2)):
+        with pytest.raises(ServerRestartedError, match="started again"):
+            await asyncio.to_thread(ask)
+    assert not server.paused
 
 
 async def test_the_watch_notices_a_server_that_was_started_again_while_nothing_is_generated(
@@ -171,12 +207,25 @@ async def test_the_watch_notices_a_server_that_was_started_again_while_nothing_i
 ) -> None:
     monkeypatch.setattr(recovery, "WATCH_S", 0.02)
     engine, said = await connect()
-    server.boot = "2" * 32
+    server.start = "2" * 32
     await until(lambda: said)
     server.requests.clear()
     await one(engine)
     assert len(server.requests) == 1, "no request went to it before it had the weights"
     assert syncs.done[-1] == ("2" * 32, 1)
+
+
+async def test_the_watch_notices_a_server_with_leases_in_the_place_of_one_without(
+    server: FakeServer, syncs: Syncs, connect: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recovery, "WATCH_S", 0.02)
+    server.start = None
+    engine, said = await connect()
+    await one(engine)
+    server.start = "2" * 32
+    await until(lambda: said)
+    await one(engine)
+    assert server.tokens == [None, "2" * 32 + "-1"] and syncs.done[-1] == ("2" * 32, 1)
 
 
 async def test_every_group_in_flight_is_generated_again_and_none_twice(
@@ -186,7 +235,7 @@ async def test_every_group_in_flight_is_generated_again_and_none_twice(
     server.hold = asyncio.Event()
     groups = [asyncio.create_task(one(engine)) for _ in range(20)]
     await until(lambda: len(server.requests) == 20)
-    server.boot = "2" * 32
+    server.start = "2" * 32
     server.hold.set()
     completions = await asyncio.gather(*groups)
     assert [completion.policy_version for completion in completions] == [1] * 20
@@ -219,7 +268,7 @@ async def test_a_server_of_somebody_else_is_waited_for_with_the_command_that_sta
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
     port = runner.addresses[0][1]
-    client = VLLMEngine(f"http://127.0.0.1:{port}", model=MODEL, trainer="1" * 32)
+    client = VLLMEngine(f"http://127.0.0.1:{port}", model=MODEL)
     engine = RecoveringEngine(client, say=said.append)
     opened.push_async_callback(engine.aclose)
     await engine.connect(tokenizer)
@@ -230,7 +279,7 @@ async def test_a_server_of_somebody_else_is_waited_for_with_the_command_that_sta
     waiting = asyncio.create_task(one(engine))
     await until(lambda: sum("waiting" in line for line in said) >= 2)
     assert f"python -m ludic.inference.vllm_server --model {MODEL} --port {port}" in said[-1]
-    fake.boot = "2" * 32
+    fake.start = "2" * 32
     again = web.AppRunner(fake.app(), access_log=None)
     await again.setup()
     await web.TCPSite(again, "127.0.0.1", port, reuse_address=True).start()
@@ -247,7 +296,7 @@ async def test_a_server_that_does_not_come_back_ends_the_run_with_what_to_do(
 ) -> None:
     async with serving(FakeServer(tokenizer=tokenizer)) as fake:
         monkeypatch.setattr(vllm_client, "WeightSync", Syncs(fake))
-        client = VLLMEngine(fake.base_url, model=MODEL, trainer="1" * 32)
+        client = VLLMEngine(fake.base_url, model=MODEL)
         engine = RecoveringEngine(client, wait_s=0.2, say=lambda line: None)
         await engine.connect(tokenizer)
         await engine.enable_weight_sync(PROMPT)
@@ -310,14 +359,14 @@ async def test_a_silent_server_is_lost_and_a_sync_that_waits_for_it_is_ended(
     engine, said = await connect()
     syncs.hold = threading.Event()
 
-    claim = handshake.claim
+    keep = handshake.keep
 
-    def silent(*args: Any, **options: Any) -> handshake.Hold:
+    def silent(control: ServerControl) -> None:
         if not syncs.aborted:
             raise ServerLostError("no answer within 15 s")
-        return claim(*args, **options)
+        keep(control)
 
-    monkeypatch.setattr(handshake, "claim", silent)
+    monkeypatch.setattr(handshake, "keep", silent)
     syncing = asyncio.create_task(engine.update_weights(PolicyWeights(WEIGHTS, 2)))
     await until(lambda: syncs.aborted)
     assert "no answer within 15 s" in syncs.aborted[0]
@@ -328,9 +377,9 @@ async def test_a_server_that_another_trainer_has_taken_ends_the_run_with_its_nam
     server: FakeServer, syncs: Syncs, connect: Callable[..., Any]
 ) -> None:
     engine, _ = await connect()
-    control = ServerControl(server.base_url, trainer="2" * 32)
+    control = ServerControl(server.base_url)
     other = {"host": "node-9", "pid": 77, "pid_started": 1.0, "user": "eve", "out_dir": "/x", "since": "now"}
-    await asyncio.to_thread(handshake.claim, control, "2" * 32, other, takes_over="1" * 32)
+    await asyncio.to_thread(handshake.claim, control, other, takes_over=1)
     with pytest.raises(ServerInUseError, match=r"eve@node-9.*77"):
         await one(engine)
 
@@ -354,7 +403,7 @@ async def test_a_server_that_came_back_is_sent_the_weights_between_two_updates_w
     owner = Owner()
     await engine.update_weights(owner)
     async with owner.changing:
-        server.boot = "2" * 32
+        server.start = "2" * 32
         waiting = asyncio.create_task(one(engine))
         await until(lambda: said)
         await asyncio.sleep(0.2)
@@ -370,7 +419,7 @@ async def test_the_trainer_waits_with_its_sync_while_that_of_a_recovery_is_under
     engine, _ = await connect()
     monkeypatch.setattr(syncs, "abort", lambda reason: None)  # none is under way at the loss
     syncs.hold = threading.Event()
-    server.boot = "2" * 32
+    server.start = "2" * 32
     waiting = asyncio.create_task(one(engine))
     await until(lambda: syncs.num_running == 1)
     update = asyncio.create_task(engine.update_weights(PolicyWeights(WEIGHTS, 2)))
@@ -381,16 +430,24 @@ async def test_the_trainer_waits_with_its_sync_while_that_of_a_recovery_is_under
     assert syncs.done[1:] == [("2" * 32, 1), ("2" * 32, 2)]
 
 
-async def test_a_server_that_others_changed_while_our_hold_had_run_out_is_not_trained_on(
+async def test_a_server_that_others_changed_while_our_lease_had_run_out_is_not_trained_on(
     server: FakeServer, syncs: Syncs, connect: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(recovery, "WATCH_S", 0.02)
+    keep, may_keep = handshake.keep, threading.Event()
+
+    def late(control: ServerControl) -> None:  # a trainer that was stopped meanwhile, say
+        may_keep.wait(30)
+        keep(control)
+
+    monkeypatch.setattr(handshake, "keep", late)
     engine, said = await connect()
     stranger = ServerControl(server.base_url)
     with pytest.raises(ServerInUseError):
         await asyncio.to_thread(stranger.pause)
     server.clock_ahead_s += 1000.0
     await asyncio.to_thread(stranger.pause)
+    may_keep.set()
     await until(lambda: said)
     with pytest.raises(ServerInUseError, match="lost the server"):
         await one(engine)
@@ -401,9 +458,22 @@ async def test_the_next_trainer_need_not_wait_for_one_that_has_ended(
 ) -> None:
     engine, _ = await connect()
     with pytest.raises(ServerInUseError, match="process"):
-        await connect(trainer="2" * 32)
+        await connect()
     await engine.aclose()
-    await connect(trainer="3" * 32)
+    await connect()
+
+
+async def test_the_lease_of_a_trainer_that_is_dead_is_taken_over_at_once(
+    server: FakeServer, syncs: Syncs, connect: Callable[..., Any]
+) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        ended.wait()
+    dead = {**identity(Path()), "pid": ended.pid}
+    await asyncio.to_thread(handshake.claim, ServerControl(server.base_url), dead)
+    engine, said = await connect()
+    assert said == ["the trainer that had the lease of the server is dead; taking the server over"]
+    await one(engine)
+    assert server.tokens == ["b007" * 8 + "-2"]
 
 
 async def test_a_caller_that_is_cancelled_takes_its_request_with_it(

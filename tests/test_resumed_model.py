@@ -176,7 +176,9 @@ def test_a_server_of_its_own_gets_a_folder_that_stays_and_another_keeps_the_name
 
     def files_and_name(*more: str) -> tuple[str, str]:
         args = script.parse_arguments([*words, *more])
-        parts = prepare(args, from_arguments(args), RunPaths(out_dir=run / "out"), script.task_of(args, GSM8K()))
+        parts = prepare(
+            args, from_arguments(args), RunPaths(out_dir=run / "out", name="gsm8k"), script.task_of(args, GSM8K())
+        )
         return args.model, parts.served_as
 
     try:

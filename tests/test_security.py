@@ -1,5 +1,6 @@
 """What others wrote stays data: a model's folder runs no code, and no name in a file becomes a path of our own."""
 
+import argparse
 import importlib.util
 import io
 import json
@@ -19,10 +20,12 @@ from rich.console import Console
 
 from ludic.rollout.evaluation import EvaluationProgress, EvaluationResult, summarise
 from ludic.rollout.problems import CompletionRecord, ProblemRecord
+from ludic.run.evaluation import check_same_settings, earlier_settings
 from ludic.storage.inert import InertFormatter, inert, inert_lines
 from ludic.task.pretrained import load_config, load_model
 from ludic.task.prompts import encode_prompt, load_tokenizer
-from ludic.telemetry import ComparisonRow, EvaluationDisplay, comparison_table, evaluation_table, save_reward_curve
+from ludic.telemetry.progress import EvaluationDisplay
+from ludic.telemetry.report import comparison_table, evaluation_table
 from tests.fake_vllm import FakeServer, serving
 from tests.vllm_helpers import CHAT_TEMPLATE
 
@@ -276,9 +279,9 @@ MARKUP = "[link=https://evil.example]me[/link] [red]x[/] [@click=app.bell]y[/] :
 def test_names_of_others_in_tables_and_progress_are_neither_markup_nor_escapes(text: str, terminal: bool) -> None:
     stream = io.StringIO()
     stream.isatty = lambda: terminal  # type: ignore[method-assign]
-    rows = [ComparisonRow(name=text, before=0.1, after=0.2, kind="rate")]
+    summary = _result().to_summary(model=text, settings={})
     console = Console(file=stream, force_terminal=terminal, width=200)
-    console.print(comparison_table(rows, title=text))
+    console.print(comparison_table(summary, summary, title=text))
     console.print(evaluation_table(_result(), title=text))
     with EvaluationDisplay(text, stream=stream) as display:
         display(EvaluationProgress(num_done=4, num_problems=4, accuracy=0.5, completion_tokens=9, seconds=1.0))
@@ -296,21 +299,12 @@ def _result() -> EvaluationResult:
         finish_reason="stop",
         answer="7",
         parse_error=None,
-        strict=True,
-        flexible=True,
-        qwen=True,
         correct=True,
         grader_failed=False,
         policy_version=0,
     )
     record = ProblemRecord(index=0, question_id="q", prompt=[], prompt_tokens=5, target="7", completions=[completion])
-    return summarise([record], seconds=1.0)
-
-
-@pytest.mark.parametrize("text", ["".join(HOSTILE[:4]), MARKUP, "$\\undefined{$"])
-def test_the_picture_takes_any_title_for_words(tmp_path: Path, text: str) -> None:
-    save_reward_curve(tmp_path / "curve.png", [1, 2], [0.0, 1.0], title=text)
-    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    return summarise([record], rules=("correct",), seconds=1.0)
 
 
 # --- no path from data or from a reply --------------------------------------------------------------------------------------
@@ -346,7 +340,8 @@ async def test_a_problem_an_answer_or_a_name_that_looks_like_a_path_is_only_writ
         monkeypatch.syspath_prepend(str(Path(script.__file__ or "").parent))  # as when the script is run
         assert await script.run(script.build_parser().parse_args(words)) == 0
     made = {path.relative_to(out).as_posix() for path in set(tmp_path.rglob("*")) - before if out in path.parents}
-    names = {"gsm8k_eval.jsonl", *(f"gsm8k_eval.jsonl.{what}.json" for what in ("settings", "summary", "prompt"))}
+    endings = ("settings.json", "summary.json", "prompt.json", "config.toml", "report.html")
+    names = {"gsm8k_eval.jsonl", *(f"gsm8k_eval.jsonl.{ending}" for ending in endings)}
     assert made == names and set(tmp_path.rglob("*")) - before == {
         out,
         out.parent,
@@ -381,8 +376,9 @@ def _script(name: str) -> ModuleType:
 def test_a_damaged_or_odd_settings_file_beside_old_records_is_refused_in_one_short_line(
     tmp_path: Path, content: str
 ) -> None:
-    sidecar = tmp_path / "records.settings.json"
-    sidecar.write_text(content)
+    (tmp_path / "records").write_text("{}\n")
+    (tmp_path / "records.settings.json").write_text(content)
+    args = argparse.Namespace(overwrite=False, resume_eval=True)
     with pytest.raises(ValueError, match=r"--overwrite|use another --out") as caught:
-        _script("eval_gsm8k_vllm").check_same_settings(sidecar, {"model": "m"})
+        check_same_settings(earlier_settings(args, tmp_path / "records") or {}, {"model": "m"})
     assert str(caught.value).isprintable() and len(str(caught.value)) < 1_000

@@ -144,7 +144,7 @@ def test_a_resume_says_what_changed_in_the_prompts_and_keeps_quiet_about_what_wa
 
 @pytest.mark.parametrize("text", ["yesterday", 7, ""])
 def test_a_recorded_date_that_is_none_is_one_line(text: object) -> None:
-    with pytest.raises(ValueError, match="is none in ISO format"):
+    with pytest.raises(ValueError, match="is not in ISO format"):
         recorded_moment({"rendered_at": text})
 
 
@@ -226,7 +226,7 @@ async def test_a_run_that_is_resumed_days_later_trains_on_the_prompts_of_its_fir
 
     args = script.parse_arguments([*words, "--resume"])
     task = script.task_of(args, GSM8K(system_prompt="Answer."))
-    parts = prepare(args, from_arguments(args), RunPaths(out_dir=tmp_path / "out"), task)
+    parts = prepare(args, from_arguments(args), RunPaths(out_dir=tmp_path / "out", name="gsm8k"), task)
     assert "Tuesday, 06 May 2031, 12:34:56.000000" in parts.tokenizer.decode(parts.train_prompts[0])
 
 
@@ -260,7 +260,7 @@ async def test_an_evaluation_is_finished_days_later_and_a_change_of_the_prompts_
     with pytest.raises(ValueError, match=r"rendered_chat .*06 May.*, now .*09 May.*; rendered_at 'not recorded', now"):
         await evaluate("--resume-eval")
     sidecar.write_text(json.dumps({**settings, "rendered_at": [2031]}))
-    with pytest.raises(ValueError, match="is none in ISO format"):
+    with pytest.raises(ValueError, match="is not in ISO format"):
         await evaluate("--resume-eval")
     undated = {key: value for key, value in settings.items() if not key.startswith("rendered")}
     (tmp_path / "dated.jinja").write_text(CHAT_TEMPLATE)

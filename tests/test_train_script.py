@@ -25,8 +25,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config
 from environments.gsm8k import DEFAULT_SYSTEM_PROMPT
 from ludic.cli import expand_home, run_script
 from ludic.config import from_arguments
+from ludic.flags import check_evaluation_arguments
 from ludic.run.ending import compare
-from ludic.run.training import load_policy
+from ludic.run.policy import load_policy
 from ludic.storage.manifest import write_manifest
 from ludic.train.checkpoint import TrainerState, latest_checkpoint, list_checkpoints, read_state, save_checkpoint
 from ludic.train.summary import TrainingSummary
@@ -88,13 +89,27 @@ def test_a_run_leaves_the_files_that_the_readme_names(finished: tuple[Path, str]
         "checkpoints_gsm8k",
         "gsm8k_train_metrics.jsonl",
         "gsm8k_train_prompt.json",
+        "gsm8k_train_report.html",
         "gsm8k_train_reward.png",
         "gsm8k_train_rollouts.jsonl",
+        "gsm8k_train_start.json",
+        "gsm8k_train_config.toml",
         "gsm8k_train_summary.json",
         "run.lock",
     }
     assert [path.name for path in (out_dir / "checkpoints_gsm8k").iterdir()] == ["step_2"]
     assert (out_dir / "gsm8k_train_reward.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_the_file_that_a_run_left_gives_the_same_run_again(finished: tuple[Path, str], tmp_path: Path) -> None:
+    config = finished[0] / "gsm8k_train_config.toml"
+    again = run(sys.executable, str(SCRIPT), "--config", str(config), "--out-dir", str(tmp_path))
+    assert again.returncode == 0, again.stderr
+    first, second = ((folder / "gsm8k_train_rollouts.jsonl").read_bytes() for folder in (finished[0], tmp_path))
+    assert first == second
+    before, after = ((folder / config.name).read_text().splitlines() for folder in (finished[0], tmp_path))
+    assert {*before[1:]} ^ {*after[1:]} == {f'out_dir = "{folder}"' for folder in (finished[0], tmp_path)}
 
 
 def test_the_first_prompt_is_said_and_recorded_as_it_was_rendered(
@@ -168,7 +183,7 @@ def test_the_next_command_that_a_run_prints_works_as_it_stands(finished: tuple[P
     done = subprocess.run(words, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "gsm8k_eval_step_2.jsonl.summary.json").read_text())
-    assert summary["num_problems"] == 32
+    assert summary["num_problems"] == 8
 
 
 @pytest.mark.parametrize(
@@ -197,7 +212,7 @@ def test_the_command_that_evaluates_has_what_the_run_was_given(
     words = printed_command(line)[2:]
     assert any(words[at : at + len(wanted)] == wanted for at in range(len(words)))
     evaluated = eval_gsm8k_vllm.build_parser().parse_args(words)
-    eval_gsm8k_vllm.check_arguments(evaluated)
+    check_evaluation_arguments(evaluated)
     assert (evaluated.model, evaluated.system_prompt, evaluated.trust_remote_code) == (
         checkpoint, args.system_prompt, args.trust_remote_code
     )  # fmt: skip
@@ -300,6 +315,9 @@ def test_ctrl_c_saves_a_checkpoint_and_exits_130_and_an_earlier_run_was_set_asid
     checkpoint = latest_checkpoint(out_dir / "checkpoints_gsm8k")
     assert checkpoint is not None
     state = read_state(checkpoint)
+    assert (
+        out_dir / "gsm8k_train_report.html"
+    ).stat().st_mtime >= checkpoint.stat().st_mtime  # first what is to be kept
     assert state.step >= 3 and AutoModelForCausalLM.from_pretrained(checkpoint) is not None
     assert max(row["step"] for row in read_jsonl(out_dir / "gsm8k_train_rollouts.jsonl")) >= state.step
     (aside,) = (out_dir / "earlier_runs").iterdir()
@@ -449,8 +467,7 @@ def test_bad_input_is_one_line_with_exit_code_2_and_nothing_is_lost(
     [
         (["--dataset", "x.jsonl"], "--dataset"),
         (["--start-server"], "--start-server"),
-        (["--resume"], "--resume"),
-        (["--engine", "local"], "--engine"),
+        (["--engine", "vllm"], "--engine"),
         (["--eval-dataset", "x.jsonl"], "--eval-dataset"),
     ],
 )

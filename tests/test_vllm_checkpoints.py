@@ -14,7 +14,7 @@ from benchmarks.make_policy import SHAPES
 from ludic.inference.client import vllm_client
 from ludic.inference.client.server_process import ServerProcess
 from ludic.inference.client.vllm_client import VLLMEngine, stop_token_ids
-from ludic.inference.server.cpu_attention import head_size_problem
+from ludic.inference.vllm_server import head_size_problem
 from ludic.rollout.errors import ServerUnreachableError
 from ludic.task.prompts import encode_prompt, load_tokenizer
 from ludic.types import ChatMessage, SamplingParams
@@ -116,9 +116,12 @@ async def test_a_server_that_is_killed_over_a_request_is_told_of_by_the_client_a
     client = VLLMEngine(served.server.base_url, model=str(served.checkpoint))
     await client.connect(load_tokenizer(served.checkpoint), max_seq_len=160)
     long = SamplingParams(max_tokens=100)
-    running = [
-        asyncio.create_task(client.generate([5] * 20, num_completions=256, sampling=long)) for _ in range(4)
-    ]  # seconds of work, also where a policy ends its turns soon
+
+    async def without_end() -> None:  # a policy may end its turns soon
+        while True:
+            await client.generate([5] * 20, num_completions=256, sampling=long)
+
+    running = [asyncio.create_task(without_end()) for _ in range(4)]
     await asyncio.sleep(0.3)
     served.server.process.kill()
     outcomes = await asyncio.gather(*running, return_exceptions=True)

@@ -23,11 +23,13 @@ from ludic.inference.client import vllm_client
 from ludic.inference.client.handshake import start_command
 from ludic.inference.client.vllm_client import VLLMEngine, stop_token_ids
 from ludic.inference.client.weighted_semaphore import WeightedSemaphore
+from ludic.inference.server import server_guard
 from ludic.inference.wire import PATH, Generated
 from ludic.rollout.engine import PolicyWeights, WeightSyncReport
 from ludic.rollout.errors import (
     EngineError,
     ServerMismatchError,
+    ServerRestartedError,
     ServerUnauthorizedError,
     ServerUnreachableError,
     WeightSyncError,
@@ -47,7 +49,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(params=[True, False], ids=["ludic", "plain"])
 async def server(tokenizer: PreTrainedTokenizerFast, request: pytest.FixtureRequest) -> AsyncIterator[FakeServer]:
-    async with serving(FakeServer(tokenizer=tokenizer, generate_route=request.param)) as running:
+    start = "b007" * 8 if request.param else None
+    async with serving(FakeServer(tokenizer=tokenizer, generate_route=request.param, start=start)) as running:
         yield running
 
 
@@ -148,6 +151,31 @@ async def test_connecting_finds_out_which_route_the_server_has(
     await client.generate(PROMPT, num_completions=1, sampling=SamplingParams(max_tokens=4))
     await client.aclose()
     assert server.paths == [PATH if server.generate_route else "/v1/completions"]
+
+
+async def test_an_evaluation_uses_nothing_of_a_server_that_was_started_again(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    async with serving(FakeServer(tokenizer=tokenizer)) as server:
+        client = VLLMEngine(server.base_url, model=MODEL)
+        await client.connect(tokenizer)
+        await generated(client)
+        server.start = "2" * 32
+        with pytest.raises(ServerRestartedError, match="started again"):
+            await generated(client)
+        await client.aclose()
+    assert server.tokens == ["b007" * 8]
+
+
+async def test_a_server_of_another_protocol_is_an_error_with_both_numbers(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_guard, "PROTOCOL", 2)
+    async with serving(FakeServer(tokenizer=tokenizer)) as server:
+        client = VLLMEngine(server.base_url, model=MODEL)
+        with pytest.raises(ServerMismatchError, match=r"speaks protocol 2 of ludic, and this side 3: start both from"):
+            await client.connect(tokenizer)
+        await client.aclose()
 
 
 async def test_a_group_above_the_concurrency_is_asked_for_in_parts_with_the_seeds_that_one_request_would_have_used(
@@ -524,7 +552,7 @@ async def test_a_server_that_was_left_paused_is_an_error_unless_a_sync_will_set_
     server.paused = True
     with pytest.raises(ServerMismatchError, match="is paused"):
         await open_client().connect(tokenizer)
-    await open_client().connect(tokenizer, may_be_paused=True)
+    await open_client().connect(tokenizer, will_sync=True)
 
 
 async def test_another_tokenizer_is_an_error(
@@ -560,7 +588,7 @@ async def test_a_server_without_a_chat_template_is_warned_of_because_prompts_are
 async def test_plain_vllm_without_rl_routes_is_an_error_that_names_ludics_server(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
-    async with serving(FakeServer(tokenizer=tokenizer, rl_routes=False, generate_route=False)) as plain:
+    async with serving(FakeServer(tokenizer=tokenizer, rl_routes=False, generate_route=False, start=None)) as plain:
         client = VLLMEngine(plain.base_url, model=MODEL)
         await client.connect(tokenizer)  # enough to evaluate
         with pytest.raises(ServerMismatchError, match=r"no RL routes.*python -m ludic\.inference\.vllm_server"):

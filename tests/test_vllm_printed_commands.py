@@ -89,4 +89,4 @@ def test_the_commands_that_a_training_prints_start_its_server_start_it_again_and
     )  # fmt: skip
     assert evaluated.returncode == 0, evaluated.stderr
     (summary,) = tmp_path.glob("gsm8k_eval_step_*.jsonl.summary.json")
-    assert json.loads(summary.read_text())["num_problems"] == 32
+    assert json.loads(summary.read_text())["num_problems"] == 8  # those that the run evaluated on: --eval-limit 8
