@@ -42,7 +42,8 @@ fi
 # What resolves for these is built against CUDA; vLLM imports them where they are present, and fails.
 uv pip uninstall --quiet --python "$DIR/bin/python" torchvision torchaudio torchcodec 2>/dev/null || true
 # What ludic and its tests import beside vLLM's own dependencies, in the environment's versions of those.
-install aiohttp hypothesis math-verify matplotlib plotext pytest pytest-asyncio pytest-timeout requests rich safetensors
+install aiohttp hypothesis math-verify matplotlib peft plotext requests rich safetensors scipy shtab tomli-w
+install pytest pytest-asyncio pytest-timeout pytest-xdist
 install --no-deps --editable .
 "$DIR/bin/python" -W ignore -c 'import ludic, vllm; assert vllm.__version__ == "'"$VLLM"'", vllm.__version__'
 echo "$wanted" >"$STAMP"

@@ -1,4 +1,5 @@
-"""Writes the parts of the documentation that are made from the code: flag tables, server defaults, public names.
+"""Writes the parts of the documentation that are made from the code: flags, metrics, server defaults, public names,
+capacity tables.
 
     uv run python scripts/write_docs.py            write them
     uv run python scripts/write_docs.py --check    say which are out of date, exit code 1
@@ -7,8 +8,11 @@ A part stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->`. `tests/test
 """
 
 import argparse
+import contextlib
+import functools
 import importlib.util
 import inspect
+import io
 import re
 import sys
 from collections.abc import Callable
@@ -16,9 +20,10 @@ from pathlib import Path
 from types import ModuleType
 
 from ludic.inference.server.server_defaults import markdown_table
+from ludic.telemetry.metric_names import metric_tables
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = tuple(ROOT / "docs" / name for name in ("api.md", "flags.md", "server.md"))
+DOCUMENTS = tuple(ROOT / "docs" / name for name in ("api.md", "capacity.md", "flags.md", "metrics.md", "server.md"))
 
 
 def load_script(name: str) -> ModuleType:
@@ -79,11 +84,35 @@ def names_table() -> str:
     return "\n".join(lines)
 
 
+CAPACITY = {
+    "capacity-plan": "--model 32B --training-gpus 8 --cpu-offload --servers 2 --tensor-parallel 4 --rollouts-per-update 512 "
+    "--gradient-checkpointing",
+    "capacity-layouts": "layouts --model 32B --gpus 32 --cpu-offload --rollouts-per-update 512 --gradient-checkpointing",
+    "capacity-host": "layouts --model 7B --gpus 8 --rollouts-per-update 512 --gradient-checkpointing",
+    "capacity-70b": "--model 70B --training-gpus 16 --cpu-offload --servers 2 --tensor-parallel 8 --rollouts-per-update 512 "
+    "--gradient-checkpointing",
+    "capacity-lora": "lora --lora-rank 16",
+    "capacity-measured": "measured",
+}
+"""The parts of docs/capacity.md, and the flags of `python -m ludic.capacity` that print them."""
+
+
+def capacity(part: str) -> str:
+    """What the command of this part prints."""
+    from ludic.capacity.__main__ import main as print_capacity
+
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        print_capacity(CAPACITY[part].split())
+    return printed.getvalue().rstrip("\n")
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "flags": lambda: flag_table(train_parser()),
     "eval-flags": lambda: flag_table(eval_parser()),
+    "metrics": metric_tables,
     "names": names_table,
     "server-defaults": markdown_table,
+    **{part: functools.partial(capacity, part) for part in CAPACITY},
 }
 
 
