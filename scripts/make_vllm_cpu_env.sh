@@ -43,7 +43,7 @@ fi
 uv pip uninstall --quiet --python "$DIR/bin/python" torchvision torchaudio torchcodec 2>/dev/null || true
 # What ludic and its tests import beside vLLM's own dependencies, in the environment's versions of those.
 install aiohttp hypothesis math-verify matplotlib peft plotext requests rich safetensors scipy shtab tomli-w
-install pytest pytest-asyncio pytest-timeout pytest-xdist
+install pytest pytest-asyncio pytest-rerunfailures pytest-timeout pytest-xdist
 install --no-deps --editable .
 "$DIR/bin/python" -W ignore -c 'import ludic, vllm; assert vllm.__version__ == "'"$VLLM"'", vllm.__version__'
 echo "$wanted" >"$STAMP"
