@@ -6,6 +6,7 @@ starting Python takes longer than refusing a flag; a few go through a subprocess
 
 import importlib.util
 import json
+import os
 import re
 import shutil
 import signal
@@ -28,6 +29,7 @@ from ludic.config import from_arguments
 from ludic.flags import check_evaluation_arguments
 from ludic.run.ending import compare
 from ludic.run.policy import load_policy
+from ludic.run.training import keep_compiled
 from ludic.storage.manifest import write_manifest
 from ludic.train.checkpoint import TrainerState, latest_checkpoint, list_checkpoints, read_state, save_checkpoint
 from ludic.train.summary import TrainingSummary
@@ -644,3 +646,15 @@ def test_help_names_every_flag_of_the_documented_command(script: ModuleType, mon
     for group in ("task:", "engine:", "rollouts:", "optimisation:", "memory:", "evaluation:", "checkpoints:"):
         assert f"\n{group}\n" in shown
     assert DEFAULT_SYSTEM_PROMPT in shown
+
+
+def test_what_torch_compiles_is_kept_in_the_users_cache_folder_unless_it_was_given_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/elsewhere")
+    keep_compiled()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/elsewhere"
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
+    keep_compiled()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/caches/ludic/torchinductor"

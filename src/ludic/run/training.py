@@ -78,6 +78,7 @@ async def train_from_flags(args: argparse.Namespace, task: Task[SampleT]) -> "Tr
     """
     started = time.perf_counter()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else tokenizers warn of the forked grading workers
+    keep_compiled()
     handler = StandardErrorHandler()
     handler.setFormatter(InertFormatter("%(name)s: %(message)s"))
     logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, handlers=[handler])
@@ -87,6 +88,13 @@ async def train_from_flags(args: argparse.Namespace, task: Task[SampleT]) -> "Tr
             follow(ranks, args)
             sys.exit()  # nothing of what the script does with the summary is this rank's to do
         return await _run(args, task, ranks, started)
+
+
+def keep_compiled() -> None:
+    """Have torch keep what it compiles in the user's cache folder: its own choice is the temporary one, which a restart of the
+    machine empties. What is found there is keyed by torch with its versions, the code and the shapes."""
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(caches / "ludic" / "torchinductor"))
 
 
 async def _run(
