@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ludic.inference.server.server_guard import ServerGuard
 from ludic.inference.wire import (
+    ENGINES_PATH,
     LEASE_HEADER,
     PATH,
     PROTOCOL,
@@ -60,6 +61,8 @@ class FakeServer:
     weights_digest: str = "0123456789abcdef"
     """What the worker makes of the weights that it holds."""
     faults: list[web.StreamResponse | str] = field(default_factory=list)
+    engine_ports: list[int] | None = None
+    """What the first of several engines says; None of the only one, [] while others load."""
     hold: asyncio.Event | None = None
     """Completions wait for it, if it is there."""
 
@@ -82,6 +85,8 @@ class FakeServer:
         app.router.add_get("/v1/models", self._models)
         app.router.add_post("/tokenize", self._tokenize)
         app.router.add_post("/v1/completions", self._completions)
+        if self.engine_ports is not None:
+            app.router.add_get(ENGINES_PATH, self._engines)
         if self.generate_route:
             app.router.add_get(PATH, self._protocol)
             app.router.add_post(PATH, self._completions)
@@ -148,6 +153,11 @@ class FakeServer:
 
     async def _health(self, request: web.Request) -> web.Response:
         return web.Response()
+
+    async def _engines(self, request: web.Request) -> web.Response:
+        if not self.engine_ports:
+            return web.json_response(error_body(503, "1 of 2 engines still load"), status=503)
+        return web.json_response({"ports": self.engine_ports})
 
     async def _models(self, request: web.Request) -> web.Response:
         entry = {"id": self.model, "object": "model", "max_model_len": self.max_model_len}

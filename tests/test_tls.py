@@ -12,7 +12,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from ludic.cli import add_engine_arguments, check_engine_arguments, server_url
+from ludic.cli import add_engine_arguments, check_engine_arguments, server_urls
 from ludic.inference.client.handshake import start_command
 from ludic.inference.client.server_control import ServerControl
 from ludic.inference.client.tls import tls_context
@@ -117,7 +117,7 @@ def arguments(*flags: str) -> str:
     add_engine_arguments(parser)
     args = parser.parse_args(flags)
     check_engine_arguments(args)
-    return server_url(args)
+    return server_urls(args)[0]
 
 
 def test_the_base_url_is_the_address_in_place_of_host_and_port() -> None:

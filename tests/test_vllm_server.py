@@ -74,6 +74,8 @@ def arguments(**given: object) -> argparse.Namespace:
         "api_server_count": None,
         "no_training": False,
         "weight_transfer_config": None,
+        "server_engines": 1,
+        "ssl_certfile": None,
     }
     return argparse.Namespace(**(defaults | given))
 
@@ -568,7 +570,7 @@ def test_gpu_numbers_are_those_of_this_process() -> None:
 
 
 def test_the_child_gets_no_rank_of_the_trainer_and_no_proxy_for_loopback() -> None:
-    environment = server_process._child_environment(
+    environment = server_process.child_environment(
         {"RANK": "1", "WORLD_SIZE": "2", "NO_PROXY": "intranet", "HOME": "/home/me"},
         host="127.0.0.1",
         gpu=None,

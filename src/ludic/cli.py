@@ -6,6 +6,7 @@ A user's mistake is one line on standard error and exit code 2; Ctrl-C is 130. A
 import argparse
 import asyncio
 import os
+import shlex
 import sys
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 from ludic.inference.client.server_process import ServerStartError
+from ludic.inference.server.server_help import engines_problem, quick_arguments
 from ludic.rollout.errors import EngineError
 from ludic.storage.inert import inert_lines
 from ludic.survival.signals import Interrupts, keep_standard_streams
@@ -76,6 +78,9 @@ def check_engine_arguments(args: argparse.Namespace) -> None:
         raise ValueError(f"--host {args.host}: give a name or an IPv4 address; IPv6 addresses are not supported")
     if not 0 < args.port < 65536:
         raise ValueError(f"--port must be in 1 to 65535, not {args.port}")
+    started = started_settings(args)
+    if args.start_server and (problem := engines_problem(started)):
+        raise ValueError(f"--server-args: {problem}")
     _check_server_urls(args)
     if args.engine == "local" and args.start_server:
         raise ValueError("--engine local generates in this process: it contradicts --start-server")
@@ -120,14 +125,18 @@ def _check_url(flag: str, url: str) -> None:
 
 
 def server_urls(args: argparse.Namespace) -> list[str]:
-    """The addresses of the servers that the flags name, at least one."""
-    urls = args.server or [args.base_url or f"http://{args.host}:{args.port}"]
+    """The addresses of the servers that the flags name, at least one; of a started server, those of its engines."""
+    ports = range(args.port, args.port + started_settings(args).server_engines)
+    urls = args.server or ([args.base_url] if args.base_url else [f"http://{args.host}:{port}" for port in ports])
     return [str(url).rstrip("/") for url in urls]
 
 
-def server_url(args: argparse.Namespace) -> str:
-    """The address of the only server, or of the first of several."""
-    return server_urls(args)[0]
+def started_settings(args: argparse.Namespace) -> argparse.Namespace:
+    """What `--server-args` say of the server that `--start-server` starts, `server_engines` among it, as far as it is known
+    without vLLM; of one that is not started, the defaults."""
+    settings = quick_arguments(shlex.split(args.server_args) if args.start_server else [])
+    settings.host, settings.port = args.host, args.port
+    return settings
 
 
 def total_concurrency(args: argparse.Namespace) -> int:

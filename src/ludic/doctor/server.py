@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import contextlib
 import dataclasses
 import subprocess
 import sys
@@ -9,14 +10,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ludic.cli import server_urls
+from ludic.cli import server_urls, started_settings
 from ludic.config import GRPOConfig
 from ludic.doctor.findings import Check, Finding, failed, ok, warning
 from ludic.doctor.machine import installed, tokenizer_of, trainer_device
 from ludic.inference.client import handshake
 from ludic.inference.client.server_control import ServerControl
 from ludic.inference.client.server_process import require_free_port
-from ludic.rollout.errors import ServerUnreachableError
+from ludic.rollout.errors import EngineError, ServerUnreachableError
 from ludic.storage.identity import describe, identity
 from ludic.storage.keys import read_api_key
 
@@ -39,7 +40,7 @@ def server_checks(args: argparse.Namespace, config: GRPOConfig) -> list[tuple[st
     """The checks of each server that runs, or of the port of one that is to be started."""
     if args.start_server:
         return [("port", lambda: check_free_port(args)), ("vLLM", check_vllm)]
-    urls = server_urls(args)
+    urls = [url for base_url in server_urls(args) for url in _engines_behind(base_url, args)]
     if len(urls) == 1:
         return _checks_of(ServerChecks(args, config, urls[0]))
     return [
@@ -47,6 +48,17 @@ def server_checks(args: argparse.Namespace, config: GRPOConfig) -> list[tuple[st
         for url in urls
         for name, check in _checks_of(ServerChecks(args, config, url))
     ]
+
+
+def _engines_behind(base_url: str, args: argparse.Namespace) -> list[str]:
+    """The server's own address alone where it cannot be asked: its checks say why."""
+    with contextlib.closing(
+        ServerControl(base_url, api_key=read_api_key(args.api_key_file), timeout_s=30.0)
+    ) as control:
+        try:
+            return handshake.engines_behind(control)
+        except EngineError:
+            return [base_url]
 
 
 def _named_after(url: str, check: Check) -> Check:
@@ -73,9 +85,13 @@ def _checks_of(checks: "ServerChecks") -> list[tuple[str, Check]]:
 
 
 def check_free_port(args: argparse.Namespace) -> Finding:
-    """Is the port free on which a server is to be started?"""
-    require_free_port(args.host, args.port)
-    return ok("port", f"{args.host}:{args.port} is free for the server")
+    """Is the port free on which a server is to be started, and that of each of its engines?"""
+    ports = range(args.port, args.port + started_settings(args).server_engines)
+    for port in ports:
+        require_free_port(args.host, port)
+    if len(ports) == 1:
+        return ok("port", f"{args.host}:{args.port} is free for the server")
+    return ok("port", f"{args.host}:{ports[0]} to {ports[-1]} are free for the server's {len(ports)} engines")
 
 
 def check_vllm() -> Finding:

@@ -21,6 +21,7 @@ import sys
 from collections.abc import Sequence
 
 from ludic.inference.client.server_process import ServerStartError, end_with_parent, require_free_port
+from ludic.inference.server.engines_route import ENGINES_VARIABLE
 from ludic.inference.server.generate_route import ASGIApp, Receive, Scope, Send, request_path, respond
 from ludic.inference.server.server_defaults import DEV_MODE_VARIABLE, Machine, apply_defaults, middleware
 from ludic.inference.server.server_help import (
@@ -29,11 +30,13 @@ from ludic.inference.server.server_help import (
     USAGE,
     VLLM_RANGE,
     add_own_flags,
+    engines_problem,
     fail,
     missing_gpu,
     num_nvidia_gpus,
     quick_arguments,
 )
+from ludic.inference.vllm_engines import ENGINE_VARIABLE, serve_engines
 from ludic.storage.keys import take_api_keys
 from ludic.task.pretrained import load_config
 
@@ -48,6 +51,9 @@ KEY_ON_COMMAND_LINE = f"--api-key: `ps` shows it to every user, and vLLM may log
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse vLLM's flags, check what ludic must check, and serve until a signal. Exits with 2 on a bad setting."""
     end_with_parent()
+    is_engine = os.environ.pop(ENGINE_VARIABLE, None) is not None
+    if not is_engine:
+        os.environ.pop(ENGINES_VARIABLE, None)
     os.environ.pop(DEV_MODE_VARIABLE, None)  # --no-training decides, and defaults of vLLM's parser depend on it
     argv = list(sys.argv[1:] if argv is None else argv)
     quick = quick_arguments(argv)
@@ -59,18 +65,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         if no_gpu:
             os.environ["VLLM_TARGET_DEVICE"] = "cpu"  # with no device at all vLLM cannot build its parser
         parse_arguments(argv)  # prints vLLM's help, and ends
-    if not any(word.partition("=")[0] == "--config" for word in argv):  # a file's settings belong to the others
-        check_settings(quick, keys)
+    has_file = any(word.partition("=")[0] == "--config" for word in argv)
+    if not has_file:  # a file's settings belong to the others
+        check_settings(quick, keys, is_engine=is_engine)
     if no_gpu:
         fail(no_gpu)
+    if quick.server_engines > 1 and not is_engine and not has_file:
+        serve_engines(argv, quick, keys)
     args = parse_arguments(argv)
     if args.api_key_file != quick.api_key_file:  # from --config
         keys = _keys(args.api_key_file)
-    check_settings(args, keys)
+    check_settings(args, keys, is_engine=is_engine)
     if warning := key_warning(args, keys):
         logger.warning("ATTENTION: %s", warning)
     if problem := head_size_problem(args):
         fail(problem)
+    if args.server_engines > 1 and not is_engine:
+        serve_engines(argv, args, keys)
     if not args.no_training:
         os.environ[DEV_MODE_VARIABLE] = "1"
     # The middlewares are constructed without arguments, in a module of their own beside __main__: the environment reaches
@@ -115,15 +126,17 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
     # Twice: some defaults depend on other flags, which may also come from the file.
     asked = parser.parse_args(argv)
-    apply_defaults(parser, asked, this_machine(training=not asked.no_training))
+    machine = this_machine(training=not asked.no_training, num_engines=max(1, asked.server_engines))
+    apply_defaults(parser, asked, machine)
     args: argparse.Namespace = parser.parse_args(argv)
+    args.gpu_memory_utilization /= machine.num_engines
     if args.model_tag is not None:  # the model as first word, as with `vllm serve`
         args.model = args.model_tag
     args.middleware = middleware(args.middleware, training=not args.no_training)
     return args
 
 
-def this_machine(*, training: bool) -> Machine:
+def this_machine(*, training: bool, num_engines: int = 1) -> Machine:
     """What vLLM found here."""
     from vllm.platforms import current_platform
 
@@ -132,11 +145,12 @@ def this_machine(*, training: bool) -> Machine:
 
         # As vLLM's worker counts, which refuses a KV cache that is larger than this; it knows limits of containers.
         free_bytes = get_memory_node_info(get_visible_memory_node()[0]).available_memory
-        return Machine(is_cpu=True, free_bytes=free_bytes)
+        return Machine(is_cpu=True, free_bytes=free_bytes, num_engines=num_engines)
     # The GPUs of the machine count, not those visible here, for a server is usually confined to one of them. NVML knows no
     # number (None) on AMD and in some containers, where more than one is the usual case.
     alone = not (training and current_platform.is_cuda_alike()) or num_nvidia_gpus() in (0, 1)
-    return Machine(is_cpu=False, transfer_backend="ludic_shm" if alone else "ludic_nccl")
+    backend = "ludic_shm" if alone else "ludic_nccl"
+    return Machine(is_cpu=False, transfer_backend=backend, num_engines=num_engines)
 
 
 def head_size_problem(args: argparse.Namespace) -> str:
@@ -179,13 +193,14 @@ def listens(args: argparse.Namespace) -> bool:
     return not args.uds and not args.headless
 
 
-def check_settings(args: argparse.Namespace, keys: Sequence[str]) -> None:
-    """End with one line if the server must not, or cannot, start like this."""
-    if problem := unsafe_setting(args, keys):
+def check_settings(args: argparse.Namespace, keys: Sequence[str], *, is_engine: bool = False) -> None:
+    """End with one line if the server must not, or cannot, start like this; all of several, unless it `is_engine` of them."""
+    if problem := engines_problem(args) or unsafe_setting(args, keys):
         fail(problem)
     if listens(args):
         try:
-            require_free_port(args.host or "", args.port)
+            for index in range(1 if is_engine else args.server_engines):
+                require_free_port(args.host or "", args.port + index)
         except ServerStartError as error:
             fail(str(error))
 

@@ -35,6 +35,8 @@ COMPLETIONS_PATH = "/v1/completions"
 TRAINER_PATH = "/ludic/v1/trainer"
 """Claims, keeps and releases the lease of the server (`server_guard`). Not renamed since protocol 2, whose trainers would take
 a server without this path for plain vLLM, and train on it without a lease."""
+ENGINES_PATH = "/ludic/v1/engines"
+"""Of the first of several engines (`engines_route`): the ports of all."""
 LEASE_HEADER = "x-ludic-lease"
 """In a request the token that the server gave to its caller, `START-NUMBER` with a lease and `START` without one; in the reply
 the same. A server knows no token of another start, so what repeats it comes from the start that was asked."""

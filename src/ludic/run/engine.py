@@ -10,12 +10,15 @@ import contextlib
 import shlex
 import socket
 from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from ludic.cli import server_urls
-from ludic.inference.client.server_process import ServerProcess
+from ludic.cli import server_urls, started_settings
+from ludic.inference.client.server_process import ServerProcess, require_free_port
+from ludic.inference.vllm_engines import ENGINE_VARIABLE, start_order
 from ludic.storage.inert import inert
 from ludic.storage.keys import read_api_key
 from ludic.survival.signals import at_once
@@ -48,6 +51,27 @@ def require_server(args: argparse.Namespace) -> None:
             from ludic.inference.client.handshake import nothing_listens  # brings an HTTP client
 
             raise nothing_listens(base_url, args.model) from error
+
+
+def name_engines(args: argparse.Namespace) -> None:
+    """Let `args` name every engine of a server that runs and has several (`--server-engines`), as if each had been given.
+
+    Raises:
+        EngineError: the server does not answer, or some of its engines still load.
+    """
+    if args.engine == "local" or args.start_server:
+        return
+    urls = [url for base_url in server_urls(args) for url in _engines_behind(base_url, args)]
+    if len(urls) > len(server_urls(args)):
+        args.server, args.base_url = list(dict.fromkeys(urls)), None
+
+
+def _engines_behind(base_url: str, args: argparse.Namespace) -> list[str]:
+    from ludic.inference.client.handshake import engines_behind
+    from ludic.inference.client.server_control import ServerControl
+
+    with contextlib.closing(ServerControl(base_url, api_key=read_api_key(args.api_key_file))) as control:
+        return engines_behind(control)
 
 
 @contextlib.asynccontextmanager
@@ -85,10 +109,12 @@ async def open_engine(
     files = files or args.model
     model_config = load_config(files, trust_remote_code=args.trust_remote_code)  # before a server is started for it
     async with contextlib.AsyncExitStack() as stack:
-        server = await _start_server(stack, args, out_dir, max_seq_len, fp32_head, say) if args.start_server else None
-        if server is not None:
-            stack.push(server.explain_loss)
-        urls = server_urls(args) if server is None else [server.base_url]
+        servers: list[ServerProcess] = []
+        if args.start_server:
+            servers = await _start_servers(stack, args, out_dir, max_seq_len, fp32_head, say)
+        if len(servers) == 1:  # else the error names the one that was lost
+            stack.push(servers[0].explain_loss)
+        urls = [server.base_url for server in servers] or server_urls(args)
         clients = [
             _client(
                 args,
@@ -102,9 +128,9 @@ async def open_engine(
             )
             for url in urls
         ]
-        recovery = {"server": server, "out_dir": out_dir, "wait_s": args.server_wait, "say": say}
+        recovery = {"out_dir": out_dir, "wait_s": args.server_wait, "say": say}
         yield await stack.enter_async_context(
-            connected(clients, tokenizer, probe=probe, max_seq_len=max_seq_len, **recovery)
+            connected(clients, tokenizer, probe=probe, max_seq_len=max_seq_len, servers=servers, **recovery)
         )
 
 
@@ -142,24 +168,28 @@ async def connected(
     *,
     probe: Sequence[int] | None,
     max_seq_len: int | None = None,
+    servers: Sequence[ServerProcess] = (),
     **recovery: Any,
 ) -> "AsyncIterator[InferenceEngine]":
-    """One client, connected; with a `probe`, the clients of one or several servers as the engine that a run trains with.
+    """The clients of one or several servers as one engine, connected; with a `probe`, the one that a run trains with.
 
-    `recovery` are the settings of `RecoveringEngine`.
+    `servers` are those that this run started, one a client, else none; `recovery` are further settings of `RecoveringEngine`.
     """
     if probe is None:
-        (client,) = clients
-        async with contextlib.aclosing(client):
-            await client.connect(tokenizer, max_seq_len=max_seq_len)
-            yield client
+        from ludic.inference.client.least_loaded import LeastLoaded
+
+        async with contextlib.aclosing(clients[0] if len(clients) == 1 else LeastLoaded(clients)) as evaluated:
+            for client in clients:
+                await client.connect(tokenizer, max_seq_len=max_seq_len)
+            yield evaluated
         return
     from ludic.survival.recovery import RecoveringEngine
     from ludic.survival.several_servers import SeveralServers
 
     async with contextlib.AsyncExitStack() as stack:
         engines = [
-            await stack.enter_async_context(contextlib.aclosing(RecoveringEngine(one, **recovery))) for one in clients
+            await stack.enter_async_context(contextlib.aclosing(RecoveringEngine(one, server=server, **recovery)))
+            for one, server in zip_longest(clients, servers)
         ]
         for engine in engines:
             await engine.connect(tokenizer, max_seq_len=max_seq_len)
@@ -185,32 +215,47 @@ def _local_engine(args: argparse.Namespace, max_seq_len: int, stop_ids: Sequence
     )
 
 
-async def _start_server(
+async def _start_servers(
     stack: contextlib.AsyncExitStack,
     args: argparse.Namespace,
     out_dir: Path,
     max_seq_len: int,
     fp32_head: bool | None,
     say: Callable[[str], None],
-) -> ServerProcess:
+) -> list[ServerProcess]:
+    """The server; of one with several engines each, so that each can be started again by itself."""
+    started = started_settings(args)
     status = StatusLine(say)
-    log_path = Path(args.server_log) if args.server_log else out_dir / "vllm_server.log"
-    server = ServerProcess(
-        args.model,
-        host=args.host,
-        port=args.port,
-        gpu=args.server_gpu,
-        api_key=read_api_key(args.api_key_file),
-        extra_args=_server_flags(args, max_seq_len, fp32_head),
-        log_path=log_path,
-        on_progress=lambda seconds, line: status.show(f"server loading, {seconds:.0f} s: {inert(line)}"),
-    )
-    stack.push_async_callback(asyncio.to_thread, server.close)
-    say(f"starting the server; its log is {log_path}")
+    path = Path(args.server_log) if args.server_log else out_dir / "vllm_server.log"
+    servers = []
+    for index in range(started.server_engines):
+        name = f"engine {index + 1}" if started.server_engines > 1 else "server"
+        server = ServerProcess(
+            args.model,
+            host=args.host,
+            port=args.port + index,
+            gpu=args.server_gpu,
+            api_key=read_api_key(args.api_key_file),
+            extra_args=_server_flags(args, max_seq_len, fp32_head),
+            log_path=path if index == 0 else path.with_stem(f"{path.stem}_{index + 1}"),
+            on_progress=partial(_show_loading, status, name),
+            env={ENGINE_VARIABLE: "1"} if started.server_engines > 1 else {},
+        )
+        stack.push_async_callback(asyncio.to_thread, server.close)
+        servers.append(server)
+        require_free_port(args.host, server.port)
+    logs = ", ".join(str(path.with_name(server.log_path.name)) for server in servers)
+    what = "the server; its log is" if len(servers) == 1 else f"the server's {len(servers)} engines; their logs are"
+    say(f"starting {what} {logs}")
     with status:
-        await asyncio.to_thread(server.start)
-    say(f"the server is up at {server.base_url}")
-    return server
+        for wave in start_order(started):
+            await asyncio.gather(*(asyncio.to_thread(servers[index].start) for index in wave))
+    say(f"the server is up at {servers[0].base_url}")
+    return servers
+
+
+def _show_loading(status: StatusLine, name: str, seconds: float, line: str) -> None:
+    status.show(f"{name} loading, {seconds:.0f} s: {inert(line)}")
 
 
 def _server_flags(args: argparse.Namespace, max_seq_len: int, fp32_head: bool | None) -> list[str]:

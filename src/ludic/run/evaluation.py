@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
 
-from ludic.cli import expand_home, hide_loading_bars, prepare_out_dir, say, server_url
+from ludic.cli import expand_home, hide_loading_bars, prepare_out_dir, say, server_urls, total_concurrency
 from ludic.commands import given_command
 from ludic.config_file import check_parser, write_config
 from ludic.flags import check_evaluation_arguments
 from ludic.inference.wire import NEUTRAL_SAMPLING
 from ludic.report.runs import default_page
-from ludic.rollout.errors import EngineError
+from ludic.rollout.errors import EngineError, ServerMismatchError
 from ludic.rollout.problems import (
     Problem,
     ProblemRecord,
@@ -34,7 +34,7 @@ from ludic.rollout.problems import (
     read_records,
     rules_of,
 )
-from ludic.run.engine import open_engine, require_server
+from ludic.run.engine import name_engines, open_engine, require_server
 from ludic.run.report_page import page_at_an_early_end, write_page
 from ludic.run.task import Task
 from ludic.storage.jsonl import JsonlWriter
@@ -99,6 +99,7 @@ async def evaluate_from_flags(
         temperature=args.temperature, top_p=args.top_p, max_tokens=args.max_tokens, seed=args.seed
     )
     require_server(args)
+    name_engines(args)
     out_dir = prepare_out_dir(args.out_dir)
     out = out_dir / args.out
     with at_once():
@@ -243,14 +244,28 @@ def check_same_settings(before: Mapping[str, Any], settings: Mapping[str, Any]) 
 
 
 def weights_in_use(args: argparse.Namespace) -> "WeightsInUse":
-    """Which weights are scored, as far as the engine says."""
+    """Which weights are scored, as far as the engine says.
+
+    Raises:
+        ServerMismatchError: the server has several engines, which hold different ones.
+    """
     from ludic.inference.client.server_control import ServerControl  # brings an HTTP client
     from ludic.inference.client.weights_in_use import weights_of_files, weights_of_server
 
     if args.engine == "local":
         return weights_of_files(args.model)
-    with contextlib.closing(ServerControl(server_url(args), api_key=read_api_key(args.api_key_file))) as control:
-        return weights_of_server(control, args.model, args.tokenizer or args.model)
+    held = {}
+    for url in server_urls(args):
+        with contextlib.closing(ServerControl(url, api_key=read_api_key(args.api_key_file))) as control:
+            held[url] = weights_of_server(control, args.model, args.tokenizer or args.model)
+    (first, weights), *others = held.items()
+    for url, theirs in others:
+        if (theirs.fingerprint, theirs.policy_version) != (weights.fingerprint, weights.policy_version):
+            raise ServerMismatchError(
+                f"the engines hold different weights: {first} {weights.description}; {url} {theirs.description}. Wait for the "
+                "weight sync that is under way, or restart them"
+            )
+    return weights
 
 
 def _weights_at_the_end(args: argparse.Namespace, before: "WeightsInUse") -> "WeightsInUse":
@@ -297,7 +312,7 @@ async def _evaluate(
             tokenizer=parts.tokenizer,
             sampling=sampling,
             samples_per_problem=args.samples,
-            concurrency=args.concurrency,
+            concurrency=total_concurrency(args),
             record_writer=writer,
             done=parts.done,
             on_progress=display,

@@ -26,7 +26,7 @@ from ludic.doctor.machine import trainer_device
 from ludic.report.start import write_start
 from ludic.run.artifacts import check_artifacts, send_artifacts
 from ludic.run.ending import finish
-from ludic.run.engine import open_engine, require_server
+from ludic.run.engine import name_engines, open_engine, require_server
 from ludic.run.forecast import check_forecast_arguments, forecast_run
 from ludic.run.policy import load_models
 from ludic.run.preparation import Parts, prepare
@@ -107,6 +107,7 @@ async def _run(
     config = from_arguments(args)
     check_rank_arguments(args, config)
     require_server(args)
+    name_engines(args)
     paths = RunPaths(out_dir=prepare_out_dir(args.out_dir), name=task.file_name)
     check_forecast_arguments(args, paths)
     with run_lock(paths.out_dir, identity(paths.out_dir)):  # until the end: two runs would write the same files

@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from ludic.rollout.engine import Policy, WeightSyncReport
 from ludic.rollout.errors import EngineError, ServerLostError
 from ludic.survival.recovery import MAX_LOSSES, RecoveringEngine
+from ludic.survival.shared_policy import SharedPolicy
 from ludic.types import Completion, SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -98,9 +99,9 @@ class SeveralServers:
             await asyncio.wait(recovering, return_when=asyncio.FIRST_COMPLETED)
 
     async def update_weights(self, policy: Policy) -> WeightSyncReport:
-        """As `VLLMEngine.update_weights`, to every server; one that is lost gets the weights when it is back.
+        """As `VLLMEngine.update_weights`, to every server at the same time; one that is lost gets the weights when it is back.
 
-        The report has the bytes and the phases of all, which follow each other, the largest gap, and every proof.
+        The report has the bytes of all, the longest of each phase, the largest gap, and every proof.
 
         Raises:
             EngineError: no server could be recovered.
@@ -110,7 +111,7 @@ class SeveralServers:
 
     async def _update(self, policy: Policy) -> WeightSyncReport:
         started = time.perf_counter()
-        self._policy = policy
+        self._policy = SharedPolicy(policy)
         self._num_updates += 1
         syncs = {engine: self._sync(engine) for engine in self._engines if engine.failure is None}
         while True:
@@ -195,9 +196,8 @@ class SeveralServers:
 def _merged(reports: dict[str, WeightSyncReport], seconds: float) -> WeightSyncReport:
     every = list(reports.values())
     gaps = [one.logprob_gap for one in every if one.logprob_gap is not None]
-    phases: Counter[str] = Counter()
-    for one in every:
-        phases.update(one.phases_s)
+    names = dict.fromkeys(name for one in every for name in one.phases_s)
+    phases = {name: max(one.phases_s.get(name, 0.0) for one in every) for name in names}
     return WeightSyncReport(
         policy_version=max(one.policy_version for one in every),
         num_tensors=every[0].num_tensors,
@@ -205,5 +205,5 @@ def _merged(reports: dict[str, WeightSyncReport], seconds: float) -> WeightSyncR
         seconds=seconds,
         proof="; ".join(f"{url}: {one.proof}" for url, one in reports.items()),
         logprob_gap=max(gaps, default=None),
-        phases_s=dict(phases),
+        phases_s=phases,
     )

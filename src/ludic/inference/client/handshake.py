@@ -172,6 +172,27 @@ def has_generate_route(control: ServerControl) -> bool:
     return bool(answer == {"protocol": wire.PROTOCOL})
 
 
+def engines_behind(control: ServerControl) -> list[str]:
+    """The addresses of all engines of the server's command, its own first; its own alone where it is the only one.
+
+    Raises:
+        EngineError: some of them still load.
+    """
+    try:
+        ports = control.ask("GET", wire.ENGINES_PATH, "ports", timeout_s=LOOK_S)["ports"]
+    except RouteMissingError:  # one engine, or plain vLLM
+        return [control.base_url]
+    address = urlsplit(control.base_url)
+    if address.scheme != "http" or address.path.strip("/") or address.port != ports[0]:  # a proxy or a tunnel
+        logger.warning(
+            "the server behind %s has %d engines on ports %s, and only the first is used: give the address of each with --server",
+            control.base_url, len(ports), ", ".join(map(str, ports)),
+        )  # fmt: skip
+        return [control.base_url]
+    host = address.netloc.rpartition(":")[0]
+    return [f"http://{host}:{port}" for port in ports]
+
+
 def stays_paused(control: ServerControl) -> bool:
     """Whether the server stays paused for longer than the sync of a running trainer takes."""
     for attempt in range(PAUSED_LOOKS):

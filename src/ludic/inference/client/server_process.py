@@ -1,8 +1,8 @@
 """Runs ludic's vLLM server as a child process: start it, wait until it is healthy, start it again, and leave nothing behind.
 
 `ServerProcess` is the parent's half; `end_with_parent` is the server's, which `vllm_server` calls first thing. Nothing here
-imports vLLM or torch. Left out: deciding when a server is to be started again, which is `survival.recovery`'s, and several
-servers.
+imports vLLM or torch. Left out: deciding when a server is to be started again, which is `survival.recovery`'s; and several
+servers at once, which are `vllm_engines`' and, for a trainer that starts them, `run.engine`'s.
 """
 
 import contextlib
@@ -88,12 +88,12 @@ class ServerProcess:
     ) -> None:
         self.host = host
         self.port = free_port(host) if port is None else port
-        self.base_url = f"http://{_reachable(host)}:{self.port}"
+        self.base_url = f"http://{reachable(host)}:{self.port}"
         self.log_path = Path(log_path).absolute()
         self.num_restarts = 0
         self._command = [python, "-m", "ludic.inference.vllm_server", "--model", model, "--host", host]
         self._command += ["--port", str(self.port), *extra_args]
-        self._env = _child_environment({**os.environ, **(env or {})}, host=host, gpu=gpu, api_key=api_key)
+        self._env = child_environment({**os.environ, **(env or {})}, host=host, gpu=gpu, api_key=api_key)
         self._timeout_s = timeout_s
         self._on_progress = on_progress
         self._process: subprocess.Popen[bytes] | None = None
@@ -128,7 +128,7 @@ class ServerProcess:
         if self._process.returncode is None:
             return None
         words = " | ".join(line.strip() for line in self.last_words(3).splitlines())
-        return f"the vLLM server {_how_it_ended(self._process.returncode)}; it said: {words} (its whole log: {self.log_path})"
+        return f"the vLLM server {how_it_ended(self._process.returncode)}; it said: {words} (its whole log: {self.log_path})"
 
     def __enter__(self) -> Self:
         """Start it. Within the block an error of a lost server says how this one ended."""
@@ -194,13 +194,7 @@ class ServerProcess:
             process = self._process
         if process is None:
             return
-        if process.poll() is None:
-            cleanup.end_group_politely(process.pid)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=SHUTDOWN_GRACE_S)
-        cleanup.kill_group(process.pid)
-        with contextlib.suppress(subprocess.TimeoutExpired):  # what hangs in the kernel cannot be waited for
-            process.wait(timeout=KILL_WAIT_S)
+        end_process(process)
 
     def close(self) -> None:
         """`stop`, for good: a start in another thread ends, and there is no further one."""
@@ -234,12 +228,12 @@ class ServerProcess:
     def _wait_until_healthy(self, process: "subprocess.Popen[bytes]") -> None:
         started = time.monotonic()
         next_progress_s = PROGRESS_S
-        while not _healthy(self.base_url):
+        while not is_healthy(self.base_url):
             seconds = time.monotonic() - started
             if self._interrupted:
                 raise ServerStartError("the start of the server was interrupted")
             if process.poll() is not None:
-                raise self._failure(_how_it_ended(process.returncode))
+                raise self._failure(how_it_ended(process.returncode))
             if seconds > self._timeout_s:
                 raise self._failure(f"was not healthy after {self._timeout_s:.0f} s")
             if self._on_progress is not None and seconds >= next_progress_s:
@@ -255,6 +249,17 @@ class ServerProcess:
 
 start_server = ServerProcess
 """`with start_server(model) as server:` reads as what it does."""
+
+
+def end_process(process: "subprocess.Popen[bytes]") -> None:
+    """End a process that leads its group, politely at first, and then whatever is left of the group."""
+    if process.poll() is None:
+        cleanup.end_group_politely(process.pid)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=SHUTDOWN_GRACE_S)
+    cleanup.kill_group(process.pid)
+    with contextlib.suppress(subprocess.TimeoutExpired):  # what hangs in the kernel cannot be waited for
+        process.wait(timeout=KILL_WAIT_S)
 
 
 def free_port(host: str) -> int:
@@ -314,7 +319,8 @@ def _plain_lines(log: str) -> list[str]:
     return [_PREFIX.sub("", line).rstrip() for line in log.splitlines()]
 
 
-def _how_it_ended(returncode: int) -> str:
+def how_it_ended(returncode: int) -> str:
+    """Of a process, in words."""
     if returncode >= 0:
         return f"ended with code {returncode}"
     name = next((number.name for number in signal.Signals if number == -returncode), f"signal {-returncode}")
@@ -344,19 +350,21 @@ def end_with_parent() -> None:
 _reapers: "list[subprocess.Popen[bytes]]" = []  # kept: a Popen that is dropped while its process runs is warned of
 
 
-def _healthy(base_url: str) -> bool:
+def is_healthy(base_url: str, path: str = "/health") -> bool:
+    """Whether the server answers 200 there."""
     # No proxies: a proxy variable must not stand between the trainer and its own server.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(f"{base_url}/health", timeout=5) as response:
+        with opener.open(f"{base_url}{path}", timeout=5) as response:
             return bool(response.status == 200)
     except OSError:
         return False
 
 
-def _child_environment(
+def child_environment(
     inherited: Mapping[str, str], *, host: str, gpu: int | None, api_key: str | None
 ) -> dict[str, str]:
+    """The environment of a server that this process starts, and that ends with it."""
     env = {name: value for name, value in inherited.items() if name not in _TORCHRUN_VARIABLES}
     env[PARENT_PID_VARIABLE] = str(os.getpid())
     env["PYTHONUNBUFFERED"] = "1"
@@ -383,7 +391,7 @@ def _socket_for(host: str) -> socket.socket:
     return socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
 
 
-def _reachable(host: str) -> str:
+def reachable(host: str) -> str:
     """The address to call a server that listens on `host`, as it is written in a URL."""
     address = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"[{address}]" if ":" in address else address

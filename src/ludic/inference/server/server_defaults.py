@@ -5,17 +5,20 @@ Whatever the user gives, on the command line or by `--config`, overrides a row. 
 
 import argparse
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from ludic.config import DEFAULT_MODEL
+from ludic.inference.server.engines_route import ENGINES_VARIABLE
 from ludic.inference.server.generate_route import WORKER_EXTENSION
 
 DEV_MODE_VARIABLE = "VLLM_SERVER_DEV_MODE"
 GENERATE_ROUTE = "ludic.inference.server.generate_route.GenerateRoute"
 SERVER_GUARD = "ludic.inference.server.server_guard.ServerGuard"
+ENGINES_ROUTE = "ludic.inference.server.engines_route.EnginesRoute"
 REQUIRE_API_KEY = "ludic.inference.vllm_server.RequireApiKey"
 
 MIN_KV_CACHE_BYTES, MAX_KV_CACHE_BYTES = 256 * 2**20, 2 * 2**30
@@ -39,6 +42,8 @@ class Machine:
     is_cpu: bool
     free_bytes: int = 0
     """Memory that is free; only asked for where vLLM computes on the CPU."""
+    num_engines: int = 1
+    """That share it, this one included."""
     transfer_backend: str = "ludic_shm"
 
 
@@ -97,7 +102,7 @@ DEFAULTS: tuple[Default, ...] = (
     Default(setting="--log-error-stack", vllm="off", ludic="on", when="training", value=lambda *_: True,
             why="a weight update that is refused leaves its trace in the log"),
     Default(setting="--kv-cache-memory-bytes", vllm="92% of the memory", ludic="1/8 of the free memory, 256M to 2G", when="cpu",
-            value=lambda _, machine: kv_cache_bytes(machine.free_bytes), unless="gpu_memory_utilization",
+            value=lambda _, machine: kv_cache_bytes(machine.free_bytes // machine.num_engines), unless="gpu_memory_utilization",
             why="the trainer and other programs live there too (--gpu-memory-utilization or VLLM_CPU_KVCACHE_SPACE override it)"),
     Default(setting="--max-model-len", vllm="the model's context", ludic="auto", when="cpu", value=lambda *_: -1,
             why="the model's context, or as much of it as the KV cache holds"),
@@ -123,8 +128,9 @@ def middleware(users: list[str], *, training: bool) -> list[str]:
 
     What vLLM adds last is outermost: nothing, and no middleware of the user's, sees a request before its key was checked.
     """
-    users = [name for name in users if name not in (GENERATE_ROUTE, SERVER_GUARD, REQUIRE_API_KEY)]
-    return [GENERATE_ROUTE, *users, *([SERVER_GUARD] if training else []), REQUIRE_API_KEY]
+    users = [name for name in users if name not in (ENGINES_ROUTE, GENERATE_ROUTE, SERVER_GUARD, REQUIRE_API_KEY)]
+    engines = [ENGINES_ROUTE] if ENGINES_VARIABLE in os.environ else []
+    return [GENERATE_ROUTE, *engines, *users, *([SERVER_GUARD] if training else []), REQUIRE_API_KEY]
 
 
 def kv_cache_bytes(free_bytes: int) -> int:

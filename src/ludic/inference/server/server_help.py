@@ -38,6 +38,7 @@ examples:
   {PROG} --model Qwen/Qwen2.5-0.5B-Instruct
   {PROG} --model checkpoints_gsm8k/step_100 --port 8001 --max-model-len 2048
   {PROG} --model checkpoints_gsm8k/step_100 --no-training --data-parallel-size 4
+  {PROG} --model Qwen/Qwen2.5-0.5B-Instruct --server-engines 4
 """
 # Each value that vLLM's platforms put into the version of a build that is for something else than NVIDIA's GPUs.
 OTHER_BUILDS = ("rocm", "xpu", "tpu", "empty")
@@ -61,6 +62,9 @@ def add_own_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> 
                         "and access log, and --data-parallel-size and --api-server-count above 1")  # fmt: skip
     parser.add_argument("--enable-log-stats", dest="disable_log_stats", action="store_false",
                         help="keep the statistics behind /metrics and the log's throughput lines also when training")  # fmt: skip
+    parser.add_argument("--server-engines", type=int, default=1, metavar="N",
+                        help="engines on the same GPU, each a server of its own: ports --port to --port + N - 1, memory shared "
+                        "equally; trainer and evaluation use all behind the first address (default: 1)")  # fmt: skip
     parser.add_argument("--api-key-file", metavar="FILE",
                         help="a file with the API key, or several, one a line; any of them is accepted")  # fmt: skip
 
@@ -101,8 +105,32 @@ def quick_parser() -> argparse.ArgumentParser:
     add("--weight-transfer-config")
     add("--grpc", action="store_true")
     add("--headless", action="store_true")
+    add("--enforce-eager", action=argparse.BooleanOptionalAction)
+    add("--kv-cache-memory-bytes")
+    add("--ssl-certfile")
     add("--api-key", nargs="*")
     return parser
+
+
+def engines_problem(args: argparse.Namespace) -> str:
+    """Why there cannot be so many engines, in one line; "" if there can."""
+    count = args.server_engines
+    if count < 1:
+        return f"--server-engines must be at least 1, not {count}"
+    if count == 1:
+        return ""
+    given = f"--server-engines {count}"
+    if args.uds or args.headless:
+        return f"{given}: each engine listens on a port of its own: leave out {'--uds' if args.uds else '--headless'}"
+    if args.ssl_certfile:
+        return f"{given}: ludic speaks http to its engines: leave out --ssl-certfile, and put a proxy in front of each"
+    if args.data_parallel_size > 1:
+        return (
+            f"{given} contradicts --data-parallel-size {args.data_parallel_size}: both make several engines, choose one"
+        )
+    if not 0 < args.port <= 65536 - count:
+        return f"{given} take the ports from --port on: it must be in 1 to {65536 - count}, not {args.port}"
+    return ""
 
 
 def _with_dashes(word: str) -> str:
@@ -121,14 +149,18 @@ def vllm_build() -> str:
     return ""
 
 
+def is_cpu_build() -> bool:
+    """Whether the vLLM that is installed computes on the CPU."""
+    return "cpu" in vllm_build() or os.environ.get("VLLM_TARGET_DEVICE") == "cpu" or sys.platform == "darwin"
+
+
 def missing_gpu() -> str:
     """Why the installed vLLM cannot serve on this machine, in one line; "" where it may, or where only vLLM knows.
 
     vLLM asks NVML which GPUs there are, and ends in a trace of thirty lines, after twenty seconds, if there are none.
     """
     build = vllm_build()
-    for_cpu = "cpu" in build or os.environ.get("VLLM_TARGET_DEVICE") == "cpu" or sys.platform == "darwin"
-    if not build or for_cpu or any(other in build for other in OTHER_BUILDS):
+    if not build or is_cpu_build() or any(other in build for other in OTHER_BUILDS):
         return ""
     if Path("/etc/nv_tegra_release").exists() or importlib.metadata.entry_points(group="vllm.platform_plugins"):
         return ""  # a Jetson, whose GPU NVML may not know; another maker's hardware

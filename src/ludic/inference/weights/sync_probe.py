@@ -1,6 +1,7 @@
 """The log-probs of a fixed prompt on both sides of a weight sync, and what it means where they differ."""
 
 import math
+import threading
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 PROBE_GAP_LIMIT = 0.15
 """Nats. Mean log-prob difference on the probe above which a sync has failed. Measured: 1e-6 for fp32 on both sides, 0.008
 to 0.02 for bf16 against fp32 masters, 0.9 for a stale output head (CPU backend of vLLM 0.32)."""
+_one_at_a_time = threading.Lock()
 
 
 @torch.no_grad()
@@ -26,8 +28,10 @@ def trainer_logprobs(model: "PreTrainedModel", token_ids: list[int], *, fp32_hea
     probe = TrainingSample(token_ids=token_ids, loss_mask=loss_mask, rollout_logprobs=None, advantage=0.0)
     device = next(model.parameters()).device
     (row,) = pack([probe], token_budget=len(token_ids), normalisation="token_mean")
-    # Eager: a compiled policy would be compiled once more for a forward without gradients.
+    # Eager: a compiled policy would be compiled once more for a forward without gradients. The stance is that of all threads,
+    # and what one of two probes at a time restored last could be the other's.
     with (
+        _one_at_a_time,
         torch.compiler.set_stance("force_eager"),
         torch.autocast("cuda", dtype=torch.bfloat16, enabled=device.type == "cuda"),
     ):
