@@ -102,7 +102,7 @@ def test_a_version_out_of_range_is_named_with_the_range(
     assert finding.status == "failed" and said in str(finding)
 
 
-def test_no_gpu_is_a_warning_and_one_gpu_for_both_sides_too(
+def test_no_gpu_is_a_warning_and_one_gpu_for_both_sides_is_said(
     args: argparse.Namespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert machine.check_gpus(args).status == "warning"
@@ -112,7 +112,7 @@ def test_no_gpu_is_a_warning_and_one_gpu_for_both_sides_too(
     assert machine.check_gpus(args).status == "ok"
     args.start_server = True
     finding = machine.check_gpus(args)
-    assert finding.status == "warning" and "--gpu-memory-utilization" in finding.fix
+    assert finding.status == "ok" and "share" in finding.found
 
 
 @pytest.mark.parametrize(("free", "status"), [(1_000, "failed"), (6_000_000, "warning"), (2**40, "ok")])
@@ -518,7 +518,7 @@ async def test_a_sync_that_is_not_proven_has_failed_and_the_server_is_given_back
 
 @pytest.mark.parametrize(
     ("backend", "theirs", "status"),
-    [("ludic_nccl", "GPU-a", "failed"), ("ludic_shm", "GPU-a", "warning"), ("ludic_nccl", "GPU-b", "ok")],
+    [("ludic_nccl", "GPU-a", "failed"), ("ludic_shm", "GPU-a", "ok"), ("ludic_nccl", "GPU-b", "ok")],
 )
 def test_one_gpu_on_both_sides_is_found(
     args: argparse.Namespace, monkeypatch: pytest.MonkeyPatch, backend: str, theirs: str, status: str

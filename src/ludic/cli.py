@@ -56,6 +56,10 @@ def add_engine_arguments(parser: argparse.ArgumentParser, *, trains: bool = True
                        else "no effect here: an evaluation does not wait for a lost server (default: 1800)")  # fmt: skip
     group.add_argument("--server-gpu", type=int, default=None, metavar="N",
                        help="GPU of a started server, counted among those visible here (default: 0)")  # fmt: skip
+    group.add_argument("--server-memory-share", type=float, default=None, metavar="X",
+                       help="part of its GPU's memory that a started server takes (default: on the GPU that trains what the "
+                       "estimate of training leaves, at most 0.5; on another 0.92)" if trains
+                       else "part of its GPU's memory that a started server takes (default: 0.92)")  # fmt: skip
     group.add_argument(
         "--server-args",
         default="",
@@ -86,7 +90,9 @@ def check_engine_arguments(args: argparse.Namespace) -> None:
         raise ValueError("--engine local generates in this process: it contradicts --start-server")
     if not args.server_wait >= 0:
         raise ValueError(f"--server-wait must not be negative, but is {args.server_wait:g}")
-    for flag in ("server_gpu", "server_args", "server_log"):
+    if args.server_memory_share is not None and not 0 < args.server_memory_share < 1:
+        raise ValueError(f"--server-memory-share must be above 0 and below 1, not {args.server_memory_share:g}")
+    for flag in ("server_gpu", "server_memory_share", "server_args", "server_log"):
         if getattr(args, flag) not in (None, "") and not args.start_server:
             raise ValueError(f"--{flag.replace('_', '-')} is for --start-server, which was not given")
 

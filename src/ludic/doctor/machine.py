@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from ludic.config import GRPOConfig
 from ludic.doctor.dry_run import check_architecture, check_saving, check_token_ids
 from ludic.doctor.findings import Check, Finding, failed, ok, warning
+from ludic.doctor.memory import choose_share, given_share, shares_gpu, training_need
 from ludic.inference.server.server_help import VLLM_RANGE
 from ludic.storage.inert import inert
 from ludic.task.datafiles import read_rows, split_files
@@ -37,16 +38,6 @@ SUPPORTED = {
     "vllm": VLLM_RANGE,
 }
 """Lowest and highest version, of the two first numbers; None: no highest."""
-STATIC_BYTES_GPU = 18
-"""Of a parameter while training on a GPU: float32 master, gradient and two moments of AdamW, and the bf16 copy."""
-STATIC_BYTES_CPU = 20
-"""On the CPU: float32 weights, gradient and moments, and the copy of the local engine."""
-FROZEN_BYTES_GPU, FROZEN_BYTES_CPU = 4, 12
-"""Below an adapter, whose own weights are few: the base, and the merged copy while it is sent; float32 on the CPU, where the
-local engine has one more."""
-ACTIVATION_BYTES = 36
-"""Of a token of the micro-batch, a layer and a unit of the hidden size: measured with compiled layers at the 0.5B shape,
-11.5 GiB at 16,384 tokens. Without compiling it is about twice that."""
 CHECKPOINT_BYTES = 12
 """Of a parameter: float32 masters and two moments. The model in its own dtype comes on top, where that is not float32."""
 
@@ -159,9 +150,8 @@ def check_gpus(args: argparse.Namespace) -> Finding:
         return warning("GPUs", "the trainer sees none, and would train on the CPU", fix)
     count = torch.cuda.device_count()
     names = ", ".join(torch.cuda.get_device_name(number) for number in range(count))
-    if args.start_server and count == 1:
-        fix = "leave room with --server-args '--gpu-memory-utilization 0.4', or make two GPUs visible"
-        return warning("GPUs", f"one ({names}), for the server and the trainer", fix)
+    if shares_gpu(args):
+        return ok("GPUs", f"one ({names}), which the server and the trainer share")
     return ok("GPUs", f"{count} ({names}), CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'unset')}")
 
 
@@ -261,28 +251,21 @@ def check_memory(args: argparse.Namespace, config: GRPOConfig) -> Finding:
     """What training needs, by the shape of the model and the token budget, against what the device has free."""
     import torch
 
-    from ludic.doctor.dry_run import model_shape
-
-    shape, empty = model_shape(args.model, args.trust_remote_code)
-    parameters = empty.num_parameters()
-    text = shape.get_text_config()
-    budget = config.micro_token_budget or config.max_seq_len
     on_gpu = torch.cuda.is_available()
-    each = (STATIC_BYTES_GPU, STATIC_BYTES_CPU) if not config.lora_rank else (FROZEN_BYTES_GPU, FROZEN_BYTES_CPU)
-    static = parameters * each[0 if on_gpu else 1]
-    factor = 0.3 if config.gradient_checkpointing else 1.0
-    activations = factor * ACTIVATION_BYTES * budget * text.num_hidden_layers * text.hidden_size
-    if config.kl_coef > 0 and not config.lora_rank:  # an adapter's reference is its base
-        static += parameters * (2 if on_gpu else 4)
-    free = torch.cuda.mem_get_info(trainer_device(args))[0] if on_gpu else _free_memory()
-    said = (
-        f"about {_gib(static + activations)} needed ({parameters / 1e9:.2f}B parameters, {budget} tokens at once), "
-        f"{_gib(free)} free"
-    )
-    if static > free:
+    need = training_need(args, config, on_gpu=on_gpu)
+    said = f"about {_gib(need.total)} needed ({need.parameters / 1e9:.2f}B parameters, {need.budget} tokens at once), "
+    free, total = torch.cuda.mem_get_info(trainer_device(args)) if on_gpu else (_free_memory(), 0)
+    said += f"{_gib(free)} free"
+    if shares_gpu(args):
+        share = given_share(args)
+        if share is None:
+            share = choose_share(args, config, free=free, total=total)
+        free -= int(share * total)
+        said += f", of which the server on the same GPU takes {_gib(share * total)} (--server-memory-share {share:g})"
+    if need.static > free:
         fix = "weights and optimizer alone do not fit: train a smaller model, or free the device"
         return failed("memory", said, fix)
-    if static + activations > free:
+    if need.total > free:
         return warning("memory", said, "--micro-token-budget auto takes what fits; --gradient-checkpointing needs less")
     return ok("memory", said)
 

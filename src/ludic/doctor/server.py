@@ -191,7 +191,7 @@ class ServerChecks:
             return failed(
                 "same GPU", "yes, and NCCL does not join a GPU with itself", fix + """'{"backend": "ludic_shm"}'"""
             )
-        return warning("same GPU", "yes: both share its memory and its time", "give each side a GPU of its own")
+        return ok("same GPU", "yes: both share its memory and its time, and weights are copied within it (CUDA IPC)")
 
     def holder(self) -> Finding:
         """Has another trainer the server?"""

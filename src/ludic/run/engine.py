@@ -265,6 +265,8 @@ def _server_flags(args: argparse.Namespace, max_seq_len: int, fp32_head: bool | 
         flags += ["--max-model-len", str(max_seq_len)]
     if fp32_head and "--hf-overrides" not in given:
         flags += ["--hf-overrides", '{"head_dtype": "float32"}']
+    if args.server_memory_share is not None and "--gpu-memory-utilization" not in given:
+        flags += ["--gpu-memory-utilization", f"{args.server_memory_share:g}"]
     if "--weight-transfer-config" not in given and _only_one_gpu():
         flags += ["--weight-transfer-config", '{"backend": "ludic_shm"}']  # NCCL does not join a GPU with itself
     if args.chat_template:

@@ -12,6 +12,7 @@ from ludic.config import GRPOConfig, RunPaths
 from ludic.doctor.dry_run import check_token_ids, model_shape
 from ludic.doctor.findings import Finding, run_checks
 from ludic.doctor.machine import quick_checks
+from ludic.doctor.memory import GIB, choose_share, given_share, shares_gpu
 from ludic.run.ranks import check_architecture, launched_ranks
 from ludic.run.resume import find_start, resumed_model
 from ludic.run.task import Samples, Task
@@ -106,6 +107,7 @@ def prepare(args: argparse.Namespace, config: GRPOConfig, paths: RunPaths, task:
             say(f"{ranks} ranks: whether the memory is enough for them is not estimated")
             checks = [(name, check) for name, check in checks if name != "memory"]
         _heed(run_checks(checks), way_out=" (--no-checks goes on all the same)")
+    _split_gpu(args, config)
     return Parts(
         args=args,
         config=config,
@@ -118,6 +120,27 @@ def prepare(args: argparse.Namespace, config: GRPOConfig, paths: RunPaths, task:
         resume_from=resume_from,
         served_as=args.model if args.start_server or args.engine == "local" else served_as,
         is_resumable=task.make_policy is None,
+    )
+
+
+def _split_gpu(args: argparse.Namespace, config: GRPOConfig) -> None:
+    """Decide `args.server_memory_share` where server and trainer share a GPU and the flags leave it open.
+
+    Raises:
+        ValueError: two flags say it, or both sides do not fit; one line.
+    """
+    given = given_share(args)
+    if not shares_gpu(args):
+        return
+    import torch
+
+    free, total = torch.cuda.mem_get_info()
+    share = choose_share(args, config, free=free, total=total) if given is None else given
+    if given is None:
+        args.server_memory_share = share
+    say(
+        f"one GPU for both sides: the server takes {share:g} of it ({share * total / GIB:.1f} GiB), training has the other "
+        f"{max(0.0, free - share * total) / GIB:.1f} GiB; --server-memory-share sets it"
     )
 
 

@@ -54,6 +54,18 @@ class HeldDigests:
     """A packed layer that cannot be read back exactly, "" for none."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IpcAnswer:
+    """What the server's workers say of a transfer over CUDA IPC."""
+
+    problem: str
+    """Why it was not taken whole, "" where it was."""
+    touched: bool
+    """Whether weights may have been replaced."""
+    workers: Sequence[HeldDigests]
+    """What each holds afterwards; of a problem none."""
+
+
 class ServerControl:
     """Blocking calls to a vLLM server's control routes, each with a deadline and the server's own text in its error.
 
@@ -261,15 +273,19 @@ class ServerControl:
 
     def held_digests(self) -> list[HeldDigests]:
         """What each worker's model holds of the agreed tensors."""
-        return [
-            HeldDigests(
-                in_memory=_sixteens(worker["digests"]),
-                packed=_sixteens(worker["packed"]),
-                flushes=worker["flushes"],
-                inexact=worker["inexact"],
-            )
-            for worker in self._ask_workers("ludic_held_digests", timeout_s=TRANSFER_TIMEOUT_S)
-        ]
+        return [_held(worker) for worker in self._ask_workers("ludic_held_digests", timeout_s=TRANSFER_TIMEOUT_S)]
+
+    def ipc_problem(self, request: str) -> str:
+        """Why a worker does not see the trainer's memory on its GPU, "" where all do; `request` is `vllm_ipc.Request`'s JSON."""
+        problems = self._ask_workers("ludic_ipc_problem", request, timeout_s=TRANSFER_TIMEOUT_S)
+        return next(filter(None, problems), "")
+
+    def receive_over_ipc(self, request: str) -> IpcAnswer:
+        """Let the workers copy all weights from that memory; returns when they have, or have given up."""
+        workers = self._ask_workers("ludic_receive_over_ipc", request, timeout_s=TRANSFER_TIMEOUT_S)
+        problem = next(filter(None, (worker["problem"] for worker in workers)), "")
+        held = [] if problem else [_held(worker) for worker in workers]
+        return IpcAnswer(problem=problem, touched=any(worker["touched"] for worker in workers), workers=held)
 
     def weights_digest(self) -> str:
         """16 hex digits that differ where the weights differ that the server computes with, as it holds them."""
@@ -303,6 +319,15 @@ class ServerControl:
         )
         entries = answer["choices"][0]["prompt_logprobs"]
         return [entry[str(token_id)]["logprob"] for entry, token_id in zip(entries[1:], token_ids[1:], strict=True)]
+
+
+def _held(worker: dict[str, Any]) -> HeldDigests:
+    return HeldDigests(
+        in_memory=_sixteens(worker["digests"]),
+        packed=_sixteens(worker["packed"]),
+        flushes=worker["flushes"],
+        inexact=worker["inexact"],
+    )
 
 
 def _sixteens(digests: str) -> list[str]:

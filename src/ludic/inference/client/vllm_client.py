@@ -194,6 +194,7 @@ class VLLMEngine:
             probe_token_ids=probe_token_ids,
             deadline_s=deadline_s,
             fp32_head=self._fp32_head is True,
+            server_gpu=str(info.get("device_uuid", "")) if info.get("tp_size", 1) == 1 else "",
         )
 
     # -- generation ------------------------------------------------------------------------------------------------

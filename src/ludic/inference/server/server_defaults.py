@@ -90,7 +90,7 @@ DEFAULTS: tuple[Default, ...] = (
             why="the routes that pause the server and take weights"),
     Default(setting="--weight-transfer-config", vllm="none", ludic="ludic_nccl or ludic_shm", when="training",
             value=lambda _, machine: json.dumps({"backend": machine.transfer_backend}),
-            why="how weights arrive: NCCL where the machine has a second GPU, else shared memory"),
+            why="how weights come: NCCL where the machine has a second GPU, else shared memory (CUDA IPC on the trainer's GPU)"),
     Default(setting="--worker-extension-cls", vllm="none", ludic="LudicWorkerExtension", when="training",
             value=lambda *_: WORKER_EXTENSION, why="proves weight syncs, and records log-probs"),
     # LLM.generate leaves statistics out by default as well. They are more than a third of the Python that runs in the

@@ -86,7 +86,7 @@ HARMLESS_PATHS = GENERATION_PATHS | LOOKUP_PATHS
 RPC_PATH = "/collective_rpc"
 HARMLESS_RPC_METHODS = frozenset({"ludic_server_info", "ludic_weights_digest"})
 KEEPS_WEIGHTS_PATHS = frozenset({"/pause", "/resume", "/init_weight_transfer_engine", "/reset_prefix_cache"})
-KEEPS_WEIGHTS_METHODS = frozenset({"ludic_expect_weights", "ludic_held_digests"})
+KEEPS_WEIGHTS_METHODS = frozenset({"ludic_expect_weights", "ludic_held_digests", "ludic_ipc_problem"})
 """What only a trainer may ask, and what leaves the weights as they are; of anything else that is not known."""
 HARMLESS_SOCKETS = frozenset({"/v1/realtime"})
 

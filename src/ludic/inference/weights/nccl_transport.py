@@ -16,7 +16,7 @@ from ludic.inference.client.server_process import free_port
 from ludic.inference.weights.background import BackgroundCall
 from ludic.inference.weights.bucket_broadcast import BUCKET_BYTES, BucketSender, WireLayout
 from ludic.inference.weights.nccl_link import NcclLink, NoNCCLError
-from ludic.inference.weights.weight_transport import WireWeights
+from ludic.inference.weights.weight_transport import Sent, WireWeights
 from ludic.rollout.errors import WeightSyncError
 
 
@@ -66,7 +66,7 @@ class BucketTransport:
     def one_step(self) -> bool:
         return self.confirmed and not self._problem
 
-    def send(self, weights: WireWeights, *, weight_version: str) -> list[int] | None:
+    def send(self, weights: WireWeights, *, weight_version: str) -> Sent:
         assert self._sender is not None
         self.touched = False
         self._control.start_weight_update()
@@ -78,7 +78,7 @@ class BucketTransport:
             sent = self._sender.send(weights.masters())
             self._link.check()
         self._control.finish_weight_update()
-        return sent
+        return Sent(sent)
 
     def abort(self) -> None:
         self._link.leave()

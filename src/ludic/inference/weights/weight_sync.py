@@ -26,9 +26,10 @@ import torch
 from ludic.inference.client.server_control import ServerControl
 from ludic.inference.weights.background import BackgroundCall
 from ludic.inference.weights.digest import digest_hex
+from ludic.inference.weights.ipc_transport import IpcTransport
 from ludic.inference.weights.nccl_transport import BucketTransport
 from ludic.inference.weights.sync_probe import gap_error, trainer_logprobs
-from ludic.inference.weights.weight_transport import SharedMemoryTransport, WireWeights
+from ludic.inference.weights.weight_transport import Sent, SharedMemoryTransport, WireWeights
 from ludic.rollout.engine import WeightSyncReport
 from ludic.rollout.errors import (
     EngineError,
@@ -94,6 +95,8 @@ class WeightSync:
     """At every how many syncs the log-probs are compared when digests alone have nothing against it."""
     fp32_head: bool = False
     """Whether the probe's logits are kept in fp32, as the model that trains has them."""
+    server_gpu: str = ""
+    """UUID of the GPU that the server computes on; "" for a CPU, or where it splits the model."""
 
     def __post_init__(self) -> None:
         if self.transport not in TRANSPORTS:
@@ -108,7 +111,12 @@ class WeightSync:
 
     def _new_talk(self) -> _Talk:
         control = self.control.branch()
-        return _Talk(control, TRANSPORTS[self.transport](control, deadline_s=self.deadline_s))
+        return _Talk(control, self._new_transport(control))
+
+    def _new_transport(self, control: ServerControl) -> Transport:
+        if self.transport == SharedMemoryTransport.name and self.server_gpu:
+            return IpcTransport(control, server_gpu=self.server_gpu, deadline_s=self.deadline_s)
+        return TRANSPORTS[self.transport](control, deadline_s=self.deadline_s)
 
     def sync(self, model: "PreTrainedModel", policy_version: int) -> WeightSyncReport:
         """Send `model`'s weights and prove them; blocking, at most `deadline_s` seconds and those that cleaning up takes.
@@ -283,11 +291,13 @@ class _Proof:
     """A layer that cannot be read, "" for none."""
 
     @classmethod
-    def of(cls, weights: WireWeights, control: ServerControl, sent: list[int] | None) -> "_Proof":
+    def of(cls, weights: WireWeights, control: ServerControl, sent: Sent) -> "_Proof":
         """Compare what the server holds with what was sent. Raises WeightSyncError where a tensor differs."""
-        asked = BackgroundCall(control.held_digests)  # the server computes its own while the trainer does
-        wanted = dict(enumerate(weights.digests() if sent is None else sent))
-        workers = asked.result()
+        # The server computes its own while the trainer does.
+        asked = BackgroundCall(control.held_digests) if sent.held is None else None
+        wanted = dict(enumerate(weights.digests() if sent.digests is None else sent.digests))
+        workers = sent.held if asked is None else asked.result()
+        assert workers is not None
         names = list(weights.shapes())
         sizes = [len(row) for worker in workers for row in (worker.in_memory, worker.packed)]
         if any(size != len(names) for size in sizes):

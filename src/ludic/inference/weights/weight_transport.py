@@ -10,13 +10,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from transformers.core_model_loading import revert_weight_conversion
 
 from ludic.inference.cleanup import WeightsFolder, remove_orphaned_folders
-from ludic.inference.client.server_control import TRANSFER_TIMEOUT_S, ServerControl
+from ludic.inference.client.server_control import TRANSFER_TIMEOUT_S, HeldDigests, ServerControl
 from ludic.inference.weights.digest import canonical, digest_hex, tensor_digest, tensor_digests
 from ludic.inference.wire import UNTOUCHED
 from ludic.rollout.errors import EngineError
@@ -73,14 +73,21 @@ class WireWeights:
         return {number: tensor_digest(canonical(masters[number].to(self.dtype), flush=flush)) for number in numbers}
 
 
+class Sent(NamedTuple):
+    """What a transport knows of the weights that it has sent."""
+
+    digests: list[int] | None = None
+    """As they went out, where they were computed on the way"""
+    held: list[HeldDigests] | None = None
+    """What the server says that it holds now, where its answer to the transfer says so"""
+
+
 class SharedMemoryTransport:
     """Writes the weights as safetensors into shared memory and tells the server where; same machine only."""
 
     name = "ludic_shm"
     path = "reloaded from shared memory, digests of all tensors checked on receipt"
     """How the last send was applied, in a few words."""
-    one_step = False
-    """Whether the next `send` replaces all weights between two steps of the model, and so needs no paused server."""
 
     def __init__(self, control: ServerControl, *, deadline_s: float = TRANSFER_TIMEOUT_S) -> None:
         self._control = control
@@ -89,6 +96,11 @@ class SharedMemoryTransport:
         """Whether the server's weights may no longer be those from before the last `send`."""
         self.confirmed = False
         """Whether the server was found to hold all tensors of a send, each where `checkpoint_views` looks for it."""
+
+    @property
+    def one_step(self) -> bool:
+        """Whether the next `send` replaces all weights between two steps of the model, and so needs no paused server."""
+        return False
 
     def open(self, weights: WireWeights, *, in_place_problem: str) -> None:
         """Agree with the server. `in_place_problem` is why it cannot take weights in place, "" where it can."""
@@ -99,8 +111,8 @@ class SharedMemoryTransport:
         self._folder = WeightsFolder(base)
         self._control.init_weight_transfer_engine({"directory": str(self._folder.path)})
 
-    def send(self, weights: WireWeights, *, weight_version: str) -> list[int] | None:
-        """Send; the digests of what went out where they were computed on the way."""
+    def send(self, weights: WireWeights, *, weight_version: str) -> Sent:
+        """Send. Without digests on the way, they are computed from the policy itself: a file of another model is found out."""
         from safetensors.torch import save_file
 
         assert self._folder is not None
@@ -119,7 +131,7 @@ class SharedMemoryTransport:
             raise
         finally:
             path.unlink(missing_ok=True)
-        return None  # computed from the policy itself instead: a file written from another model would be found out
+        return Sent()
 
     def abort(self) -> None:
         """From another thread than the one that is stuck in `open` or `send`: let go of everything, never to be used again.

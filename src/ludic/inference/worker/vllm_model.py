@@ -121,6 +121,24 @@ def in_place_problem(
     return _misfit(model, views)
 
 
+def in_place_targets(
+    model: torch.nn.Module, shapes: Mapping[str, Sequence[int]], dtype: torch.dtype
+) -> list[torch.Tensor]:
+    """Where the checkpoint tensors named in `shapes` are written in place, in that order.
+
+    Found anew each time: a reload, or sleep mode, may have put other parameters in place.
+
+    Raises:
+        ValueError: a tensor has no such place.
+    """
+    views = checkpoint_views(model, shapes)
+    fit = {name: view for name, view in views.items() if view.dtype == dtype and view.is_contiguous()}
+    unfit = next((name for name in shapes if name not in fit), None)
+    if unfit is not None:
+        raise ValueError(f"the weights cannot be written in place: {unfit}")
+    return [fit[name] for name in shapes]
+
+
 def _derived_weights(module: torch.nn.Module) -> str:
     """What of the module's is computed from its weights when they are loaded, and so would go stale; "" if nothing.
 

@@ -17,7 +17,7 @@ from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTr
 
 from ludic.inference.weights.bucket_broadcast import BucketReceiver, WireLayout
 from ludic.inference.weights.nccl_link import LinkLeftError, NcclLink, NoNCCLError, Watch
-from ludic.inference.worker.vllm_model import checkpoint_views, finish_reload, in_place_problem, reload_policy
+from ludic.inference.worker.vllm_model import finish_reload, in_place_problem, in_place_targets, reload_policy
 
 
 @dataclass
@@ -118,18 +118,18 @@ class BucketWeightTransferEngine(WeightTransferEngine[BucketInitInfo, BucketUpda
         dtype = receiver.layout.dtype
         shapes = dict(zip(receiver.layout.names, receiver.layout.shapes, strict=True))
         problem = "" if self._may_copy else in_place_problem(self.model, self.parallel_config, shapes, dtype)
-        # Found anew each time: a reload, or sleep mode, may have put other parameters in place.
-        views = checkpoint_views(self.model, shapes)
-        fit = {name: view for name, view in views.items() if view.dtype == dtype and view.is_contiguous()}
-        unfit = [name for name in shapes if name not in fit]
-        if problem or unfit:
+        try:
+            if problem:
+                raise ValueError(f"the weights cannot be written in place: {problem}")
+            targets = in_place_targets(self.model, shapes, dtype)
+        except ValueError:
             _drain(receiver.tensors())
-            raise ValueError(f"the weights cannot be written in place: {problem or unfit[0]}")
+            raise
         self._may_copy = True
         if self.device.type == "cuda":
             # A step may still be running on another stream than ours: nothing may change under it.
             torch.cuda.synchronize(self.device)
-        receiver.receive_into([fit[name] for name in shapes])
+        receiver.receive_into(targets)
 
     def _load(self, receiver: BucketReceiver) -> None:
         tensors = receiver.tensors()

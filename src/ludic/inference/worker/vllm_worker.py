@@ -4,8 +4,9 @@ vLLM imports this module in every worker because `--worker-extension-cls` names 
 registers the transports: `ludic_nccl` of `vllm_nccl`, and the one here.
 
 The transport `ludic_shm` takes a whole policy from a safetensors file on a directory that trainer and server share
-(`/dev/shm`, or any disk), for the CPU backend and for machines with one GPU. Every check of the file happens before the
-model is touched, so a file that is refused leaves the old weights serving. It never deletes files: they are the trainer's.
+(`/dev/shm`, or any disk), for the CPU backend and for the first sync on one GPU, where `vllm_ipc` goes on. Every check of the
+file happens before the model is touched, so a file that is refused leaves the old weights serving. It never deletes files:
+they are the trainer's.
 """
 
 import hashlib
@@ -25,6 +26,7 @@ from vllm.logger import init_logger
 
 from ludic.inference.weights.digest import digest_hex, tensor_digest, tensor_digests
 from ludic.inference.wire import UNTOUCHED
+from ludic.inference.worker import vllm_ipc
 from ludic.inference.worker.vllm_logprobs import LogprobRecorder, recording_problem, start_recording, warm_up
 from ludic.inference.worker.vllm_model import (
     check_complete,
@@ -149,6 +151,7 @@ class LudicWorkerExtension:
         _ludic_packed: PackedWeights
 
     _ludic_shapes: Mapping[str, list[int]] | None = None
+    _ludic_in_place_problem = ""
     _ludic_recorder: LogprobRecorder | None = None
 
     def ludic_server_info(self) -> dict[str, str | int | bool]:
@@ -182,7 +185,26 @@ class LudicWorkerExtension:
         self._ludic_shapes, self._ludic_dtype = shapes, getattr(torch, dtype_name)
         self._ludic_packed = PackedWeights(model)
         problem = in_place_problem(model, self.vllm_config.parallel_config, shapes, self._ludic_dtype)
+        self._ludic_in_place_problem = problem
         return {"in_place_problem": problem}
+
+    def ludic_ipc_problem(self, request_json: str) -> str:
+        """Why weights cannot come over CUDA IPC (`vllm_ipc.Request` in JSON), "" if they can."""
+        return vllm_ipc.ipc_problem(vllm_ipc.Request.of(request_json), self.device)
+
+    def ludic_receive_over_ipc(self, request_json: str) -> dict[str, str | bool]:
+        """Copy all agreed weights from the trainer's memory on this GPU; `ludic_held_digests` of what the model then holds.
+
+        `problem` says why they were not taken, "" if they were; `touched` whether weights may have been replaced. Between two
+        steps of the model, as every call: no step sees a part of them.
+        """
+        shapes, problem = self._ludic_shapes, self._ludic_in_place_problem
+        if shapes is None or problem:
+            return {"problem": problem or "nothing was agreed on: call ludic_expect_weights first", "touched": False}
+        model, request = self._ludic_whole_model(), vllm_ipc.Request.of(request_json)
+        problem, touched = vllm_ipc.receive(model, shapes, self._ludic_dtype, self.device, request)
+        answer: dict[str, str | bool] = {"problem": problem, "touched": touched}
+        return answer if problem else answer | self.ludic_held_digests()
 
     def _ludic_whole_model(self) -> torch.nn.Module:
         """Raises ValueError while not all of its weights are in place."""
