@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ from ludic.inference.client.server_process import free_port
 from ludic.train.learner import Learner
 from ludic.train.losses import LOSSES
 from ludic.train.optimizer_state import save_optimizer
+from ludic.train.rank_learner import RankLearner
 from ludic.train.ranks import Ranks
+from ludic.train.replicated import ReplicatedLearner
 from ludic.train.sharded import ShardedLearner
 from ludic.types import TrainingSample
 from tests.conftest import make_digit_policy, write_digit_problems
@@ -37,7 +40,10 @@ CASES: dict[str, dict[str, Any]] = {
     **{loss: {"loss": loss} for loss in LOSSES},
     "unshared": {"share_prompts": False},
     "checkpointed": {"gradient_checkpointing": True},
+    "sharded": {"shard_weights": True},
     "offloaded": {"cpu_offload": True},
+    "sharded epochs": {"shard_weights": True, "epochs_per_update": 2, "loss": "gspo", "kl_coef": 0.1},
+    "sharded checkpointed": {"shard_weights": True, "gradient_checkpointing": True},
     "reference": {"kl_coef": 0.1},
     "epochs": {"epochs_per_update": 2, "loss": "gspo"},
     "untied": {},
@@ -45,7 +51,7 @@ CASES: dict[str, dict[str, Any]] = {
     "sampler": {"ratio_to": "sampler", "loss": "gspo", "tis_cap": None},
     "masked": {"importance_mask": "token", "tis_cap": None},
 }
-WORLDS = {2: list(CASES), 4: list(LOSSES)}
+WORLDS = {2: list(CASES), 4: [*LOSSES, "sharded"]}
 """The cases of each number of ranks."""
 
 
@@ -90,7 +96,8 @@ def learner_of(case: str, ranks: Ranks | None) -> Learner:
     reference = model(1) if config.kl_coef else None
     if ranks is None:
         return Learner(config, policy, reference_model=reference)
-    return ShardedLearner(config, policy, ranks=ranks, reference_model=reference)
+    kind = ShardedLearner if config.shards_weights else ReplicatedLearner
+    return kind(config, policy, ranks=ranks, reference_model=reference)
 
 
 def update(learner: Learner) -> dict[str, Any]:
@@ -181,7 +188,7 @@ def on_ranks(size: int, work: Callable[[Ranks], Any], *, lost_s: float = 60.0) -
 
 def driven(ranks: Ranks, learner: Learner, work: Callable[[Learner], Any]) -> Any:
     """`work` with the learner of rank 0; the others follow."""
-    assert isinstance(learner, ShardedLearner)
+    assert isinstance(learner, RankLearner)
     if ranks.rank:
         learner.follow()
         return None
@@ -194,24 +201,42 @@ def cases(ranks: Ranks) -> Any:
     return {case: driven(ranks, learner_of(case, ranks), update) for case in WORLDS[ranks.size]}
 
 
-class BF16Learner(ShardedLearner):
+class _InBF16(RankLearner):
     """As on a GPU: it computes in bf16."""
 
     def _prepare(self, model: Any, reference: Any, compute_dtype: torch.dtype, checkpoint: Any) -> None:
         super()._prepare(model, reference, torch.bfloat16, checkpoint)
 
 
+class _ReplicatedInBF16(_InBF16, ReplicatedLearner):
+    pass
+
+
+class _ShardedInBF16(_InBF16, ShardedLearner):
+    pass
+
+
 def in_bf16(ranks: Ranks) -> Any:
-    learner = BF16Learner(settings("grpo"), model(0), ranks=ranks)
-    dtypes = [str(learner._pieces.parameters[0].dtype), str(next(learner.model.parameters()).dtype)]
-    return driven(ranks, learner, lambda learner: {"dtypes": dtypes, **update(learner)})
+    answers = {}
+    for kind, case in ((_ReplicatedInBF16, "grpo"), (_ShardedInBF16, "sharded")):
+        learner = kind(settings(case), model(0), ranks=ranks)
+        dtypes = [str(learner.masters.parameters[0].dtype), str(next(learner.model.parameters()).dtype)]
+        answers[case] = driven(ranks, learner, partial(_with_dtypes, dtypes))
+    return answers
+
+
+def _with_dtypes(dtypes: list[str], learner: Learner) -> dict[str, Any]:
+    return {"dtypes": dtypes, **update(learner)}
 
 
 def resumed(folder: Path) -> Callable[[Ranks], Any]:
     def work(ranks: Ranks) -> Any:
-        learner = learner_of("grpo", ranks)
-        learner.resume(folder)
-        return driven(ranks, learner, state_of_moments)
+        moments = []
+        for case in ("grpo", "sharded"):
+            learner = learner_of(case, ranks)
+            learner.resume(folder)
+            moments.append(driven(ranks, learner, state_of_moments))
+        return moments
 
     return work
 

@@ -29,7 +29,7 @@ from ludic.capacity.plan import Plan, best_layout, estimate, largest_budget
 from ludic.capacity.shapes import NAMED, read_shape, shape_of
 from ludic.config import GRPOConfig
 from ludic.train.attention import ACTIVATION_BUDGET
-from ludic.train.sharded import check_settings
+from ludic.train.rank_learner import check_settings
 from scripts import write_docs
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -59,8 +59,9 @@ def test_an_engine_is_sent_the_masters_of_all_ranks(checked: dict[str, Any]) -> 
             assert checked[str(world)][case][update]["sent"] == checked[str(world)][case][update]["masters"]
 
 
-def test_ranks_that_compute_in_bf16_keep_fp32_masters_and_send_them_rounded(checked: dict[str, Any]) -> None:
-    bf16 = checked["bf16"]
+@pytest.mark.parametrize("case", ["grpo", "sharded"])
+def test_ranks_that_compute_in_bf16_keep_fp32_masters_and_send_them_rounded(checked: dict[str, Any], case: str) -> None:
+    bf16 = checked["bf16"][case]
     assert bf16["dtypes"] == ["torch.float32", "torch.bfloat16"]
     masters, sent = (torch.tensor(bf16["first"][name]) for name in ("masters", "sent"))
     assert torch.equal(masters.bfloat16().float(), sent) and not torch.equal(masters, sent)
@@ -69,7 +70,7 @@ def test_ranks_that_compute_in_bf16_keep_fp32_masters_and_send_them_rounded(chec
 
 
 def test_three_ranks_take_up_the_optimizer_that_one_process_saved(checked: dict[str, Any]) -> None:
-    assert checked["moments of 3 ranks"] == checked["moments"]
+    assert checked["moments of 3 ranks"] == [checked["moments"]] * 2
 
 
 def test_damaged_weights_are_a_matter_of_the_run_and_no_failure_of_another_rank(checked: dict[str, Any]) -> None:
@@ -132,16 +133,23 @@ def test_torchrun_starts_a_run_of_two_ranks(digit_policy_dir: Path, digit_proble
 
 
 @pytest.mark.slow
-def test_the_benchmark_of_ranks_prints_the_tokens_a_second_of_both_sides_and_their_ratio() -> None:
+@pytest.mark.parametrize("flags", [[], ["--shard-weights", "--turns", "2"]])
+def test_the_benchmark_of_ranks_prints_the_tokens_a_second_of_both_sides_their_ratio_and_their_parts(
+    flags: list[str],
+) -> None:
     root = Path(__file__).parents[1]
-    flags = ["--shape", "tiny", "--sequences", "8", "--updates", "1", "--budget", "1024"]
+    flags = [*flags, "--shape", "tiny", "--sequences", "8", "16", "--updates", "1", "--budget", "1024"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{root / 'src'}:{root}"}
     words = [sys.executable, "benchmarks/ranks.py", *flags]
     done = subprocess.run(words, capture_output=True, text=True, timeout=300, cwd=root, env=environment, check=True)
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines()]
-    assert [row[0] for row in rows] == ["ranks", "---", "1", "2"]
-    one, two = (float(row[1].replace(",", "")) for row in rows[2:])
-    assert float(rows[3][2]) == pytest.approx(two / one, abs=0.01)
+    header, _, *rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines() if line[:1] == "|"
+    ]
+    assert [row[:2] for row in rows] == [["8", "1"], ["8", "2"], ["16", "1"], ["16", "2"]]
+    one, two = (float(row[2].replace(",", "")) for row in rows[2:])
+    assert float(rows[3][3]) == pytest.approx(two / one, abs=0.01)
+    rows_s = header.index("rows, s")
+    assert all(float(row[rows_s]) > 0 for row in rows), "forward and backward were found on both sides"
 
 
 # -- dealing, and what needs no process group ---------------------------------------------------------------------------

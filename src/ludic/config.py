@@ -198,6 +198,11 @@ class GRPOConfig:
         "memory",
         "with several ranks (torchrun): weights and AdamW's state in the hosts' memory; slower, smaller",
     )
+    shard_weights: bool = _setting(
+        False,
+        "memory",
+        "with several ranks (torchrun): each holds its part of weights and gradients too (FSDP); slower, smaller",
+    )
     compile: bool = _setting(
         True, "memory", "on CUDA: compile layers and log-probs; quicker, but some 20 s more at the first update"
     )
@@ -237,6 +242,11 @@ class GRPOConfig:
     def max_prompt_len(self) -> int:
         """Longest prompt that is accepted: one token of `max_seq_len` at least is left for the completion."""
         return self.max_seq_len - 1
+
+    @property
+    def shards_weights(self) -> bool:
+        """Whether each of several ranks holds but a part of the weights."""
+        return self.shard_weights or self.cpu_offload
 
     @property
     def importance_cap(self) -> float | None:

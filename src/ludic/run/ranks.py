@@ -27,8 +27,8 @@ from ludic.survival.signals import SIGNALS, leave
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+    from ludic.train.rank_learner import RankLearner
     from ludic.train.ranks import Ranks
-    from ludic.train.sharded import ShardedLearner
 
 LAUNCH_FILE = ".torchrun"
 """Says which torchrun the files of a run are of, so that a restart of its processes can tell them from an earlier run's."""
@@ -60,10 +60,11 @@ def check_rank_arguments(args: argparse.Namespace, config: GRPOConfig) -> None:
     """
     ranks = launched_ranks()
     if ranks == 1:
-        if config.cpu_offload:
-            raise ValueError(
-                "--cpu-offload is for several ranks: start them with torchrun --nproc_per_node N, or leave it out"
-            )
+        for flag, given in (("--cpu-offload", config.cpu_offload), ("--shard-weights", config.shard_weights)):
+            if given:
+                raise ValueError(
+                    f"{flag} is for several ranks: start them with torchrun --nproc_per_node N, or leave it out"
+                )
         return
     if args.start_server:
         raise ValueError(
@@ -72,7 +73,7 @@ def check_rank_arguments(args: argparse.Namespace, config: GRPOConfig) -> None:
         )
     if args.forecast:
         raise ValueError(f"--forecast measures one process, not {ranks} ranks: start it without torchrun")
-    from ludic.train.sharded import check_settings
+    from ludic.train.rank_learner import check_settings
 
     check_settings(config, ranks)
 
@@ -203,7 +204,7 @@ def follow(ranks: "Ranks", args: argparse.Namespace) -> None:
 
 def start_learner(
     ranks: "Ranks", start: Start, policy: "PreTrainedModel", reference: "PreTrainedModel | None"
-) -> "ShardedLearner":
+) -> "RankLearner":
     """Rank 0's learner, after it has told the others to make theirs."""
     ranks.tell([("start", start)] * ranks.size)
     return make_learner(ranks, start, policy, reference)
@@ -211,17 +212,19 @@ def start_learner(
 
 def make_learner(
     ranks: "Ranks", start: Start, policy: "PreTrainedModel", reference: "PreTrainedModel | None"
-) -> "ShardedLearner":
+) -> "RankLearner":
     """This rank's learner; that of a resumed run has its part of the optimizer's state.
 
     Raises:
         ValueError: the ranks have loaded different weights.
     """
     from ludic.train.checkpoint import training_folder
+    from ludic.train.replicated import ReplicatedLearner
     from ludic.train.sharded import ShardedLearner
 
     check_same(ranks.share(_fingerprint(policy)))
-    learner = ShardedLearner(start.config, policy, ranks=ranks, reference_model=reference)
+    kind = ShardedLearner if start.config.shards_weights else ReplicatedLearner
+    learner = kind(start.config, policy, ranks=ranks, reference_model=reference)
     if start.checkpoint is not None and ranks.rank:  # rank 0's trainer does so itself
         learner.resume(training_folder(start.checkpoint))
     return learner

@@ -16,6 +16,7 @@ _HARMLESS = {
     "share_prompts": "whether a prompt is forwarded once or once a completion",
     "gradient_checkpointing": "activations are kept or computed again",
     "cpu_offload": "where masters and moments lie",
+    "shard_weights": "which rank holds what",
     "compile": "the same operations, fused or not",
     "logprob_chunk": "how many tokens meet the vocabulary at once",
     # When something is looked at or written.

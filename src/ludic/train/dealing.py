@@ -1,15 +1,16 @@
 """Deals the samples of an update to the ranks that train together, so that they finish together.
 
-FSDP gathers each layer's weights from all ranks and lets all of them meet at every layer of every micro-batch. The
-micro-batches therefore come in rounds of one for each rank, those of a round nearly equally long; a rank without work in a
-round forwards an empty row.
+The micro-batches come in rounds of one for each rank, those of a round nearly equally long. With FSDP a rank without work in a
+round forwards an empty row: all ranks meet at every layer, to gather its weights.
 
 Left out on purpose: balance by attention cost (see `packing`), and ranks of unequal speed.
 """
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
+from typing import Any
 
+import numpy as np
 import torch
 
 from ludic.train.packing import pack
@@ -77,3 +78,15 @@ def empty_row(length: int, *, share_prompts: bool, with_logprobs: bool) -> Micro
         num_sequence_tokens=0,
         loss_mask=torch.zeros_like(row.loss_mask),
     )
+
+
+def to_wire(row: MicroBatch) -> dict[str, Any]:
+    """A row as another process is sent it. A pickled array is its bytes; a pickled tensor takes ten times as long."""
+    values = {field.name: getattr(row, field.name) for field in fields(row)}
+    return {name: value.numpy() if isinstance(value, torch.Tensor) else value for name, value in values.items()}
+
+
+def from_wire(sent: Mapping[str, Any]) -> MicroBatch:
+    """The row that `to_wire` was given."""
+    held: dict[str, Any] = {n: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for n, v in sent.items()}
+    return MicroBatch(**held)

@@ -5,7 +5,7 @@ the update divides by is known only with its last piece: the gradient is summed 
 With several mini-batches an update, the pieces are only looked at until all are there (see `mini_batches`).
 Only `step` waits for the device: for the figures that decide whether the step is taken, and for what it did to the weights.
 
-Left out: more than one training GPU, which is `sharded` (docs/several_gpus.md); an adapter is trained by one process alone.
+Left out: more than one training GPU, which is `rank_learner` (docs/several_gpus.md); an adapter is trained by one process alone.
 """
 
 import contextlib
@@ -127,7 +127,7 @@ class Learner:
         pin_rope(model, self.config.max_seq_len)
         if self.config.lora_rank:
             self.adapter = Adapter(model, self.config, compute_dtype=compute_dtype, checkpoint=checkpoint)
-        self.masters = MasterWeights(model, compute_dtype=compute_dtype)
+        self.masters = self._make_masters(model, compute_dtype)
         check_isolation(model, max_seq_len=self.config.max_seq_len)
         check_head(model)
         self._policy: torch.nn.Module = model
@@ -140,11 +140,15 @@ class Learner:
             pin_rope(reference, self.config.max_seq_len)
             reference.requires_grad_(False)
             cast_parameters(reference, compute_dtype)
+            torch.nn.Module.to(reference, self.device)
         if self.config.gradient_checkpointing:
             checkpoint_layers(model)
         check_mode(model)
         if self._compile:
             compile_layers(model)
+
+    def _make_masters(self, model: "PreTrainedModel", compute_dtype: torch.dtype) -> MasterWeights:
+        return MasterWeights(model, compute_dtype=compute_dtype)
 
     def _clear(self) -> None:
         self._metrics: list[Mapping[str, torch.Tensor]] = []

@@ -48,7 +48,7 @@ def load_optimizer(
     optimizer: torch.optim.Optimizer,
     *,
     model: torch.nn.Module,
-    rows: Sequence[tuple[torch.Size, slice]] | None = None,
+    parts: Sequence[tuple[torch.Size, slice]] | None = None,
 ) -> None:
     """Restore AdamW's state.
 
@@ -56,7 +56,8 @@ def load_optimizer(
         folder: that `save_optimizer` wrote into, of a checkpoint that was verified.
         optimizer: its learning rate, betas and weight decay stay as they are.
         model: whose parameters the optimizer has, in their order; names, shapes and dtypes are compared.
-        rows: for an optimizer that has only a part of each parameter: the whole one's shape, and which rows it has.
+        parts: for an optimizer that has only a part of each parameter: the whole one's shape, and which rows it has, or where
+            its part has one dimension, which of all weights.
 
     Raises:
         CheckpointError: the file is missing or damaged, or belongs to another model.
@@ -64,7 +65,7 @@ def load_optimizer(
     path = folder / OPTIMIZER_FILE
     names = [name for name, _ in model.named_parameters()]
     try:
-        state = _read_optimizer(path, _parameters(optimizer), names, rows)
+        state = _read_optimizer(path, _parameters(optimizer), names, parts)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise CheckpointError(f"{path} is damaged or does not fit this model: {error}") from error
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
@@ -78,7 +79,7 @@ def _read_optimizer(
     path: Path,
     parameters: Sequence[torch.Tensor],
     names: Sequence[str],
-    rows: Sequence[tuple[torch.Size, slice]] | None,
+    parts: Sequence[tuple[torch.Size, slice]] | None,
 ) -> dict[int, dict[str, torch.Tensor]]:
     """The state by the place of its parameter, each tensor copied out of the file."""
     state: dict[int, dict[str, torch.Tensor]] = {}
@@ -92,18 +93,19 @@ def _read_optimizer(
                 raise ValueError(f"parameter {place} is {theirs}, in the model it is {ours}")
         stepped = set(json.loads(metadata["stepped"]))
         for place, (name, like) in enumerate(zip(names, parameters, strict=True)):
-            if name not in stepped:
+            shape, part_of_it = parts[place] if parts is not None else (like.shape, slice(None))
+            if name not in stepped or (parts is not None and like.numel() == 0):
                 continue
-            shape, part_of_it = rows[place] if rows is not None else (like.shape, slice(None))
             moments = {}
             for part in _MOMENTS:
                 stored = file.get_slice(f"{part}.{name}")
                 found = torch.Size(stored.get_shape())
-                tensor = stored[part_of_it] if found else file.get_tensor(f"{part}.{name}")
+                by_row = len(found) == like.dim() > 0
+                tensor = stored[part_of_it] if by_row else file.get_tensor(f"{part}.{name}").flatten()[part_of_it]
                 if (found, tensor.dtype) != (shape, like.dtype):
                     found_words = f"{tensor.dtype} {list(found)}"
                     raise ValueError(f"{part}.{name} is {found_words}, in the model it is {like.dtype} {list(shape)}")
-                moments[part] = tensor.to(like.device, copy=True)
+                moments[part] = tensor.view(like.shape).to(like.device, copy=True)
             # A count of steps stays on the CPU unless AdamW is fused, and `load_state_dict` moves it then.
             state[place] = {**moments, "step": file.get_tensor(f"step.{name}").clone()}
     return state

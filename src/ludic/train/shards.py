@@ -55,12 +55,6 @@ class ShardedForward(torch.nn.Module):
             # A sum: the loss is divided by the whole update's tokens, not by each rank's own. gloo can but add.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-        self.reduce_gradients(False)
-
-    def reduce_gradients(self, on: bool) -> None:
-        """Whether the following backward passes add up the gradients of all ranks, or each its own."""
-        assert isinstance(self, FSDPModule)
-        self.set_requires_gradient_sync(on)
 
     def forward(self, row: MicroBatch, **settings: Any) -> TokenStats:
         return token_logprobs(self.model, row, **settings)
