@@ -73,6 +73,13 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N", help="of GRPO (default: 0)")
     run.add_argument("--resume", action="store_true", help="go on with GRPO that a deadline or a signal has stopped")
     run.add_argument("--limit", type=int, metavar="N", help="score the first N test problems only (default: all)")
+    run.add_argument(
+        "--also",
+        nargs="+",
+        default=[],
+        metavar="FOLDER",
+        help="further models to score, another trainer's (default: none)",
+    )
     warm_up = parser.add_argument_group("warm-up")
     warm_up.add_argument(
         "--warm-up", metavar="FOLDER", help="one that another run has made (default: warm_up in --out-dir)"
@@ -163,6 +170,9 @@ async def main() -> int:
                 await make_grpo(record, seed, num_seeds_left=len(args.seeds) - place)
             if "score" in record.phases:
                 await score_seed(record, seed)
+        for folder in map(Path, args.also):
+            _, report = await score(record, folder, folder.with_name(f"score_{folder.name}.jsonl"))
+            say(f"{folder}: {report.proof if report else 'read from its files'}")
     if "score" in record.phases:
         record_entry.say_all(record.out_dir, args.seeds)
     return 0
