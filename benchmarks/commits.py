@@ -5,8 +5,8 @@
 
 Each checkout serves with its own server and trains with its own `benchmarks/ludic_updates.py`. Both servers stay up on GPU 0,
 where one that generates nothing costs nothing; the trainers take turns on GPU 1, since one server's seconds differ more from
-minute to minute than most changes make them differ. The weights are random, so completions have a fixed length and both
-sides train on as many tokens.
+minute to minute than most changes make them differ. Each turn is a whole run: a trainer of another commit may not know how to
+pause. The weights are random, so completions have a fixed length and both sides train on as many tokens.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from benchmarks.harness import (
     say,
     write_report,
 )
+from benchmarks.parts import in_turns, run_part
 from benchmarks.processes import (
     PartError,
     ServerSpec,
@@ -35,7 +36,6 @@ from benchmarks.processes import (
     gpus_for,
     ludic_server,
     run_and_write,
-    run_part,
     serving,
     vllm_settings,
 )
@@ -83,25 +83,27 @@ def measure_all(args: argparse.Namespace) -> None:
         server = ludic_server(policy, settings, gpu=serving_gpu, name=side)
         specs.append(ServerSpec(name=side, command=server.command, gpu=serving_gpu, env={**server.env, **environment}))
     with serving(specs if args.engine == "vllm" else [], log_dir=args.out) as servers:
-        for turn in range(1, args.turns + 1):
-            for side, environment in environments.items():
-                name = f"{side} {turn}"
-                if args.engine == "vllm" and side not in servers:
-                    records.add(name, rows=[], problem="its server did not come up")
-                    continue
-                try:
-                    rows = run_part(
-                        ludic_command(args, "ludic", policy, servers.get(side)),
-                        log_path=args.out / f"{side}_{turn}.log",
-                        deadline_s=args.deadline,
-                        gpu=training_gpu,
-                        env=environment,
-                    )
-                    problem = next((str(row["cut_off"]) for row in rows if "cut_off" in row), None)
-                except PartError as error:  # the other side's rows are still worth their time
-                    rows, problem = [], str(error)
-                records.add(name, rows=[row for row in rows if "step" in row], problem=problem)
-                say(f"{name}: {len(rows)} records")
+
+        def run(turn: tuple[str, int]) -> bool:
+            side, number = turn
+            name = f"{side} {number}"
+            if args.engine == "vllm" and side not in servers:
+                records.add(name, rows=[], problem="its server did not come up")
+                return False
+            command = ludic_command(args, "ludic", policy, servers.get(side))
+            log_path = args.out / f"{side}_{number}.log"
+            try:
+                rows = run_part(
+                    command, log_path=log_path, deadline_s=args.deadline, gpu=training_gpu, env=environments[side]
+                )
+                problem = next((str(row["cut_off"]) for row in rows if "cut_off" in row), None)
+            except PartError as error:  # the other side's rows are still worth their time
+                rows, problem = [], str(error)
+            records.add(name, rows=[row for row in rows if "step" in row], problem=problem)
+            say(f"{name}: {len(rows)} records")
+            return False
+
+        in_turns([[(side, number) for number in range(1, args.turns + 1)] for side in environments], run)
 
 
 NAMES = {"this": "this commit", "other": "the other"}

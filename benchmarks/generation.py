@@ -37,9 +37,9 @@ from benchmarks.harness import (
     without_stop,
     write_report,
 )
+from benchmarks.parts import Worker
 from benchmarks.processes import (
     VLLM_ENV,
-    Worker,
     ensure_policy,
     gpus_for,
     ludic_server,

@@ -34,6 +34,7 @@ from benchmarks.harness import (
     write_report,
 )
 from benchmarks.ludic_updates import build_trainer, load_policy, probe_of
+from benchmarks.parts import run_part
 from benchmarks.processes import (
     PartError,
     ensure_policy,
@@ -41,7 +42,6 @@ from benchmarks.processes import (
     ludic_server,
     required,
     run_and_write,
-    run_part,
     serving,
     vllm_settings,
 )

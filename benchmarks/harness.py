@@ -194,12 +194,35 @@ def say(text: str) -> None:
     sys.stderr.flush()
 
 
+COUNTED, COPIED = 1_000_000, 256 * 2**20
+
+
+def host_speed() -> Record:
+    """Seconds of a fixed loop in Python and of a fixed copy of memory, each the median of three.
+
+    Hosts with the same GPUs differ in them, and one host from hour to hour: figures that are the CPU's work are compared by
+    dividing by these.
+    """
+    source, target, loops, copies = bytes(COPIED), bytearray(COPIED), [], []
+    target[:] = source  # the pages are there from now on
+    for _ in range(3):
+        started, total = time.perf_counter(), 0
+        for i in range(COUNTED):
+            total += i & 7
+        loops.append(time.perf_counter() - started)
+        started = time.perf_counter()
+        target[:] = source
+        copies.append(time.perf_counter() - started)
+    return {"loop_s": median(loops), "copy_s": median(copies)}
+
+
 def machine() -> Record:
-    """The hardware, the versions, the date and the command, without touching a GPU from this process."""
+    """The hardware, its speed, the versions, the date and the command, without touching a GPU from this process."""
     gpus = _gpu_names()
     counted = [f"{gpus.count(name)} x {name}" for name in dict.fromkeys(gpus)]
     return {
         "hardware": ", ".join([*counted, f"{os.cpu_count()} CPU cores"]),
+        "host": host_speed(),
         "versions": versions(),
         "date": datetime.date.today().isoformat(),
         "command": shlex.join(["python", *sys.argv]),
@@ -308,6 +331,9 @@ def write_report(path: Path, title: str, on: Record, sections: Sequence[str]) ->
     """Title, command, machine and date, then the sections (tables and sentences) with a blank line between them."""
     installed = ", ".join(f"{name} {version}" for name, version in on["versions"].items())
     head = [f"# {title}, {on['date']}", f"    {on['command']}", f"{on['hardware']}; {installed}."]
+    if "host" in on:
+        loop, copy = number(on["host"]["loop_s"]), number(on["host"]["copy_s"])
+        head.append(f"Host: {COUNTED:,} rounds of a Python loop in {loop} s, a copy of {COPIED >> 20} MiB in {copy} s.")
     path.write_text("\n\n".join([*head, *(section.rstrip() for section in sections)]) + "\n")
     say(f"wrote {path}")
 

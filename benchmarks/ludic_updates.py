@@ -10,6 +10,8 @@ A line holds `step`, `seconds` (by the wall clock since the update before; the f
 from __future__ import annotations
 
 import argparse
+import asyncio
+import dataclasses
 import os
 import sys
 import tempfile
@@ -18,7 +20,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.harness import HashRewardGSM8K, Record, emit, versions
+from benchmarks.harness import HashRewardGSM8K, Record, emit, numbers, versions
+from benchmarks.parts import Pauses
 from environments.gsm8k import GSM8KSample, load
 from ludic.cli import add_engine_arguments, check_engine_arguments, hide_loading_bars, run_script
 from ludic.config import GRPOConfig, RunPaths, add_arguments, from_arguments
@@ -40,6 +43,10 @@ class UpdateRecorder:
 
     def __init__(self, emit: Callable[[Record], None]) -> None:
         self._emit = emit
+        self.restart()
+
+    def restart(self) -> None:
+        """Time the next update from now on."""
         self._last = time.perf_counter()
 
     def log(self, step: int, metrics: Mapping[str, float], /) -> None:
@@ -60,7 +67,7 @@ class UpdateRecorder:
                 "metrics": dict(metrics),
             }
         )
-        self._last = time.perf_counter()
+        self.restart()
 
     def event(self, step: int, message: str, /) -> None:
         sys.stderr.write(f"update {step}: {message}\n")
@@ -105,14 +112,21 @@ def build_trainer(
     samples: Sequence[GSM8KSample],
     emit: Callable[[Record], None],
     out_dir: Path,
+    pauses: Pauses | None = None,
 ) -> GRPOTrainer[GSM8KSample]:
     """A trainer as the training script builds it, on the task with the checksum for a reward."""
     from ludic.train.trainer import GRPOTrainer
+
+    recorder = UpdateRecorder(emit)  # its clock starts here, after the imports
 
     class BenchmarkTrainer(GRPOTrainer[GSM8KSample]):
         """The trainer without its checkpoints: 6 GB written at the end of each run measure a disk."""
 
         async def save(self) -> Path:
+            if pauses is not None and pauses.due(self.state.step):
+                await self._rollouts.settled()  # what is generated ahead would slow down whoever comes next
+                await asyncio.to_thread(pauses.wait, self.state.step)  # the lease of the server is kept meanwhile
+                recorder.restart()
             return self.paths.checkpoints
 
     return BenchmarkTrainer(
@@ -124,7 +138,7 @@ def build_trainer(
         environment=HashRewardGSM8K(),
         train_samples=samples,
         eval_samples=[],
-        metric_logger=UpdateRecorder(emit),  # its clock starts here, after the imports
+        metric_logger=recorder,
         paths=RunPaths(out_dir=out_dir, name="gsm8k"),
     )
 
@@ -139,6 +153,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", required=True, help="folder of the policy")
     parser.add_argument("--dataset", required=True, help="folder with train.jsonl")
     parser.add_argument("--limit", type=int, default=None, help="train on the first N problems only (default: all)")
+    parser.add_argument("--pause-after", type=numbers, default=[], metavar="N,N",
+                        help="updates after which to wait for a line on standard input (default: none)")  # fmt: skip
     add_engine_arguments(parser)
     add_arguments(parser)
     return parser
@@ -148,6 +164,8 @@ async def main() -> int:
     args = build_parser().parse_args()
     check_engine_arguments(args)
     config = from_arguments(args)
+    if args.pause_after:
+        config = dataclasses.replace(config, save_every=1)  # it pauses where others save
     import torch  # --help and wrong flags answer without it
 
     hide_loading_bars()
@@ -174,6 +192,7 @@ async def main() -> int:
                 samples=samples,
                 emit=emit,
                 out_dir=out_dir,
+                pauses=Pauses(args.pause_after),
             )
             await trainer.run()
     emit({"versions": versions()})

@@ -1,4 +1,4 @@
-"""Child processes of a benchmark: parts that print JSON lines, and servers; each on a chosen GPU, with a deadline and a log.
+"""Child processes of a benchmark: groups of them, and servers; each on a chosen GPU, with a log. `parts` talks to them.
 
 Each is a process group of its own that is gone when its `with` block or its call ends. The server of ludic also ends with
 this process however that ends; for the others, `end_on_sigterm` is what makes a benchmark that is told to stop clean up.
@@ -8,11 +8,9 @@ import argparse
 import contextlib
 import json
 import os
-import queue
 import signal
 import subprocess
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -22,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from benchmarks.harness import ROOT, Record, records_of, say, versions
+from benchmarks.harness import ROOT, records_of, say, versions
 from ludic.inference.client.server_process import PARENT_PID_VARIABLE, free_port, last_error_lines
 from ludic.rollout.errors import EngineError
 
@@ -72,7 +70,7 @@ def process_group(
     """Run `command` as a process group of its own, which is gone at the end of the block, children and all.
 
     Standard error goes to the log, and standard output too unless there are `pipes`: then standard input is one, and standard
-    output is another that belongs to a `JSONLines`.
+    output is another that belongs to a `parts.JSONLines`.
     """
     log_path.parent.mkdir(parents=True, exist_ok=True)
     with log_path.open("w") as log:
@@ -105,109 +103,7 @@ def _end_group(process: "subprocess.Popen[str]") -> None:
     process.wait()
 
 
-class JSONLines:
-    """The JSON objects that a process writes to its standard output, as they come; other lines are passed over."""
-
-    def __init__(self, process: "subprocess.Popen[str]") -> None:
-        assert process.stdout is not None
-        self._stdout = process.stdout
-        self._lines: queue.Queue[str | None] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
-
-    def _read(self) -> None:
-        with self._stdout:  # closed here and nowhere else: closing a pipe that a thread reads from waits for the thread
-            for line in self._stdout:
-                self._lines.put(line)
-        self._lines.put(None)
-
-    def next(self, timeout_s: float) -> Record | None:
-        """The next object, or None when there will be none.
-
-        Raises:
-            TimeoutError: none came within `timeout_s`.
-        """
-        deadline = time.monotonic() + timeout_s
-        while True:
-            try:
-                line = self._lines.get(timeout=max(0.0, deadline - time.monotonic()))
-            except queue.Empty as error:
-                raise TimeoutError(f"no line within {timeout_s:.0f} s") from error
-            if line is None or line.startswith("{"):
-                return None if line is None else json.loads(line)
-
-
-class Worker:
-    """A process that answers each JSON line with one: `ask`. Its first line says that it is ready."""
-
-    def __init__(self, process: "subprocess.Popen[str]", log_path: Path) -> None:
-        self._process = process
-        self._log_path = log_path
-        self._lines = JSONLines(process)
-
-    def ready(self, deadline_s: float) -> None:
-        self._answer(deadline_s)
-
-    def ask(self, request: Record, *, deadline_s: float = 120.0) -> Record:
-        """Raises PartError where the process ended, or gave no answer in time."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        return self._answer(deadline_s)
-
-    def _answer(self, deadline_s: float) -> Record:
-        try:
-            record = self._lines.next(deadline_s)
-        except TimeoutError as error:
-            raise PartError(f"{error}; the log is {self._log_path}") from error
-        if record is None:
-            raise PartError(f"the process ended: {_last_words(self._log_path)}")
-        return record
-
-
-def run_part(
-    command: Sequence[str],
-    *,
-    log_path: Path,
-    deadline_s: float,
-    gpu: int | None = None,
-    env: Mapping[str, str] | None = None,
-    on_record: Callable[[Record], None] | None = None,
-) -> list[Record]:
-    """The JSON objects that a command prints, one a line, each with `at_s`: seconds since the command was started.
-
-    A command that fails, or is not done after `deadline_s`, is an error unless it had printed something by then: what it
-    had is returned, with a last record {"cut_off": why}.
-
-    Raises:
-        PartError: it printed no record at all.
-    """
-    records: list[Record] = []
-    started = time.monotonic()
-    with process_group(command, log_path=log_path, gpu=gpu, env=env, pipes=True) as process:
-        lines, problem = JSONLines(process), ""
-        while True:
-            try:
-                record = lines.next(started + deadline_s - time.monotonic())
-            except TimeoutError:
-                problem = f"was not done after {deadline_s:.0f} s"
-                break
-            if record is None:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(timeout=END_GRACE_S)
-                problem = f"ended with code {process.returncode}" if process.returncode else ""
-                break
-            records.append({"at_s": time.monotonic() - started, **record})
-            if on_record is not None:
-                on_record(records[-1])
-    if problem and not records:
-        raise PartError(f"it {problem}: {_last_words(log_path)}")
-    if problem:
-        say(f"it {problem}, after {len(records)} records: {_last_words(log_path)}")
-        records.append({"cut_off": problem})
-    return records
-
-
-def _last_words(log_path: Path) -> str:
+def last_words(log_path: Path) -> str:
     """The last error lines of a log, on one line, and where the rest is."""
     lines = last_error_lines(log_path.read_text(errors="replace"), limit=3).splitlines()
     return f"{' | '.join(line[:300] for line in lines)} ({log_path})"
@@ -234,7 +130,7 @@ def ensure_policy(args: argparse.Namespace, *, random: bool = False, gpu: int | 
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=args.policy_seconds + POLICY_START_S)
         if process.returncode != 0:
-            raise PartError(f"the policy could not be made: {_last_words(log_path)}")
+            raise PartError(f"the policy could not be made: {last_words(log_path)}")
     return folder
 
 
@@ -330,7 +226,7 @@ def serving(specs: Sequence[ServerSpec], *, log_dir: Path, deadline_s: float = 3
         while len(healthy) < len(started) and time.monotonic() < deadline:
             for name, (url, process, log_path) in list(started.items()):
                 if name not in healthy and process.poll() is not None:
-                    say(f"server {name} ended with code {process.returncode}: {_last_words(log_path)}")
+                    say(f"server {name} ended with code {process.returncode}: {last_words(log_path)}")
                     del started[name]
                 elif name not in healthy and is_healthy(url):
                     say(f"server {name} is up at {url}")

@@ -37,13 +37,13 @@ from benchmarks.harness import (
     say,
     write_report,
 )
+from benchmarks.parts import run_part
 from benchmarks.processes import (
     PartError,
     ensure_policy,
     gpus_for,
     ludic_server,
     run_and_write,
-    run_part,
     serving,
     vllm_settings,
 )

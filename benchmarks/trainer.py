@@ -35,7 +35,8 @@ from benchmarks.harness import (
     write_report,
 )
 from benchmarks.make_policy import SHAPES
-from benchmarks.processes import PartError, run_and_write, run_part
+from benchmarks.parts import run_part
+from benchmarks.processes import PartError, run_and_write
 from ludic.config import GRPOConfig
 from ludic.types import TrainingSample
 

@@ -123,7 +123,7 @@ def common(digit_policy_dir: Path, digit_problems: Path) -> str:
 def test_update_times_ludics_updates_beside_bare_generation(
     common: str, digit_server: "tuple[ServerProcess, Path]", tmp_path: Path
 ) -> None:
-    small = "--updates 3 --skip 1 --rollouts 16 --group-size 4 --max-tokens 12 --max-seq-len 256"
+    small = "--updates 4 --skip 1 --turns 2 --rollouts 16 --group-size 4 --max-tokens 12 --max-seq-len 256"
     phases = f"--phases generation,ludic,ludic_1 --server {digit_server[0].base_url}"
     run("update.py", f"{common} {small} {phases} '--ludic-args=--lr 1e-3'", tmp_path)
     ludic = ("ludic, strictly on-policy", "ludic, --max-staleness 1")
@@ -131,8 +131,9 @@ def test_update_times_ludics_updates_beside_bare_generation(
     check_rows((tmp_path / "update.md").read_text(), *names)
     for name in ("ludic", "ludic_1"):
         rows = part(tmp_path, "update", name)
-        assert [row["step"] for row in rows] == [1, 2, 3]
-        assert [row["metrics"]["policy_version"] for row in rows] == [1, 2, 3]  # each update was synced
+        assert [row["step"] for row in rows] == [1, 2, 3, 4]
+        assert [row["metrics"]["policy_version"] for row in rows] == [1, 2, 3, 4]  # each update was synced
+        assert [row["step"] for row in rows if "resumed" in row] == [3]
         assert all(row["metrics"]["server_recoveries"] == 0 for row in rows)  # by the engine that the scripts have
 
 

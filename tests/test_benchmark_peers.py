@@ -2,9 +2,12 @@
 
 import argparse
 import json
+import multiprocessing
+import os
 import subprocess
 import sys
 import textwrap
+import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +18,7 @@ import torch
 from transformers import AutoTokenizer
 
 from benchmarks.harness import hash_reward
+from benchmarks.parts import Pauses
 from benchmarks.peers import common, padded_trainer, trl_async, trl_grpo, trl_shared
 from ludic.task.prompts import encode_prompt
 from tests.vllm_helpers import make_tiny_tokenizer
@@ -155,6 +159,55 @@ def test_the_clock_counts_from_step_to_step_and_leaves_the_log_at_the_end_out(
     records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert seen == [3.0, 1.5] and [record["step"] for record in records] == [1, 2]
     assert records[0]["loss"] == 0.1235
+
+
+def test_a_clock_that_pauses_waits_for_a_line_and_leaves_the_pause_out_of_what_follows(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[float] = []
+    asked: list[str] = []
+
+    class Stdin:
+        def readline(self) -> str:
+            asked.append(capsys.readouterr().out.splitlines()[-1])
+            return "\n"
+
+    monkeypatch.setattr(sys, "stdin", Stdin())
+
+    def parts(seconds: float, metrics: Any) -> dict[str, Any]:
+        seen.append(seconds)
+        return {}
+
+    clock = trl_shared.UpdateClock(common.JSONLines("peer"), parts, Pauses([1]))
+    now = iter([100.0, 103.0, 200.0, 201.5])  # the pause lasts from 103 to 200
+    clock._now = lambda: next(now)  # type: ignore[method-assign]
+    state = SimpleNamespace(global_step=0)
+    clock.on_train_begin(None, state, None)
+    for step in (1, 2):
+        state.global_step = step
+        clock.on_step_end(None, state, None)
+        clock.on_log(None, state, None, logs={"loss": 1.0})
+    assert seen == [3.0, 1.5] and asked == ['{"paused": 1}']
+
+
+def state_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="a process's state is read from /proc")
+def test_processes_that_generate_ahead_stand_still_in_a_pause() -> None:
+    child = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(300,), daemon=True)
+    child.start()
+    assert child.pid is not None
+    try:
+        with trl_shared.children_stopped():
+            os.waitid(os.P_PID, child.pid, os.WSTOPPED | os.WNOWAIT)
+            assert state_of(child.pid) == "T"
+        os.waitid(os.P_PID, child.pid, os.WCONTINUED | os.WNOWAIT)
+        assert state_of(child.pid) != "T"
+    finally:
+        child.kill()
+        child.join()
 
 
 def test_a_stopwatch_adds_up_a_method_and_leaves_its_answer_alone() -> None:

@@ -1,5 +1,7 @@
 """The benchmark harness: its parts, and every table's command end to end, small and on the CPU. Nothing asserts a time."""
 
+import contextlib
+import itertools
 import json
 import re
 import sys
@@ -25,8 +27,9 @@ from benchmarks.harness import (
     without_stop,
     write_report,
 )
+from benchmarks.parts import Part, Worker, in_turns, pauses_after, run_part
 from benchmarks.peers import common as peers
-from benchmarks.processes import PartError, ServerSpec, Worker, as_flags, process_group, run_part, serving, trl_server
+from benchmarks.processes import PartError, ServerSpec, as_flags, process_group, serving, trl_server
 from environments.gsm8k import load
 from ludic.task.pretrained import load_model
 from ludic.task.prompts import encode_prompt, load_tokenizer
@@ -225,6 +228,95 @@ def test_a_part_that_fails_at_once_says_why(tmp_path: Path) -> None:
         run_part(python("raise ValueError('no GPU today')"), log_path=tmp_path / "log", deadline_s=60)
 
 
+TAKES_TURNS = """
+import sys
+from benchmarks.harness import emit
+from benchmarks.parts import Pauses
+pauses = Pauses([int(word) for word in sys.argv[1:]])
+for step in range(1, 6):
+    emit({"step": step})
+    if pauses.due(step):
+        pauses.wait(step)
+"""
+
+
+def test_parts_take_turns_and_a_record_that_had_a_pause_before_it_says_so(tmp_path: Path) -> None:
+    order: list[tuple[str, int]] = []
+    rounds: list[int] = []
+    with contextlib.ExitStack() as stack:
+        parts = {}
+        for name, pauses in (("a", "2 4"), ("b", "3"), ("c", "1")):
+            command = python(TAKES_TURNS, *pauses.split())
+            log_path = tmp_path / f"{name}.log"
+            parts[name] = stack.enter_context(
+                Part(
+                    command,
+                    log_path=log_path,
+                    deadline_s=60,
+                    on_record=lambda record, name=name: order.append((name, record["step"])),  # type: ignore[misc]
+                )
+            )
+        lanes = [["a"], ["b", "c"]]  # b and c stand in one lane
+        in_turns(lanes, lambda name: parts[name].turn(), between=lambda: rounds.append(len(order)))
+    turns = [
+        *(("a", [1, 2]), ("b", [1, 2, 3])),
+        *(("a", [3, 4]), ("b", [4, 5])),
+        *(("a", [5]), ("c", [1]), ("c", [2, 3, 4, 5])),
+    ]
+    assert order == [(name, step) for name, steps in turns for step in steps]
+    assert rounds == [0, 5, 9, 11]
+    assert [row["step"] for row in parts["a"].records if "resumed" in row] == [3, 5]
+    assert not any(part.problem for part in parts.values())
+    assert all(before["at_s"] <= after["at_s"] for before, after in itertools.pairwise(parts["a"].records))
+
+
+def test_a_part_that_is_left_in_its_pause_ends_with_whoever_started_it(tmp_path: Path) -> None:
+    with Part(python(TAKES_TURNS, "2"), log_path=tmp_path / "log", deadline_s=60) as part:
+        assert part.turn() and [row["step"] for row in part.records] == [1, 2]
+        process = part._process
+        assert process is not None and process.poll() is None
+        assert process.stdin is not None
+        process.stdin.close()
+        assert process.wait(timeout=60) == 1
+    assert "paused after update 2, and whoever was to say when to go on is gone" in (tmp_path / "log").read_text()
+
+
+def test_a_part_that_dies_in_its_pause_keeps_what_it_had(tmp_path: Path) -> None:
+    with Part(python(TAKES_TURNS, "2"), log_path=tmp_path / "log", deadline_s=60) as part:
+        assert part.turn() and part._process is not None
+        part._process.kill()
+        part._process.wait(timeout=60)
+        assert not part.turn()
+    assert part.problem == "ended with code -9" and [row["step"] for row in part.records] == [1, 2]
+
+
+def test_a_part_has_its_whole_deadline_though_it_waited_longer(tmp_path: Path) -> None:
+    with Part(python(TAKES_TURNS, "2"), log_path=tmp_path / "log", deadline_s=30) as part:
+        part.turn()
+        part._spent_s = 0.5  # as if its first turn had been as short, and its pause of any length
+        assert not part.turn() and not part.problem and len(part.records) == 5
+    with Part(python(TAKES_TURNS, "2"), log_path=tmp_path / "log", deadline_s=30) as part:
+        part.turn()
+        part._spent_s = 30.0
+        assert not part.turn() and part.problem == "was not done after 30 s"
+
+
+@pytest.mark.parametrize(
+    ("updates", "turns", "skip", "ends"),
+    [(10, 3, 2, [4, 7]), (12, 3, 2, [6, 9]), (11, 3, 2, [4, 7]), (9, 3, 2, [4, 7]), (5, 2, 1, [3]), (3, 1, 1, [])],
+)
+def test_turns_have_pairs_of_updates_after_those_that_are_left_out(
+    updates: int, turns: int, skip: int, ends: list[int]
+) -> None:
+    assert pauses_after(updates, turns=turns, skip=skip) == ends
+
+
+def test_a_turn_without_an_update_that_counts_is_refused() -> None:
+    assert pauses_after(7, turns=3, skip=2) == [3, 5]
+    with pytest.raises(ValueError, match="--turns 3 of 6 updates: 7 are the least where the first 2 warm up"):
+        pauses_after(6, turns=3, skip=2)
+
+
 def test_a_worker_answers_line_by_line_and_its_end_is_an_error(tmp_path: Path) -> None:
     code = (
         "import json, sys\nprint('{\"ready\": 1}', flush=True)\n"
@@ -303,24 +395,38 @@ def test_generation_is_compared_and_grown(common: Sequence[str], tmp_path: Path)
 
 @pytest.mark.slow
 def test_updates_are_measured_by_a_run_of_the_trainer(common: Sequence[str], tmp_path: Path) -> None:
-    small = ["--updates", "3", "--skip", "1", "--rollouts", "8", "--group-size", "4", "--max-tokens", "12"]
-    flags = [*common, *small, "--max-seq-len", "160", "--phases", "ludic,generation,trl", "--ludic-args=--lr 1e-3"]
-    assert update.main(flags) == 1  # for want of TRL's server
+    small = ["--updates", "5", "--skip", "1", "--rollouts", "8", "--group-size", "4", "--max-tokens", "12"]
+    flags = [*common, *small, "--turns", "2", "--max-seq-len", "160", "--ludic-args=--lr 1e-3"]
+    assert update.main([*flags, "--phases", "ludic,ludic_1,generation,trl"]) == 1  # for want of TRL's server
+    every = Records(tmp_path / "update.jsonl").all()
+    turns = [(record["part"], len(record["rows"])) for record in every if record["part"] != "machine"]
+    of_one_turn = [("host", 1), ("generation", 6), ("ludic", 3), ("ludic_1", 3)]
+    assert turns == [("trl", 0), *of_one_turn, ("host", 2), ("generation", 10), ("ludic", 5), ("ludic_1", 5)]
     records = Records(tmp_path / "update.jsonl").last()
     assert [(row["step"], row["logprobs"]) for row in records["generation"]["rows"]] == [
-        (step, logprobs) for step in (1, 2, 3) for logprobs in (False, True)
+        (step, logprobs) for step in (1, 2, 3, 4, 5) for logprobs in (False, True)
     ]
     rows = records["ludic"]["rows"]
-    assert [row["step"] for row in rows] == [1, 2, 3] and records["ludic"]["problem"] is None
+    for name in ("ludic", "ludic_1"):
+        assert [row["step"] for row in records[name]["rows"]] == [1, 2, 3, 4, 5] and records[name]["problem"] is None
+    for name in ("generation", "ludic", "ludic_1"):
+        assert {row["step"] for row in records[name]["rows"] if "resumed" in row} == {4}
     for row in rows:
         assert 0 < row["seconds"] < row["at_s"] and {"train_s", "sync_s"} <= row["parts"].keys()
         assert 8 <= row["completion_tokens"] <= 8 * 12 and row["metrics"]["learning_rate"] > 0
         assert row["rss_gib"] > 0 and row["open_fds"] > 3
     assert not any(path.name.startswith("checkpoints") for path in tmp_path.rglob("*"))
     cells = table_of(tmp_path, "update")
-    whole = [update.PHASES["generation"], update.BARE_WITH_LOGPROBS, update.PHASES["ludic"]]
-    assert [row[0] for row in cells] == ["", *whole, "", update.PHASES["ludic"]]
-    assert "TRL GRPOTrainer, vLLM server mode: its server did not come up." in (tmp_path / "update.md").read_text()
+    ludic = [update.PHASES["ludic"], update.PHASES["ludic_1"]]
+    whole = [update.PHASES["generation"], update.BARE_WITH_LOGPROBS, *ludic]
+    hosts = ["the host", "before turn 1", "before turn 2"]
+    assert [row[0] for row in cells] == ["", *whole, "", *ludic, *hosts]
+    assert [row[-2:] for row in cells[1:5]] == [["3", "5 of 5"]] * 4  # neither the first one nor that after the pause
+    report = (tmp_path / "update.md").read_text()
+    assert "TRL GRPOTrainer, vLLM server mode, 0 updates: its server did not come up." in report
+    assert re.search(
+        r"^Host: 1,000,000 rounds of a Python loop in [\d.]+ s, a copy of 256 MiB in [\d.]+ s\.$", report, re.M
+    )
 
 
 def test_a_table_of_updates_compares_with_trl_and_leaves_the_first_ones_out(tmp_path: Path) -> None:
@@ -338,21 +444,22 @@ def test_a_table_of_updates_compares_with_trl_and_leaves_the_first_ones_out(tmp_
     theirs = {"completion_tokens": 100, "peak_gpu_gib": 30.0, "generation_s": 2.0, "train_s": 1.0, "sync_s": 0.5}
     for name, seconds, figures in (("ludic", 1.0, ours), ("trl", 4.0, theirs)):
         rows = [
-            {"step": step, "at_s": 10.0 * step, "seconds": 99.0 if step < 4 else seconds, **figures}
+            {"step": step, "at_s": 10.0 * step, "seconds": seconds if step in (3, 5, 6) else 99.0, **figures}
             for step in range(1, 7)
         ]
-        records.add(name, rows=rows, problem=None)
-    records.add("trl_async", rows=[], problem="it ended with code 1: no kernel")
+        rows[3]["resumed"] = True
+        records.add(name, rows=rows, problem=None, updates=6)
+    records.add("trl_async", rows=[], problem="it ended with code 1: no kernel", updates=10)
     assert update.main(["--table", "--out", str(tmp_path)]) == 0
     report = (tmp_path / "update.md").read_text()
     cells = {row[0]: row[1:] for row in rows_of(report)[:5]}
-    assert cells[update.PHASES["ludic"]] == ["1", "1", "1.00 to 1.00", "4", "2", "100", "3"]
-    assert cells[update.PHASES["trl"]] == ["4", "4", "4.00 to 4.00", "1", "8", "100", "3"]
+    assert cells[update.PHASES["ludic"]] == ["1", "1", "1.00 to 1.00", "4", "2", "100", "3", "6 of 6"]
+    assert cells[update.PHASES["trl"]] == ["4", "4", "4.00 to 4.00", "1", "8", "100", "3", "6 of 6"]
     assert cells[update.BARE_WITH_LOGPROBS][0] == "1.5"
     parts = {row[0]: row[1:] for row in rows_of(report)[5:]}
     assert parts[update.PHASES["ludic"]] == ["0.4", "0.3", "0.1", "0.2", "3", "10"]
     assert parts[update.PHASES["trl"]] == ["2", "1", "0.5", "0.5", "30", "10"]
-    assert "TRL AsyncGRPOTrainer: it ended with code 1: no kernel." in report
+    assert "TRL AsyncGRPOTrainer, 0 of 10 updates: it ended with code 1: no kernel." in report
 
 
 def test_an_asynchronous_trainer_is_timed_by_as_many_rollouts_as_the_others() -> None:
@@ -402,6 +509,7 @@ def test_growth_is_measured_with_one_trainer(common: Sequence[str], tmp_path: Pa
         (["--engine", "local", "--device", "cuda"], "--engine local is for --device cpu"),
         (["--server", "http://x"], "--server http://x needs --policy: name the folder that it serves"),
         (["--phases", "ludik"], "--phases ludik does not exist: choose among generation, ludic"),
+        (["--updates", "6"], "--turns 3 of 6 updates: 7 are the least where the first 2 warm up"),
     ],
 )
 def test_a_run_that_cannot_begin_says_why_in_one_line(

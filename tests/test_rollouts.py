@@ -218,6 +218,20 @@ async def test_every_rollout_is_recorded_with_all_that_is_needed_to_read_it(
     assert json.loads(json.dumps(record)) == record
 
 
+async def test_a_stream_is_settled_once_nothing_of_any_update_is_in_flight(tokenizer: PreTrainedTokenizerFast) -> None:
+    engine = HoldsTheFirst(tokenizer)
+    stream = stream_of(engine)
+    await stream.settled()  # nothing was submitted
+    stream.submit(1, prompts(tokenizer, "a", "b"))
+    stream.submit(2, prompts(tokenizer, "c"))
+    settled = asyncio.create_task(stream.settled())
+    assert not (await asyncio.wait([settled], timeout=0.05))[0], "the first group is held"
+    engine.release.set()
+    await settled
+    for step, count in ((1, 2), (2, 1)):
+        assert [len(groups) async for groups in stream.groups(step)] == [count], "all are there at once"
+
+
 async def test_a_score_that_fails_cancels_the_others_and_propagates(tokenizer: PreTrainedTokenizerFast) -> None:
     environment, writer = LastDigit(), ListWriter()
     engine = EchoEngine(tokenizer)

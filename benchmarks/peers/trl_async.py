@@ -27,6 +27,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
+from benchmarks.parts import Pauses
 from benchmarks.peers.common import JSONLines, JSONValue, conversation_reward, leave, run_to_the_end
 from benchmarks.peers.trl_shared import (
     GROUP_SIZE,
@@ -257,9 +258,10 @@ def make_config(args: argparse.Namespace) -> Any:
         max_inflight_tasks=args.max_inflight,
         vllm_server_base_url=args.server,
         vllm_server_timeout=60.0,
-        request_timeout=120,
+        # These run on while this trainer pauses for others.
+        request_timeout=int(args.max_seconds),
         weight_sync_timeout=60,
-        heartbeat_stale_after_s=60.0,
+        heartbeat_stale_after_s=args.max_seconds,
     )
 
 
@@ -295,7 +297,7 @@ def make_trainer(
         args=make_config(args),
         train_dataset=dataset,
         processing_class=tokenizer,
-        callbacks=[UpdateClock(lines, parts), Finish(finish)],
+        callbacks=[UpdateClock(lines, parts, Pauses(args.pause_after)), Finish(finish)],
         weight_transfer=NoWeightSync() if args.no_weight_sync else None,
     )
     stop_printing(trainer)

@@ -21,6 +21,7 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
+from benchmarks.parts import Pauses
 from benchmarks.peers.common import JSONLines, JSONValue, conversation_reward, run_to_the_end
 from benchmarks.peers.trl_shared import (
     GROUP_SIZE,
@@ -101,7 +102,7 @@ def make_trainer(args: argparse.Namespace, lines: JSONLines) -> Any:
         args=make_config(args),
         train_dataset=dataset,
         processing_class=tokenizer,
-        callbacks=[UpdateClock(lines, parts)],
+        callbacks=[UpdateClock(lines, parts, Pauses(args.pause_after))],
     )
     stop_printing(trainer)
     require_same_prompts(tokenizer, dataset, lambda messages: trainer._tokenize_prompts(messages)[0])

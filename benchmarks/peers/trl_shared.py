@@ -1,15 +1,20 @@
 """What both TRL trainers share: common flags and settings, the clock of an update, and a check of the prompts."""
 
 import argparse
+import contextlib
 import os
+import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
+from benchmarks.harness import numbers
+from benchmarks.parts import Pauses
 from benchmarks.peers.common import JSONLines, JSONValue, gsm8k_prompts
 from ludic.task.prompts import encode_prompt
 from ludic.types import ChatMessage
@@ -37,6 +42,8 @@ def add_common_flags(parser: argparse.ArgumentParser, *, peer: str) -> None:
         help="of the weights and the optimizer's state; compute is bf16 either way (default: TRL's float32)",
     )
     parser.add_argument("--max-seconds", type=float, default=240.0, help="the script ends by then (default: 240)")
+    parser.add_argument("--pause-after", type=numbers, default=[], metavar="N,N",
+                        help="updates after which to wait for a line on standard input (default: none)")  # fmt: skip
     parser.add_argument("--out", type=Path, help=f"the JSON lines of {peer}, also in this file")
     parser.add_argument(
         "--work-dir", default="/tmp/peers", help="TRL's output_dir; nothing is saved (default: %(default)s)"
@@ -136,11 +143,18 @@ class UpdateClock(TrainerCallback):
 
     `parts(seconds, metrics)` gives what else is known of an update: the trainer's own metrics arrive with its log, just
     after the step. The first update counts from the begin of training.
+
+    In a pause the allocator gives back what it keeps for later, since the others need that memory, and no process that
+    generates ahead goes on with it: it would take the server from whoever is measured, and fill a queue for nothing.
     """
 
     def __init__(
-        self, lines: JSONLines, parts: Callable[[float, Mapping[str, float]], Mapping[str, JSONValue]]
+        self,
+        lines: JSONLines,
+        parts: Callable[[float, Mapping[str, float]], Mapping[str, JSONValue]],
+        pauses: Pauses | None = None,
     ) -> None:
+        self._pauses = pauses or Pauses()
         self._lines = lines
         self._parts = parts
         self._last = time.perf_counter()
@@ -163,12 +177,31 @@ class UpdateClock(TrainerCallback):
         for name, value in self._parts(seconds, logs).items():
             record[name] = round(value, 4) if isinstance(value, float) else value
         self._lines.update({**record, **gpu_memory()})
+        if self._pauses.due(state.global_step):
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            with children_stopped():
+                self._pauses.wait(state.global_step)
+            self._last = self._now()
 
     @staticmethod
     def _now() -> float:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return time.perf_counter()
+
+
+@contextlib.contextmanager
+def children_stopped() -> Iterator[None]:
+    """The processes that multiprocessing has started here stand still meanwhile."""
+    children = [child.pid for child in active_children() if child.pid is not None]
+    for pid in children:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in children:
+            os.kill(pid, signal.SIGCONT)
 
 
 def gpu_memory() -> dict[str, float | None]:

@@ -119,6 +119,11 @@ class GroupStream(Generic[SampleT]):
             generation_s=update.last_generated - update.started, grading_s=update.last_scored - update.last_generated
         )
 
+    async def settled(self) -> None:
+        """Wait until nothing is in flight; a failure is left to whoever asks for its group."""
+        while pending := [task for update in self._updates.values() for task in update.tasks if not task.done()]:
+            await asyncio.wait(pending)
+
     async def aclose(self) -> None:
         """Cancel what is in flight, and wait until it is gone."""
         tasks = [task for update in self._updates.values() for task in update.tasks]
@@ -146,8 +151,7 @@ class GroupStream(Generic[SampleT]):
         """Wait for the next group; in rounds for everything in flight, so that scores and turns which take longer in one run
         than in another change neither the prompts, nor the weights of a later turn, nor what is decoded together."""
         if self._in_rounds:
-            in_flight = [task for update in self._updates.values() for task in update.tasks]
-            await asyncio.wait(in_flight)
+            await self.settled()
         else:
             await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
 
