@@ -89,7 +89,7 @@ def test_the_learner_takes_the_product_that_its_setting_says(fp32_head: bool) ->
 
 def _flags(fp32_head: bool | None, server_args: str = "") -> list[str]:
     args = argparse.Namespace(server_args=server_args, chat_template=None, trust_remote_code=False)
-    flags = _server_flags(args, 64, fp32_head)
+    flags = _server_flags(args, 64, fp32_head, 0)
     return flags[flags.index("--hf-overrides") :][:2] if "--hf-overrides" in flags else []
 
 

@@ -35,6 +35,10 @@ COMPLETIONS_PATH = "/v1/completions"
 TRAINER_PATH = "/ludic/v1/trainer"
 """Claims, keeps and releases the lease of the server (`server_guard`). Not renamed since protocol 2, whose trainers would take
 a server without this path for plain vLLM, and train on it without a lease."""
+ADAPTER_PATH = "/ludic/v1/adapter"
+"""Makes room for the adapter of the trainer that has the lease (`adapter_route`)."""
+ADAPTER_NAME, ADAPTER_ID = "ludic-adapter", 1_000_003
+"""The model that a request names for the trainer's adapter, and vLLM's number of it; vLLM counts others from 1."""
 LEASE_HEADER = "x-ludic-lease"
 """In a request the token that the server gave to its caller, `START-NUMBER` with a lease and `START` without one; in the reply
 the same. A server knows no token of another start, so what repeats it comes from the start that was asked."""

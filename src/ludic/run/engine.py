@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from ludic.cli import server_urls
+from ludic.config import GRPOConfig
 from ludic.inference.client.server_process import ServerProcess
 from ludic.storage.inert import inert
 from ludic.storage.keys import read_api_key
@@ -50,6 +51,14 @@ def require_server(args: argparse.Namespace) -> None:
             raise nothing_listens(base_url, args.model) from error
 
 
+def check_adapter_arguments(args: argparse.Namespace, config: GRPOConfig) -> None:
+    """Raises ValueError where an adapter is to be sent, and there is no server for it."""
+    if config.lora_sync == "adapter" and args.engine == "local":
+        raise ValueError(
+            "--lora-sync adapter sends to a server, and --engine local generates in this process: leave out one of them"
+        )
+
+
 @contextlib.asynccontextmanager
 async def open_engine(
     args: argparse.Namespace,
@@ -61,6 +70,7 @@ async def open_engine(
     probe: Sequence[int] | None = None,
     files: str | None = None,
     fp32_head: bool | None = None,
+    adapter_rank: int = 0,
     stop_ids: Sequence[int] = (),
 ) -> "AsyncIterator[InferenceEngine]":
     """The engine that the flags ask for, checked against this run; closed, and its server ended, on the way out.
@@ -69,7 +79,8 @@ async def open_engine(
     server to itself, recovers it when it is lost, and can send it weights. A server that a killed trainer left paused is
     an error for all others; the first sync sets it right. `files` is a folder or hub name that has the model's config where
     `--model` is only the name that a server gives it. `fp32_head` is whether a run keeps logits in fp32: a server that is
-    started does the same, another's is compared. `stop_ids` end a completion in place of the ids that the model names.
+    started does the same, another's is compared. With `adapter_rank` a run sends an adapter of that rank, not whole models.
+    `stop_ids` end a completion in place of the ids that the model names.
 
     Raises:
         EngineError: the server is not there, not the right one, or leased to another trainer.
@@ -85,7 +96,10 @@ async def open_engine(
     files = files or args.model
     model_config = load_config(files, trust_remote_code=args.trust_remote_code)  # before a server is started for it
     async with contextlib.AsyncExitStack() as stack:
-        server = await _start_server(stack, args, out_dir, max_seq_len, fp32_head, say) if args.start_server else None
+        server = None
+        if args.start_server:
+            flags = _server_flags(args, max_seq_len, fp32_head, adapter_rank)
+            server = await _start_server(stack, args, out_dir, flags, say)
         if server is not None:
             stack.push(server.explain_loss)
         urls = server_urls(args) if server is None else [server.base_url]
@@ -98,6 +112,7 @@ async def open_engine(
                 model_config,
                 trains=probe is not None,
                 fp32_head=fp32_head,
+                adapter_rank=adapter_rank,
                 stop_ids=stop_ids,
             )
             for url in urls
@@ -117,6 +132,7 @@ def _client(
     *,
     trains: bool,
     fp32_head: bool | None,
+    adapter_rank: int,
     stop_ids: Sequence[int],
 ) -> "VLLMEngine":
     from ludic.inference.client.vllm_client import VLLMEngine, stop_token_ids
@@ -132,6 +148,7 @@ def _client(
         vocab_size=model_config.get_text_config().vocab_size,
         longrope_switch=longrope_switch(model_config) if trains else None,
         fp32_head=fp32_head,
+        adapter_rank=adapter_rank,
     )
 
 
@@ -189,8 +206,7 @@ async def _start_server(
     stack: contextlib.AsyncExitStack,
     args: argparse.Namespace,
     out_dir: Path,
-    max_seq_len: int,
-    fp32_head: bool | None,
+    flags: Sequence[str],
     say: Callable[[str], None],
 ) -> ServerProcess:
     status = StatusLine(say)
@@ -201,7 +217,7 @@ async def _start_server(
         port=args.port,
         gpu=args.server_gpu,
         api_key=read_api_key(args.api_key_file),
-        extra_args=_server_flags(args, max_seq_len, fp32_head),
+        extra_args=flags,
         log_path=log_path,
         on_progress=lambda seconds, line: status.show(f"server loading, {seconds:.0f} s: {inert(line)}"),
     )
@@ -213,7 +229,7 @@ async def _start_server(
     return server
 
 
-def _server_flags(args: argparse.Namespace, max_seq_len: int, fp32_head: bool | None) -> list[str]:
+def _server_flags(args: argparse.Namespace, max_seq_len: int, fp32_head: bool | None, adapter_rank: int) -> list[str]:
     flags = shlex.split(args.server_args)
     given = [flag.replace("_", "-").partition("=")[0] for flag in flags]
     if "--max-model-len" not in given:
@@ -222,6 +238,11 @@ def _server_flags(args: argparse.Namespace, max_seq_len: int, fp32_head: bool | 
         flags += ["--hf-overrides", '{"head_dtype": "float32"}']
     if "--weight-transfer-config" not in given and _only_one_gpu():
         flags += ["--weight-transfer-config", '{"backend": "ludic_shm"}']  # NCCL does not join a GPU with itself
+    if adapter_rank:
+        from ludic.inference.client.handshake import largest_rank  # brings an HTTP client
+
+        flags += ["--enable-lora"] if "--enable-lora" not in given else []
+        flags += ["--max-lora-rank", str(largest_rank(adapter_rank))] if "--max-lora-rank" not in given else []
     if args.chat_template:
         flags += ["--chat-template", args.chat_template]
     if args.trust_remote_code:

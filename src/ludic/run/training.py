@@ -26,7 +26,7 @@ from ludic.doctor.machine import trainer_device
 from ludic.report.start import write_start
 from ludic.run.artifacts import check_artifacts, send_artifacts
 from ludic.run.ending import finish
-from ludic.run.engine import open_engine, require_server
+from ludic.run.engine import check_adapter_arguments, open_engine, require_server
 from ludic.run.forecast import check_forecast_arguments, forecast_run
 from ludic.run.policy import load_models
 from ludic.run.preparation import Parts, prepare
@@ -98,6 +98,7 @@ async def _run(
     check_engine_arguments(args)
     config = from_arguments(args)
     check_rank_arguments(args, config)
+    check_adapter_arguments(args, config)
     require_server(args)
     paths = RunPaths(out_dir=prepare_out_dir(args.out_dir), name=task.file_name)
     check_forecast_arguments(args, paths)
@@ -119,6 +120,7 @@ async def _run(
                 say=say,
                 probe=parts.train_prompts[0][:PROBE_LEN],
                 fp32_head=config.fp32_head,
+                adapter_rank=config.sent_rank,
             ) as engine:
                 if args.forecast:
                     return await _forecast(parts, engine, started)
