@@ -91,7 +91,7 @@ def _flags(fp32_head: bool | None, server_args: str = "") -> list[str]:
     args = argparse.Namespace(
         server_args=server_args, chat_template=None, trust_remote_code=False, server_memory_share=None
     )
-    flags = _server_flags(args, 64, fp32_head)
+    flags = _server_flags(args, 64, fp32_head, 0)
     return flags[flags.index("--hf-overrides") :][:2] if "--hf-overrides" in flags else []
 
 

@@ -113,6 +113,7 @@ class Engine:
         self.outputs: list[Any] | None = [self.output(2)]
         self.error: Exception | None = None
         self.asked: list[tuple[Any, Any]] = []
+        self.adapters: list[Any] = []
         self.started = asyncio.Event()
         self.running: set[str] = set()
         self.aborted: list[str] = []
@@ -127,8 +128,9 @@ class Engine:
         one = SimpleNamespace(token_ids=[40, 1], logprobs=logprobs, finish_reason=finish_reason)
         return SimpleNamespace(outputs=[one] * count)
 
-    async def generate(self, prompt: Any, params: Any, request_id: str) -> AsyncIterator[Any]:
+    async def generate(self, prompt: Any, params: Any, request_id: str, *, lora_request: Any) -> AsyncIterator[Any]:
         self.asked.append((prompt, params))
+        self.adapters.append(lora_request)
         self.running.add(request_id)
         self.started.set()
         if self.error is not None:
@@ -191,7 +193,8 @@ class Call:
 
     def __init__(self, engine: Engine, body: bytes = b"", *, method: str = "POST", path: str = PATH) -> None:
         args = SimpleNamespace(served_model_name=["tiny"], worker_extension_cls=generate_route.WORKER_EXTENSION)
-        state = SimpleNamespace(engine_client=engine, args=args)
+        models = SimpleNamespace(lora_requests={"tuned": "vLLM's adapter"})
+        state = SimpleNamespace(engine_client=engine, args=args, openai_serving_models=models)
         self.scope: dict[str, Any] = {
             "type": "http",
             "method": method,

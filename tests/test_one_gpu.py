@@ -104,7 +104,7 @@ def test_a_run_on_one_gpu_says_the_split_and_starts_its_server_with_it(
     preparation._split_gpu(args, GRPOConfig())
     (line,) = said
     assert "the server takes 0.5 of it (70.0 GiB), training has the other 69.0 GiB" in line
-    started = _server_flags(args, 64, False)
+    started = _server_flags(args, 64, False, 0)
     assert started[started.index("--gpu-memory-utilization") + 1] == "0.5"
     assert started[started.index("--weight-transfer-config") + 1] == '{"backend": "ludic_shm"}'
 
@@ -118,7 +118,7 @@ def test_what_the_user_gives_is_kept(
     args = flags("--server-args=--gpu-memory-utilization 0.3")
     preparation._split_gpu(args, GRPOConfig())
     assert "takes 0.3 of it" in said[0] and args.server_memory_share is None
-    assert _server_flags(args, 64, False).count("--gpu-memory-utilization") == 1
+    assert _server_flags(args, 64, False, 0).count("--gpu-memory-utilization") == 1
 
 
 def test_two_gpus_and_a_server_of_somebody_elses_are_left_alone(
@@ -132,7 +132,7 @@ def test_two_gpus_and_a_server_of_somebody_elses_are_left_alone(
     args = flags()
     preparation._split_gpu(args, GRPOConfig())
     assert not said and args.server_memory_share is None
-    assert "--gpu-memory-utilization" not in _server_flags(args, 64, False)
+    assert "--gpu-memory-utilization" not in _server_flags(args, 64, False, 0)
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ ALWAYS: Uses = {
     ),
     "vllm.engine.protocol": (
         "EngineClient.model_config",
-        "EngineClient.generate(_, _, _)",
+        "EngineClient.generate(_, _, _, lora_request=_)",
         "EngineClient.abort(_)",
         "EngineClient.collective_rpc(_, args=_)",
     ),
@@ -77,10 +77,26 @@ ALWAYS: Uses = {
     "vllm.logprobs": ("FlatLogprobs.logprobs", "FlatLogprobs.start_indices"),
     "vllm.exceptions": (),
     "vllm.v1.engine.exceptions": ("EngineDeadError", "EngineGenerateError"),
+    # A trainer's adapter: what requests name it by in the front end, and its slot in the worker.
+    "vllm.entrypoints.openai.models.serving": ("OpenAIServingModels.lora_requests",),
+    "vllm.lora.request": ("LoRARequest(lora_name=_, lora_int_id=_, lora_path=_)",),
+    "vllm.lora.worker_manager": (
+        "WorkerLoRAManager.add_dummy_lora(_, rank=_)", "WorkerLoRAManager.pin_adapter(_)",
+        "WorkerLoRAManager.list_adapters()",
+    ),
+    "vllm.lora.model_manager": (
+        "LoRAModelManager.lora_index_to_id", "LoRAModelManager.modules", "LoRAModelManager.packed_modules",
+        "LRUCacheLoRAModelManager.pin_adapter(_)", "LoRAModelManager.__init__.lora_manager",
+    ),
+    "vllm.lora.layers.base_linear": (
+        "BaseLinearLayerWithLoRA.reset_lora(_)", "BaseLinearLayerWithLoRA.lora_a_stacked",
+        "BaseLinearLayerWithLoRA.lora_b_stacked", "BaseLinearLayerWithLoRA.base_layer",
+    ),
+    "vllm.config.lora": ("LoRAConfig.max_lora_rank",),
     # The worker: its own class, the runner and the recorder of log-probs.
     "vllm.config": (
         "ModelConfig", "VllmConfig.model_config", "VllmConfig.parallel_config", "VllmConfig.speculative_config",
-        "VllmConfig.weight_transfer_config",
+        "VllmConfig.weight_transfer_config", "VllmConfig.lora_config",
     ),
     "vllm.config.parallel": (
         "ParallelConfig.tensor_parallel_size", "ParallelConfig.pipeline_parallel_size", "ParallelConfig.world_size",
@@ -91,6 +107,7 @@ ALWAYS: Uses = {
     "vllm.v1.request": ("Request(..., cache_salt=_)",),  # a sync keeps the prefix cache, whose blocks are keyed by it
     "vllm.v1.worker.gpu_worker": (
         "Worker.model_runner", "Worker.device", "Worker.vllm_config", "Worker._weight_update_active",
+        "Worker.weight_transfer_engine",
         # What `ServerControl` knows an update by that another trainer left open.
         'Worker["already"]', 'Worker["without a matching"]',
     ),

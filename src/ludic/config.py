@@ -185,6 +185,12 @@ class GRPOConfig:
         "adapter",
         "names of the linear layers with an adapter, e.g. q_proj,v_proj; all-linear: all but the output layer",
     )
+    lora_sync: Literal["merged", "adapter"] = _setting(
+        "merged",
+        "adapter",
+        "what a weight sync sends: merged, the whole model; adapter, the adapter alone, to servers started with --enable-lora",
+        choices=("merged", "adapter"),
+    )
 
     micro_token_budget: int | None = _setting(
         16384, "memory", "tokens of one micro-batch, the knob for the trainer's memory; auto: as many as fit"
@@ -223,6 +229,11 @@ class GRPOConfig:
 
     def __post_init__(self) -> None:
         check_settings(self)
+
+    @property
+    def sent_rank(self) -> int:
+        """Of the adapter that weight syncs send; 0 where they send whole models."""
+        return self.lora_rank if self.lora_sync == "adapter" else 0
 
     @property
     def groups_per_update(self) -> int:

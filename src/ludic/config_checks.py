@@ -67,6 +67,14 @@ _CONTRADICTIONS: tuple[tuple[Callable[[Any], bool], str], ...] = (
         "--kl-coef {0.kl_coef} too; take --advantage-std group, or --kl-coef 0",
     ),
     (
+        lambda c: c.lora_sync == "adapter" and not c.lora_rank,
+        "--lora-sync adapter sends the adapter of --lora-rank N, and all weights are trained: give --lora-rank, or leave it out",
+    ),
+    (
+        lambda c: c.lora_sync == "adapter" and c.lora_rank > 512,
+        "--lora-rank {0.lora_rank} is more than the 512 that vLLM takes: lower it, or leave out --lora-sync adapter",
+    ),
+    (
         lambda c: bool(c.overlong_buffer) and not c.max_completion_len,
         "--overlong-buffer {0.overlong_buffer} lies before the longest completion, and without --max-tokens that depends on the "
         "prompt: give --max-tokens, or leave it out",

@@ -72,6 +72,7 @@ def _small_learner(model: str, trust_remote_code: bool, config: GRPOConfig) -> "
         logprob_chunk=ROW,
         overlong_buffer=0,
         lora_rank=0,
+        lora_sync="merged",
     )
     try:
         learner = Learner(short, small)

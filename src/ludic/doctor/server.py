@@ -234,6 +234,11 @@ class ServerChecks:
         """Do the model's weights get there, proven as in training?"""
         if not self._info or self._tokenizer is None or self._is_leased:
             return _skipped("weight sync")
+        handshake.check_adapters(self._control, self._info, self._config.sent_rank)
+        if self._config.sent_rank:
+            return ok(
+                "weight sync", "the server takes such an adapter; a run compares the base and proves each version"
+            )
         import torch
 
         from ludic.inference.weights.weight_sync import WeightSync

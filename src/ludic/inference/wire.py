@@ -37,6 +37,10 @@ TRAINER_PATH = "/ludic/v1/trainer"
 a server without this path for plain vLLM, and train on it without a lease."""
 ENGINES_PATH = "/ludic/v1/engines"
 """Of the first of several engines (`engines_route`): the ports of all."""
+ADAPTER_PATH = "/ludic/v1/adapter"
+"""Makes room for the adapter of the trainer that has the lease (`adapter_route`)."""
+ADAPTER_NAME, ADAPTER_ID = "ludic-adapter", 1_000_003
+"""The model that a request names for the trainer's adapter, and vLLM's number of it; vLLM counts others from 1."""
 LEASE_HEADER = "x-ludic-lease"
 """In a request the token that the server gave to its caller, `START-NUMBER` with a lease and `START` without one; in the reply
 the same. A server knows no token of another start, so what repeats it comes from the start that was asked."""

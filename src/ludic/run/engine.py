@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from ludic.cli import server_urls, started_settings
+from ludic.config import GRPOConfig
 from ludic.inference.client.server_process import ServerProcess, require_free_port
 from ludic.inference.vllm_engines import ENGINE_VARIABLE, start_order
 from ludic.storage.inert import inert
@@ -74,6 +75,14 @@ def _engines_behind(base_url: str, args: argparse.Namespace) -> list[str]:
         return engines_behind(control)
 
 
+def check_adapter_arguments(args: argparse.Namespace, config: GRPOConfig) -> None:
+    """Raises ValueError where an adapter is to be sent, and there is no server for it."""
+    if config.lora_sync == "adapter" and args.engine == "local":
+        raise ValueError(
+            "--lora-sync adapter sends to a server, and --engine local generates in this process: leave out one of them"
+        )
+
+
 @contextlib.asynccontextmanager
 async def open_engine(
     args: argparse.Namespace,
@@ -85,6 +94,7 @@ async def open_engine(
     probe: Sequence[int] | None = None,
     files: str | None = None,
     fp32_head: bool | None = None,
+    adapter_rank: int = 0,
     stop_ids: Sequence[int] = (),
 ) -> "AsyncIterator[InferenceEngine]":
     """The engine that the flags ask for, checked against this run; closed, and its server ended, on the way out.
@@ -93,7 +103,8 @@ async def open_engine(
     server to itself, recovers it when it is lost, and can send it weights. A server that a killed trainer left paused is
     an error for all others; the first sync sets it right. `files` is a folder or hub name that has the model's config where
     `--model` is only the name that a server gives it. `fp32_head` is whether a run keeps logits in fp32: a server that is
-    started does the same, another's is compared. `stop_ids` end a completion in place of the ids that the model names.
+    started does the same, another's is compared. With `adapter_rank` a run sends an adapter of that rank, not whole models.
+    `stop_ids` end a completion in place of the ids that the model names.
 
     Raises:
         EngineError: the server is not there, not the right one, or leased to another trainer.
@@ -111,7 +122,8 @@ async def open_engine(
     async with contextlib.AsyncExitStack() as stack:
         servers: list[ServerProcess] = []
         if args.start_server:
-            servers = await _start_servers(stack, args, out_dir, max_seq_len, fp32_head, say)
+            flags = _server_flags(args, max_seq_len, fp32_head, adapter_rank)
+            servers = await _start_servers(stack, args, out_dir, flags, say)
         if len(servers) == 1:  # else the error names the one that was lost
             stack.push(servers[0].explain_loss)
         urls = [server.base_url for server in servers] or server_urls(args)
@@ -124,6 +136,7 @@ async def open_engine(
                 model_config,
                 trains=probe is not None,
                 fp32_head=fp32_head,
+                adapter_rank=adapter_rank,
                 stop_ids=stop_ids,
             )
             for url in urls
@@ -143,6 +156,7 @@ def _client(
     *,
     trains: bool,
     fp32_head: bool | None,
+    adapter_rank: int,
     stop_ids: Sequence[int],
 ) -> "VLLMEngine":
     from ludic.inference.client.vllm_client import VLLMEngine, stop_token_ids
@@ -158,6 +172,7 @@ def _client(
         vocab_size=model_config.get_text_config().vocab_size,
         longrope_switch=longrope_switch(model_config) if trains else None,
         fp32_head=fp32_head,
+        adapter_rank=adapter_rank,
     )
 
 
@@ -219,8 +234,7 @@ async def _start_servers(
     stack: contextlib.AsyncExitStack,
     args: argparse.Namespace,
     out_dir: Path,
-    max_seq_len: int,
-    fp32_head: bool | None,
+    flags: Sequence[str],
     say: Callable[[str], None],
 ) -> list[ServerProcess]:
     """The server; of one with several engines each, so that each can be started again by itself."""
@@ -236,7 +250,7 @@ async def _start_servers(
             port=args.port + index,
             gpu=args.server_gpu,
             api_key=read_api_key(args.api_key_file),
-            extra_args=_server_flags(args, max_seq_len, fp32_head),
+            extra_args=flags,
             log_path=path if index == 0 else path.with_stem(f"{path.stem}_{index + 1}"),
             on_progress=partial(_show_loading, status, name),
             env={ENGINE_VARIABLE: "1"} if started.server_engines > 1 else {},
@@ -258,7 +272,7 @@ def _show_loading(status: StatusLine, name: str, seconds: float, line: str) -> N
     status.show(f"{name} loading, {seconds:.0f} s: {inert(line)}")
 
 
-def _server_flags(args: argparse.Namespace, max_seq_len: int, fp32_head: bool | None) -> list[str]:
+def _server_flags(args: argparse.Namespace, max_seq_len: int, fp32_head: bool | None, adapter_rank: int) -> list[str]:
     flags = shlex.split(args.server_args)
     given = [flag.replace("_", "-").partition("=")[0] for flag in flags]
     if "--max-model-len" not in given:
@@ -269,6 +283,11 @@ def _server_flags(args: argparse.Namespace, max_seq_len: int, fp32_head: bool | 
         flags += ["--gpu-memory-utilization", f"{args.server_memory_share:g}"]
     if "--weight-transfer-config" not in given and _only_one_gpu():
         flags += ["--weight-transfer-config", '{"backend": "ludic_shm"}']  # NCCL does not join a GPU with itself
+    if adapter_rank:
+        from ludic.inference.client.handshake import largest_rank  # brings an HTTP client
+
+        flags += ["--enable-lora"] if "--enable-lora" not in given else []
+        flags += ["--max-lora-rank", str(largest_rank(adapter_rank))] if "--max-lora-rank" not in given else []
     if args.chat_template:
         flags += ["--chat-template", args.chat_template]
     if args.trust_remote_code:

@@ -26,7 +26,7 @@ from ludic.doctor.machine import trainer_device
 from ludic.report.start import write_start
 from ludic.run.artifacts import check_artifacts, send_artifacts
 from ludic.run.ending import finish
-from ludic.run.engine import name_engines, open_engine, require_server
+from ludic.run.engine import check_adapter_arguments, name_engines, open_engine, require_server
 from ludic.run.forecast import check_forecast_arguments, forecast_run
 from ludic.run.policy import load_models
 from ludic.run.preparation import Parts, prepare
@@ -106,6 +106,7 @@ async def _run(
     check_engine_arguments(args)
     config = from_arguments(args)
     check_rank_arguments(args, config)
+    check_adapter_arguments(args, config)
     require_server(args)
     name_engines(args)
     paths = RunPaths(out_dir=prepare_out_dir(args.out_dir), name=task.file_name)
@@ -128,6 +129,7 @@ async def _run(
                 say=say,
                 probe=parts.train_prompts[0][:PROBE_LEN],
                 fp32_head=config.fp32_head,
+                adapter_rank=config.sent_rank,
             ) as engine:
                 if args.forecast:
                     return await _forecast(parts, engine, started)

@@ -160,8 +160,8 @@ class Learner:
 
     @contextlib.contextmanager
     def whole_model(self) -> Iterator["PreTrainedModel"]:
-        """The policy as engines are sent it: `model`, or the base with the adapter merged in."""
-        if self.adapter is None:
+        """The policy as engines read it: `model`, or the base with the adapter merged in unless that is sent by itself."""
+        if self.adapter is None or self.config.lora_sync == "adapter":
             yield self.model
             return
         with self.adapter.merged() as merged:

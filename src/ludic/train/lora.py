@@ -6,11 +6,11 @@ optimizer state.
 
 Beside the model stands `Adapter.plain`: the same architecture without the adapter, over the very tensors of the base. It is
 the reference policy of a KL penalty at no memory. While a caller is inside `Adapter.merged`, its weights are W + s B A, summed
-in float32 and rounded once: what engines are sent, what is proven there and what a checkpoint serves is a whole model, so no
-server has to know of adapters.
+in float32 and rounded once: what a checkpoint serves is a whole model. So is what engines are sent and what is proven there,
+and no server has to know of adapters, unless `--lora-sync adapter` sends A and B themselves.
 
-Left out: adapters of embeddings and of the output layer, whose log-probs are computed outside of the module; dropout, which the
-sampler would not have; and servers that load the adapter itself.
+Left out: adapters of embeddings and of the output layer, whose log-probs are computed outside of the module; and dropout, which
+the sampler would not have.
 """
 
 import contextlib
@@ -190,6 +190,31 @@ class Adapter:
             parameter.data.copy_(tensor)
         if stored:
             raise CheckpointError(f"{path} does not fit this model: it has no {min(stored)}")
+
+
+def adapter_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A, and B times its scale alpha / r in float32, of each layer of `model` that has an adapter, by peft's names.
+
+    They are the tensors that `model` computes with: rounded ones on a GPU. A server that adds B A x needs no more than them.
+    """
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        layer, _, letter = name.removesuffix(f".{_NAME}.weight").rpartition(".lora_")
+        if letter == "A":
+            tensors[_peft_name(name)] = parameter.detach()
+        elif letter == "B":
+            scale = cast("dict[str, float]", model.get_submodule(layer).scaling)[_NAME]
+            tensors[_peft_name(name)] = parameter.detach().float() * scale
+    return tensors
+
+
+def base_parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters below the adapter of `model`, by the names that they have without one."""
+    return {
+        name.replace(".base_layer.", "."): parameter
+        for name, parameter in model.named_parameters()
+        if f".{_NAME}." not in name
+    }
 
 
 def require_peft() -> None:

@@ -41,6 +41,8 @@ LOOK_S = 15.0
 RELEASE_S = 3.0
 """Of a last word, which a server that is gone must not make an ending run wait for."""
 PAUSED_LOOKS = 5
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM takes for --max-lora-rank, 0.26 to 0.33."""
 
 _PROBE_CHAT: list[ChatMessage] = [
     {"role": "system", "content": "Answer in one line."},
@@ -261,6 +263,38 @@ def check_head_dtype(info: Mapping[str, Any], fp32_head: bool) -> None:
         )  # fmt: skip
 
 
+def check_adapters(control: ServerControl, info: Mapping[str, Any], rank: int) -> None:
+    """Is the server one for an adapter of this rank, or with 0, for whole models?
+
+    Args:
+        info: of `weight_sync_info`.
+
+    Raises:
+        ServerMismatchError: it is not; one line.
+    """
+    largest = info.get("max_lora_rank", 0)
+    if rank and not largest:
+        raise ServerMismatchError(
+            f"the server at {control.base_url} takes no adapters: start it with --enable-lora --max-lora-rank "
+            f"{largest_rank(rank)}, or train with --lora-sync merged"
+        )
+    if rank > largest:
+        raise ServerMismatchError(
+            f"the server at {control.base_url} takes adapters of rank {largest} at most, and --lora-rank is {rank}: start it "
+            f"with --max-lora-rank {largest_rank(rank)}, or train with --lora-sync merged"
+        )
+    if largest and not rank:
+        raise ServerMismatchError(
+            f"the server at {control.base_url} was started with --enable-lora, and then vLLM takes no whole models: restart it "
+            "without, or train an adapter with --lora-rank N --lora-sync adapter"
+        )
+
+
+def largest_rank(rank: int) -> int:
+    """The smallest --max-lora-rank of vLLM's that has room for `rank`, which is at most 512."""
+    return next((one for one in LORA_RANKS if one >= rank), LORA_RANKS[-1])
+
+
 # -- whose server it is ------------------------------------------------------------------------------------------------
 
 
@@ -277,6 +311,11 @@ class ServerState:
     def policy_version(self) -> int:
         """The update that made the weights; 0 for those that it was started with, or that are not proven."""
         return int(self.weights["policy_version"]) if self.weights is not None and self.weights["proven"] else 0
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether a trainer's adapter, proven, makes the policy of the weights."""
+        return self.weights is not None and bool(self.weights.get("adapter"))
 
 
 def server_state(control: ServerControl) -> ServerState:

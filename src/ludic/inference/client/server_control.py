@@ -16,7 +16,7 @@ from requests.adapters import HTTPAdapter
 
 from ludic.inference.client.tls import TLSAdapter, causes, tls_context, tls_failure
 from ludic.inference.weights.background import BackgroundCall
-from ludic.inference.wire import LEASE_HEADER, NEUTRAL_SAMPLING, TRAINER_PATH
+from ludic.inference.wire import ADAPTER_PATH, LEASE_HEADER, NEUTRAL_SAMPLING, TRAINER_PATH
 from ludic.rollout.errors import (
     EngineError,
     RouteMissingError,
@@ -229,6 +229,22 @@ class ServerControl:
         body = None if weight_version is None else {"weight_version": weight_version}
         self.request("POST", "/finish_weight_update", json_body=body, timeout_s=TRANSFER_TIMEOUT_S)
 
+    def open_adapter(self, rank: int, dtype: str, shapes: dict[str, list[int]]) -> str:
+        """Let the server make room for an adapter of tensors with these names; why it cannot serve it, "" where it can."""
+        specs = {"rank": rank, "dtype": dtype, "shapes": shapes}
+        answer = self.ask("POST", ADAPTER_PATH, "problem", json_body=specs, timeout_s=TRANSFER_TIMEOUT_S)
+        return str(answer["problem"])
+
+    def update_adapter(self, update_info: dict[str, Any]) -> None:
+        """As `update_weights` for a new version of the trainer's adapter, in one call; the session of an update is not needed."""
+        try:
+            problems = self._ask_workers("ludic_receive_adapter", json.dumps(update_info), timeout_s=TRANSFER_TIMEOUT_S)
+            if problem := next((one for one in problems if one), ""):
+                raise EngineError(f"the server did not take the adapter: {problem}")
+        except EngineError as error:
+            self.refusal = error
+            raise
+
     def end_open_update(self) -> None:
         """Finish an update that a trainer left open, if there is one, so that the model's parameters are all in place again."""
         try:
@@ -292,9 +308,13 @@ class ServerControl:
         workers: list[str] = self._ask_workers("ludic_weights_digest")
         return workers[0] if len(workers) == 1 else hashlib.sha256("".join(workers).encode()).hexdigest()[:16]
 
-    def note_weights(self, policy_version: int) -> None:
-        """Tell the server that it provably holds these weights of this trainer, for those who ask it whose they are."""
-        self.request("PUT", TRAINER_PATH, json_body={"policy_version": policy_version})
+    def note_weights(self, policy_version: int, *, adapter: bool = False) -> None:
+        """Tell the server that it provably holds these weights of this trainer, for those who ask it whose they are.
+
+        With `adapter` they are those of its start with the trainer's adapter.
+        """
+        body = {"policy_version": policy_version} | ({"adapter": True} if adapter else {})
+        self.request("PUT", TRAINER_PATH, json_body=body)
 
     def prompt_logprobs(self, model: str, token_ids: list[int], *, cache_salt: str) -> list[float]:
         """The server's log-probability of each prompt token after the first, in nats: [len(token_ids) - 1].

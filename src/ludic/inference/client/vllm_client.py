@@ -27,6 +27,7 @@ from ludic.inference.client.tls import tls_context
 from ludic.inference.client.weighted_semaphore import WeightedSemaphore
 from ludic.inference.weights.weight_sync import WeightSync
 from ludic.inference.wire import (
+    ADAPTER_NAME,
     COMPLETIONS_ROUTE,
     LEASE_HEADER,
     OWN_ROUTE,
@@ -89,6 +90,7 @@ class VLLMEngine:
         vocab_size: rows of the model's embedding; a reply with another token id is refused. None: not checked.
         longrope_switch: of the model that trains, see `handshake.check_context`; None: not compared.
         fp32_head: whether the model that trains keeps logits in fp32, compared with the server; None: not compared.
+        adapter_rank: above 0, a sync sends an adapter of this rank in the place of a whole model.
     """
 
     overlaps_training: bool = True
@@ -105,6 +107,7 @@ class VLLMEngine:
         vocab_size: int | None = None,
         longrope_switch: int | None = None,
         fp32_head: bool | None = None,
+        adapter_rank: int = 0,
     ) -> None:
         if concurrency < 1:
             raise ValueError(f"concurrency must be at least 1, not {concurrency}")
@@ -120,6 +123,9 @@ class VLLMEngine:
         self._vocab_size = vocab_size
         self._longrope_switch = longrope_switch
         self._fp32_head = fp32_head
+        self._adapter_rank = adapter_rank
+        self._sampled_model = model
+        """The name that rollouts are asked for by: that of the adapter once the server has one."""
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self.control = ServerControl(base_url, api_key=api_key)
         self._session: aiohttp.ClientSession | None = None
@@ -168,6 +174,7 @@ class VLLMEngine:
         if will_sync:
             return
         self._policy_version = state.policy_version
+        self._sampled_model = ADAPTER_NAME if state.has_adapter else self.model
         if handshake.stays_paused(control):
             raise ServerMismatchError(
                 f"the server at {self.base_url} is paused, as a trainer that was killed in a sync leaves it, and its weights "
@@ -183,6 +190,7 @@ class VLLMEngine:
         info = await asyncio.to_thread(handshake.weight_sync_info, self.control, self.model)
         if self._fp32_head is not None:
             handshake.check_head_dtype(info, self._fp32_head)
+        handshake.check_adapters(self.control, info, self._adapter_rank)
         if self._sync is not None:
             await asyncio.to_thread(self._sync.close)  # NCCL may take seconds to let go of a server that is gone
         self._given_up = None
@@ -195,6 +203,7 @@ class VLLMEngine:
             deadline_s=deadline_s,
             fp32_head=self._fp32_head is True,
             server_gpu=str(info.get("device_uuid", "")) if info.get("tp_size", 1) == 1 else "",
+            adapter_rank=self._adapter_rank,
         )
 
     # -- generation ------------------------------------------------------------------------------------------------
@@ -219,7 +228,7 @@ class VLLMEngine:
     async def _request(self, prompt: list[int], count: int, sampling: SamplingParams, offset: int) -> list[Completion]:
         seed = sampling.seed if self._seed_requests else None
         request = GenerateRequest(
-            model=self.model,
+            model=self._sampled_model,
             prompt_token_ids=prompt,
             n=count,
             max_tokens=sampling.max_tokens,
@@ -354,6 +363,7 @@ class VLLMEngine:
         finally:
             self._num_syncs += 1  # a sync that failed may have replaced weights too
         self._policy_version = report.policy_version
+        self._sampled_model = ADAPTER_NAME if self._adapter_rank else self.model
         return report
 
     async def _to_its_end(self, sync: WeightSync, policy: Policy) -> WeightSyncReport:

@@ -6,8 +6,9 @@ object per token, defaults from files. Engine, scheduler and sampler are the sam
 
     {"error": {"message": "...", "type": "BadRequestError", "param": null, "code": 400}}
 
-A caller that leaves takes its generation with it. Left out: streaming, LoRA, vLLM's per-request headers. Authentication is
-the business of `vllm_server.RequireApiKey`, which must be outside. Nothing here imports vLLM before a request does.
+A caller that leaves takes its generation with it. A request whose model is the name of an adapter that the server has is
+answered with that adapter. Left out: streaming, vLLM's per-request headers. Authentication is the business of
+`vllm_server.RequireApiKey`, which must be outside. Nothing here imports vLLM before a request does.
 """
 
 import array
@@ -106,7 +107,7 @@ async def _serve(scope: Scope, receive: Receive, recorder: "_Recorder") -> bytes
         return None
     request = decode_request(body)
     state = scope["app"].state
-    if request.model not in (state.args.served_model_name or [state.args.model]):
+    if request.model not in (state.args.served_model_name or [state.args.model]) and _adapter(state, request) is None:
         raise RequestRefusedError(f"the model {request.model!r:.200} is not served here", status=404)
     context = state.engine_client.model_config.max_model_len
     if len(request.prompt_token_ids) + request.max_tokens > context:
@@ -223,7 +224,8 @@ async def _generate(state: Any, request: GenerateRequest, recorder: _Recorder) -
     recorded = await recorder.records(state, request)
     request_id = f"{RECORDED_PREFIX if recorded else 'ludic-'}{uuid.uuid4().hex}"
     try:
-        group = await _draw(state.engine_client, request, request_id, own_logprobs=request.logprobs and not recorded)
+        own_logprobs = request.logprobs and not recorded
+        group = await _draw(state, request, request_id, own_logprobs=own_logprobs)
         if recorded:
             logprobs = await recorder.take(state.engine_client, request_id, request, group)
             recorded = False
@@ -246,14 +248,20 @@ async def _generate(state: Any, request: GenerateRequest, recorder: _Recorder) -
     ]
 
 
-async def _draw(engine_client: Any, request: GenerateRequest, request_id: str, *, own_logprobs: bool) -> list[Any]:
+def _adapter(state: Any, request: GenerateRequest) -> Any:
+    """vLLM's adapter of the name that the request gives for its model; None where it has none, as for the model itself."""
+    return state.openai_serving_models.lora_requests.get(request.model)
+
+
+async def _draw(state: Any, request: GenerateRequest, request_id: str, *, own_logprobs: bool) -> list[Any]:
     """vLLM's completions of a request. Raises RequestRefusedError if it did not finish all of them."""
     from vllm.inputs import tokens_input
 
     prompt = tokens_input(request.prompt_token_ids, cache_salt=request.cache_salt)
     params = _sampling_params(request, own_logprobs=own_logprobs)
     # All versions yield one output in FINAL_ONLY mode, when the last of the n is finished, ordered by member.
-    outputs = [one async for one in engine_client.generate(prompt, params, request_id)]
+    generation = state.engine_client.generate(prompt, params, request_id, lora_request=_adapter(state, request))
+    outputs = [one async for one in generation]
     if len(outputs) != 1 or len(outputs[0].outputs) != request.n:
         raise RequestRefusedError("the engine ended the request without its completions", status=500)
     group = list(outputs[0].outputs)

@@ -17,6 +17,7 @@ from ludic.inference.server.generate_route import WORKER_EXTENSION
 
 DEV_MODE_VARIABLE = "VLLM_SERVER_DEV_MODE"
 GENERATE_ROUTE = "ludic.inference.server.generate_route.GenerateRoute"
+ADAPTER_ROUTE = "ludic.inference.server.adapter_route.AdapterRoute"
 SERVER_GUARD = "ludic.inference.server.server_guard.ServerGuard"
 ENGINES_ROUTE = "ludic.inference.server.engines_route.EnginesRoute"
 REQUIRE_API_KEY = "ludic.inference.vllm_server.RequireApiKey"
@@ -128,9 +129,11 @@ def middleware(users: list[str], *, training: bool) -> list[str]:
 
     What vLLM adds last is outermost: nothing, and no middleware of the user's, sees a request before its key was checked.
     """
-    users = [name for name in users if name not in (ENGINES_ROUTE, GENERATE_ROUTE, SERVER_GUARD, REQUIRE_API_KEY)]
+    own = (ENGINES_ROUTE, GENERATE_ROUTE, ADAPTER_ROUTE, SERVER_GUARD, REQUIRE_API_KEY)
+    users = [name for name in users if name not in own]
     engines = [ENGINES_ROUTE] if ENGINES_VARIABLE in os.environ else []
-    return [GENERATE_ROUTE, *engines, *users, *([SERVER_GUARD] if training else []), REQUIRE_API_KEY]
+    for_training = [ADAPTER_ROUTE, SERVER_GUARD] if training else []
+    return [GENERATE_ROUTE, *engines, *users, *for_training, REQUIRE_API_KEY]
 
 
 def kv_cache_bytes(free_bytes: int) -> int:

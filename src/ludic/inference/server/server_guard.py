@@ -17,7 +17,8 @@ the server back. Who has no lease, as an evaluation, sends the token of the star
                 "holder": {"lease": 1, "identity", "seconds_since_seen"} or null}; the token is that of the caller
     POST   {"identity": {"host": ..., "pid": ..., ...}, "takes_over": the number of a dead trainer's lease, or null}
            200 {"protocol", "token": "<hex>-2", "lease_s"}; 409 {"error": {"message": ...}, "holder": {...} or null}
-    PUT    {"policy_version": 37} under a lease, at the end of a sync that was proven; 200 or 409, as above
+    PUT    {"policy_version": 37} under a lease, at the end of a sync that was proven; 200 or 409, as above; with
+           "adapter": true the weights are those of the server's start with the trainer's adapter, and `GET` says so
     DELETE under a lease, which ends it; 200 or 409, as above
 
 Weights: `GET` also says whose weights the server computes with, while their trainer is there and when it has left: null for
@@ -67,7 +68,7 @@ MAX_BYTES = {GENERATE_PATH: MAX_BODY_BYTES, TRAINER_PATH: MAX_TRAINER_BODY_BYTES
 MAX_OTHER_BODY_BYTES = 8 * 2**20
 """Of every other route: a prompt of a million token ids, as JSON numbers, fits."""
 MAX_IDENTITY_FIELDS = 16
-TRAINER_FIELDS = frozenset({"identity", "takes_over", "policy_version"})
+TRAINER_FIELDS = frozenset({"identity", "takes_over", "policy_version", "adapter"})
 
 GENERATION_PATHS = frozenset(
     {
@@ -201,10 +202,14 @@ class ServerGuard:
         if method == "DELETE":
             self.lease.release(holder.lease)
             return self._state(None)
-        version = _decoded(body).get("policy_version")
+        fields = _decoded(body)
+        version, adapter = fields.get("policy_version"), fields.get("adapter", False)
         if type(version) is not int or not 0 <= version < 2**53:
             raise RefusedError(400, f"policy_version must be a whole number from 0, not {version!r:.80}")
+        if type(adapter) is not bool:
+            raise RefusedError(400, f"adapter must be true or false, not {adapter!r:.80}")
         self._weights = {"proven": True, "policy_version": version, "identity": dict(holder.identity)}
+        self._weights |= {"adapter": True} if adapter else {}
         self._weights["since"] = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
         return self._state(holder)
 

@@ -41,7 +41,8 @@ class IpcTransport(SharedMemoryTransport):
 
     def open(self, weights: WireWeights, *, in_place_problem: str) -> None:
         super().open(weights, in_place_problem=in_place_problem)
-        if gpu_of(weights.model.device) != self._server_gpu:
+        # An adapter is small, and the server writes it elsewhere than its model's weights.
+        if weights.applied or gpu_of(weights.model.device) != self._server_gpu:
             return
         problem = in_place_problem or self._open_link(weights)
         if problem:

@@ -69,15 +69,15 @@ class BucketTransport:
     def send(self, weights: WireWeights, *, weight_version: str) -> Sent:
         assert self._sender is not None
         self.touched = False
-        self._control.start_weight_update()
+        weights.start(self._control)
         why = self._problem or "the first time, to see where it puts each tensor"
-        self.path = "written in place" if self.one_step else f"reloaded by vLLM ({why})"
+        self.path = weights.applied or ("written in place" if self.one_step else f"reloaded by vLLM ({why})")
         update_info = {"apply": "copy" if self.one_step else "load", "deadline_s": self._deadline_s}
         self.touched = True
-        with BackgroundCall(lambda: self._control.update_weights(update_info)):
+        with BackgroundCall(lambda: weights.hand_over(self._control, update_info)):
             sent = self._sender.send(weights.masters())
             self._link.check()
-        self._control.finish_weight_update()
+        weights.finish(self._control)
         return Sent(sent)
 
     def abort(self) -> None:

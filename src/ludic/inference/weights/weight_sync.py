@@ -24,12 +24,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from ludic.inference.client.server_control import ServerControl
+from ludic.inference.weights.adapter_weights import AdapterWeights, BaseWeights
 from ludic.inference.weights.background import BackgroundCall
 from ludic.inference.weights.digest import digest_hex
 from ludic.inference.weights.ipc_transport import IpcTransport
 from ludic.inference.weights.nccl_transport import BucketTransport
 from ludic.inference.weights.sync_probe import gap_error, trainer_logprobs
 from ludic.inference.weights.weight_transport import Sent, SharedMemoryTransport, WireWeights
+from ludic.inference.wire import ADAPTER_NAME
 from ludic.rollout.engine import WeightSyncReport
 from ludic.rollout.errors import (
     EngineError,
@@ -72,6 +74,8 @@ class _Talk:
     """Whether the server was paused when we came, as a trainer that failed leaves it: not ours to resume without a sync."""
     pausing: bool = False
     """Whether a sync of ours has asked for the pause, and not ended well."""
+    base: str = ""
+    """What was proven of the base below an adapter, in words."""
     probed_path: str = ""
     syncs_since_probe: int = 0
 
@@ -93,6 +97,8 @@ class WeightSync:
     """After which one sync has failed, whatever it waits for."""
     probe_every: int = 10
     """At every how many syncs the log-probs are compared when digests alone have nothing against it."""
+    adapter_rank: int = 0
+    """Above 0, the model's layers have adapters of this rank, which alone are sent: the server was started with the base."""
     fp32_head: bool = False
     """Whether the probe's logits are kept in fp32, as the model that trains has them."""
     server_gpu: str = ""
@@ -173,22 +179,43 @@ class WeightSync:
         self.control.close()
 
     def _open(self, talk: _Talk, weights: WireWeights) -> None:
-        dtype_name = str(weights.dtype).removeprefix("torch.")
         talk.found_paused = talk.control.is_paused()
         if talk.found_paused:
             talk.control.end_open_update()
-        problems = talk.control.expect_weights(
-            {name: {"dtype": dtype_name, "shape": shape} for name, shape in weights.shapes().items()}
-        )
-        talk.transport.open(weights, in_place_problem=next((problem for problem in problems if problem), ""))
+        if self.adapter_rank:
+            self._open_adapter(talk, weights)
+        talk.transport.open(weights, in_place_problem=_expect(talk.control, weights))
         talk.opened = True
+
+    def _open_adapter(self, talk: _Talk, weights: WireWeights) -> None:
+        """Prove the server's base, and let it make room for the adapter.
+
+        Raises:
+            ServerMismatchError: it has another base, or cannot serve such an adapter.
+        """
+        base = BaseWeights(model=weights.model, dtype=self.dtype)
+        _expect(talk.control, base)
+        try:
+            proof = _Proof.of(base, talk.control, Sent())
+        except WeightSyncError as error:
+            raise ServerMismatchError(
+                f"the server at {talk.control.base_url} holds another base than the one below the adapter ({error}): "
+                "start it with this run's --model, or restart it if a run has sent it whole models"
+            ) from error
+        talk.base = (
+            f", over a base of which {proof.compared} of {proof.total} tensors were compared and are the trainer's"
+        )
+        dtype_name = str(weights.dtype).removeprefix("torch.")
+        if problem := talk.control.open_adapter(self.adapter_rank, dtype_name, weights.shapes()):
+            raise ServerMismatchError(f"the server at {talk.control.base_url} cannot serve the adapter: {problem}")
 
     def _attempt(self, talk: _Talk, model: "PreTrainedModel", policy_version: int) -> WeightSyncReport:
         if model.device.type == "cuda":
             torch.cuda.set_device(model.device)  # each thread has a current device of its own, and NCCL goes by it
             # This thread may have another stream than the optimizer's, whose last step must be over.
             torch.cuda.synchronize(model.device)
-        weights = WireWeights(model=model, dtype=self.dtype)
+        kind = AdapterWeights if self.adapter_rank else WireWeights
+        weights = kind(model=model, dtype=self.dtype)
         laps = _Laps()
         talk.transport.touched = False
         if not talk.opened:
@@ -204,7 +231,7 @@ class WeightSync:
         if proof.in_memory == proof.total:
             talk.transport.confirmed = True
         if talk.control.has_lease:
-            talk.control.note_weights(policy_version)
+            talk.control.note_weights(policy_version, adapter=self.adapter_rank > 0)
             laps.end("note")
         talk.found_paused = talk.pausing = talk.transport.touched = False
         return WeightSyncReport(
@@ -212,7 +239,7 @@ class WeightSync:
             num_tensors=proof.total,
             num_bytes=weights.num_bytes(),
             seconds=sum(laps.seconds.values()),
-            proof=_proof_words(path, proof, gap),
+            proof=_proof_words(path + talk.base, proof, gap),
             logprob_gap=gap,
             phases_s=laps.seconds,
         )
@@ -223,9 +250,8 @@ class WeightSync:
         """The mean |difference| in nats between the server's and the trainer's log-probs of the probe prompt."""
         talk.control.check_wanted()  # a thread that was left behind must not touch the model: the trainer has gone on
         salt = f"ludic-probe-{policy_version}-{time.monotonic_ns()}"
-        asked = BackgroundCall(
-            lambda: talk.control.prompt_logprobs(self.served_model, self.probe_token_ids, cache_salt=salt)
-        )
+        name = ADAPTER_NAME if self.adapter_rank else self.served_model
+        asked = BackgroundCall(lambda: talk.control.prompt_logprobs(name, self.probe_token_ids, cache_salt=salt))
         trained = trainer_logprobs(model, self.probe_token_ids, fp32_head=self.fp32_head)
         gaps = (torch.tensor(asked.result()) - trained).abs()
         error = gap_error(gaps, model, same_weights=same_weights and not self._has_agreed)
@@ -235,6 +261,13 @@ class WeightSync:
             raise error
         self._has_agreed = True
         return gaps.mean().item()
+
+
+def _expect(control: ServerControl, weights: WireWeights) -> str:
+    """Agree on what digests are about; why the server could not take these weights in place, "" where it could."""
+    dtype_name = str(weights.dtype).removeprefix("torch.")
+    wanted = {name: {"dtype": dtype_name, "shape": shape} for name, shape in weights.shapes().items()}
+    return next((problem for problem in control.expect_weights(wanted) if problem), "")
 
 
 def _replace(talk: _Talk, weights: WireWeights, policy_version: int, laps: "_Laps") -> "_Proof":

@@ -7,10 +7,10 @@ was sent arrived is decided in `weight_sync`.
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from transformers.core_model_loading import revert_weight_conversion
@@ -39,6 +39,11 @@ class WireWeights:
     model: "PreTrainedModel"
     dtype: torch.dtype
 
+    @property
+    def applied(self) -> str:
+        """How the server applies them, in a few words; "" where that is the transport's business."""
+        return ""
+
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in self._tensors().items():
             yield name, tensor.to(self.dtype).contiguous()
@@ -51,14 +56,28 @@ class WireWeights:
         return {name: list(tensor.shape) for name, tensor in self._reverted(lambda master: master.to("meta")).items()}
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        copies = self.shapes().keys() != dict(self.model.named_parameters()).keys()
+        copies = self.shapes().keys() != self._named().keys()
         return self._reverted(lambda master: master.to(self.dtype) if copies else master)
 
     @torch.no_grad()
     def _reverted(self, take: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, torch.Tensor]:
-        named = {name: take(parameter.detach()) for name, parameter in self.model.named_parameters()}
+        named = {name: take(parameter.detach()) for name, parameter in self._named().items()}
         reverted: dict[str, torch.Tensor] = revert_weight_conversion(self.model, named)
         return reverted
+
+    def _named(self) -> Mapping[str, torch.Tensor]:
+        return dict(self.model.named_parameters())
+
+    def start(self, control: ServerControl) -> None:
+        """Before a transport sends them, in the calls of vLLM's weight-transfer API."""
+        control.start_weight_update()
+
+    def hand_over(self, control: ServerControl, update_info: dict[str, Any]) -> None:
+        """Tell the server what it is sent, and by which way; returns when it has taken it."""
+        control.update_weights(update_info)
+
+    def finish(self, control: ServerControl) -> None:
+        control.finish_weight_update()
 
     def num_bytes(self) -> int:
         return sum(parameter.numel() for parameter in self.model.parameters()) * self.dtype.itemsize
@@ -122,10 +141,11 @@ class SharedMemoryTransport:
         try:
             save_file(tensors, path)
             digests = dict(zip(tensors, map(digest_hex, tensor_digests(list(tensors.values()))), strict=True))
-            self._control.start_weight_update()
+            self.path = weights.applied or SharedMemoryTransport.path
+            weights.start(self._control)
             self.touched = True
-            self._control.update_weights({"path": str(path), "names": list(tensors), "digests": digests})
-            self._control.finish_weight_update()
+            weights.hand_over(self._control, {"path": str(path), "names": list(tensors), "digests": digests})
+            weights.finish(self._control)
         except EngineError as error:
             self.touched &= UNTOUCHED not in str(error)
             raise

@@ -46,7 +46,7 @@ def checkpoint_views(
     """
     if parameters is None:
         # remove_duplicate=False: a tied lm_head is then found under its own name too.
-        parameters = dict(model.named_parameters(remove_duplicate=False))
+        parameters = {checkpoint_name(name): one for name, one in model.named_parameters(remove_duplicate=False)}
     packed = _packed_modules(model)
     fused = {part: (whole, parts) for whole, parts in packed.items() for part in parts if part != whole}
     views: dict[str, torch.Tensor] = {}
@@ -66,6 +66,11 @@ def checkpoint_views(
         if view is not None and last != "query_key_value":
             views[name] = view
     return views
+
+
+def checkpoint_name(name: str) -> str:
+    """Of a parameter; with `--enable-lora` vLLM wraps layers, whose own parameters are then one name deeper."""
+    return name.replace(".base_layer.", ".")
 
 
 def _packed_modules(model: torch.nn.Module) -> dict[str, list[str]]:

@@ -17,6 +17,7 @@ from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTr
 
 from ludic.inference.weights.bucket_broadcast import BucketReceiver, WireLayout
 from ludic.inference.weights.nccl_link import LinkLeftError, NcclLink, NoNCCLError, Watch
+from ludic.inference.worker.vllm_lora import write_adapter
 from ludic.inference.worker.vllm_model import finish_reload, in_place_problem, in_place_targets, reload_policy
 
 
@@ -41,7 +42,7 @@ class BucketUpdateInfo(WeightTransferUpdateInfo):  # type: ignore[misc, unused-i
     """`update_info` of `ludic_nccl`."""
 
     apply: str
-    """`copy` or `load`"""
+    """`copy`, `load`, or `adapter`"""
     deadline_s: float
     """Of this round, in seconds."""
 
@@ -96,9 +97,9 @@ class BucketWeightTransferEngine(WeightTransferEngine[BucketInitInfo, BucketUpda
         """Take one round and apply it. All errors are ValueErrors in one line; the round is taken off the wire first."""
         if self._receiver is None or self._link is None:
             raise ValueError("ludic_nccl is not open: POST /init_weight_transfer_engine first")
-        apply = {"copy": self._copy, "load": self._load}.get(update_info.apply)
+        apply = {"copy": self._copy, "load": self._load, "adapter": self._write_adapter}.get(update_info.apply)
         if apply is None:
-            raise ValueError(f"update_info.apply is {update_info.apply!r}; it must be copy or load")
+            raise ValueError(f"update_info.apply is {update_info.apply!r}; it must be copy, load or adapter")
         watch = Watch(self._link, deadline_s=update_info.deadline_s)
         try:
             with watch:
@@ -138,6 +139,18 @@ class BucketWeightTransferEngine(WeightTransferEngine[BucketInitInfo, BucketUpda
             self._reloading = True
         finally:
             _drain(tensors)  # after an error the trainer still sends, and would wait for ever
+
+    def receive_adapter(self, update_info: dict[str, object]) -> None:
+        """Take one round of the trainer's adapter, outside of vLLM's weight updates. Raises as `receive_weights`."""
+        self.receive_weights(self.parse_update_info(update_info | {"apply": "adapter"}))
+
+    def _write_adapter(self, receiver: BucketReceiver) -> None:
+        shapes = dict(zip(receiver.layout.names, receiver.layout.shapes, strict=True))
+        tensors = receiver.tensors()
+        try:
+            write_adapter(self.model, shapes, tensors)
+        finally:
+            _drain(tensors)  # as above
 
     def finish_weight_update(self) -> None:
         """End a reload; after a copy there is nothing to do."""

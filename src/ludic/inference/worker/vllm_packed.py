@@ -19,7 +19,7 @@ from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
 from ludic.inference.weights.digest import canonical, digest_hex, tensor_digests
-from ludic.inference.worker.vllm_model import checkpoint_views
+from ludic.inference.worker.vllm_model import checkpoint_name, checkpoint_views
 
 BLOCK_ROWS = 256
 DISAGREE = "readings-differ-"
@@ -80,7 +80,7 @@ def packed_layers(model: torch.nn.Module, sent: Container[str] = ()) -> list[tup
     layers: dict[torch.nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if hasattr(module, "cpu_linear") and not module.get_parameter("weight").is_meta:
-            layers.setdefault(module, []).append(f"{name}.weight")
+            layers.setdefault(module, []).append(checkpoint_name(f"{name}.weight"))
     embeddings = [layer for layer in layers if isinstance(layer, VocabParallelEmbedding)]
     heads = [layer for layer in embeddings if isinstance(layer, ParallelLMHead)]
     for embedding in embeddings if heads else []:

@@ -28,6 +28,7 @@ from ludic.inference.weights.digest import digest_hex, tensor_digest, tensor_dig
 from ludic.inference.wire import UNTOUCHED
 from ludic.inference.worker import vllm_ipc
 from ludic.inference.worker.vllm_logprobs import LogprobRecorder, recording_problem, start_recording, warm_up
+from ludic.inference.worker.vllm_lora import adapter_views, are_adapters, open_adapter, slot_tensors, write_adapter
 from ludic.inference.worker.vllm_model import (
     check_complete,
     checkpoint_views,
@@ -101,6 +102,7 @@ class SharedMemoryWeightTransferEngine(WeightTransferEngine[SharedMemoryInitInfo
             raise ValueError("ludic_shm takes the whole policy in one update_weights; a second came before the finish")
         try:
             tensors = self._checked_tensors(update_info)
+            check_complete(self.model, tensors)
         except ValueError as error:
             raise ValueError(f"{error}; {UNTOUCHED}") from error
         reload_policy(self.model, self.model_config, iter(tensors.items()))
@@ -114,8 +116,17 @@ class SharedMemoryWeightTransferEngine(WeightTransferEngine[SharedMemoryInitInfo
         except SafetensorError as error:
             raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
         _check_file(path, tensors, update_info)
-        check_complete(self.model, tensors)
         return tensors
+
+    def receive_adapter(self, update_info: dict[str, object]) -> None:
+        """Take one version of the trainer's adapter, outside of vLLM's weight updates, at whose end vLLM drops all adapters."""
+        try:
+            tensors = self._checked_tensors(self.parse_update_info(update_info))
+        except ValueError as error:
+            raise ValueError(f"{error}; {UNTOUCHED}") from error
+        write_adapter(self.model, {name: tensor.shape for name, tensor in tensors.items()}, tensors.items())
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
 
     def finish_weight_update(self) -> None:
         """Put the loaded layers in place, and rebuild what the reload leaves stale.
@@ -147,6 +158,7 @@ class LudicWorkerExtension:
         model_runner: GPUModelRunner
         device: torch.device
         _weight_update_active: bool
+        weight_transfer_engine: "SharedMemoryWeightTransferEngine | BucketWeightTransferEngine"
         _ludic_dtype: torch.dtype
         _ludic_packed: PackedWeights
 
@@ -157,7 +169,7 @@ class LudicWorkerExtension:
     def ludic_server_info(self) -> dict[str, str | int | bool]:
         """What a trainer must know before it sends weights: their dtype, where they live, how they travel."""
         config = self.vllm_config
-        transfer = config.weight_transfer_config
+        transfer, lora = config.weight_transfer_config, config.lora_config
         on_gpu = self.device.type == "cuda"
         return {
             "dtype": str(config.model_config.dtype).removeprefix("torch."),
@@ -171,6 +183,7 @@ class LudicWorkerExtension:
             # Names the GPU, whatever number each process gives it.
             "device_uuid": str(torch.cuda.get_device_properties(self.device).uuid) if on_gpu else "",
             "tp_size": config.parallel_config.tensor_parallel_size,
+            "max_lora_rank": 0 if lora is None else lora.max_lora_rank,
         }
 
     def ludic_expect_weights(self, specs_json: str) -> dict[str, str]:
@@ -183,6 +196,8 @@ class LudicWorkerExtension:
         (dtype_name,) = {spec["dtype"] for spec in specs.values()}  # weights are sent in one
         model, shapes = self.model_runner.get_model(), {name: spec["shape"] for name, spec in specs.items()}
         self._ludic_shapes, self._ludic_dtype = shapes, getattr(torch, dtype_name)
+        if are_adapters(shapes):
+            return {"in_place_problem": ""}
         self._ludic_packed = PackedWeights(model)
         problem = in_place_problem(model, self.vllm_config.parallel_config, shapes, self._ludic_dtype)
         self._ludic_in_place_problem = problem
@@ -224,17 +239,33 @@ class LudicWorkerExtension:
         if shapes is None:
             raise ValueError("nothing was agreed on: call ludic_expect_weights first (was the server restarted?)")
         model = self._ludic_whole_model()
-        packed = self._ludic_packed.digests(shapes)
-        views = checkpoint_views(model, shapes)
+        is_adapter = are_adapters(shapes)
+        packed = {} if is_adapter else self._ludic_packed.digests(shapes)
+        views = adapter_views(model.lora_manager, shapes) if is_adapter else checkpoint_views(model, shapes)
         digests = tensor_digests([_held_as(view, self._ludic_dtype) for view in views.values()])
         # What a layer that rounds multiplies with is not known: the memory beside it proves nothing.
         held = {name: digest_hex(one) for name, one in zip(views, digests, strict=True) if packed.get(name) != ""}
         return {
             "digests": "".join(held.get(name, NOT_HELD) for name in shapes),
             "packed": "".join(packed.get(name) or NOT_HELD for name in shapes),
-            "flushes": self._ludic_packed.flushes,
-            "inexact": self._ludic_packed.inexact,
+            "flushes": not is_adapter and self._ludic_packed.flushes,
+            "inexact": "" if is_adapter else self._ludic_packed.inexact,
         }
+
+    def ludic_open_adapter(self, specs_json: str) -> str:
+        """`open_adapter` of `vllm_lora`."""
+        return open_adapter(self.model_runner, self.vllm_config, specs_json)
+
+    def ludic_receive_adapter(self, update_info_json: str) -> str:
+        """Let the transport take a new version of the adapter; why it did not, "" where it did.
+
+        One call, between two steps: vLLM's own updates, of three calls, drop all adapters when they end.
+        """
+        try:
+            self.weight_transfer_engine.receive_adapter(json.loads(update_info_json))
+        except ValueError as error:  # the text of an exception does not reach the caller of this route
+            return str(error) or type(error).__name__
+        return ""
 
     def ludic_weights_digest(self) -> str:
         """One digest of all that this worker's model multiplies with, in the form in which it holds it.
@@ -246,6 +277,8 @@ class LudicWorkerExtension:
         digests = list(zip(tensors, tensor_digests(list(tensors.values())), strict=True))
         for names, layer in packed_layers(model):  # on the CPU, where the parameter is empty
             digests.append((names[0], tensor_digest(read_weight(layer))))
+        if self.vllm_config.lora_config is not None:
+            digests += [(name, tensor_digest(held)) for name, held in slot_tensors(model.lora_manager)]
         return hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:16]
 
     def ludic_record_logprobs(self) -> str:
