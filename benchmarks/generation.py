@@ -128,6 +128,7 @@ class PromptSource:
     """GSM8K's prompts as token ids, in order; each is handed out once until all were."""
 
     def __init__(self, policy: Path, dataset: Path) -> None:
+        self.policy = policy
         tokenizer, environment = load_tokenizer(policy), HashRewardGSM8K()
         samples = load("train", dataset=dataset, limit=4096)
         self.all = [encode_prompt(tokenizer, environment.messages(sample)) for sample in samples]

@@ -158,11 +158,15 @@ async def open_engine(
     stops: Sequence[int] = (),
     concurrency: int = 1024,
     probe: Sequence[int] | None = None,
+    num_engines: int | None = None,
 ) -> "AsyncIterator[InferenceEngine]":
     """The engine over the server at `base_url` as the scripts have it, or without one the engine of this process.
 
-    What trains gives a `probe`, as in `ludic.run.engine.open_engine`.
+    What trains gives a `probe`, as in `ludic.run.engine.open_engine`. Of a server with several engines all are used, or the
+    first `num_engines`.
     """
+    from ludic.inference.client.handshake import engines_behind
+    from ludic.inference.client.server_control import ServerControl
     from ludic.inference.client.vllm_client import VLLMEngine
     from ludic.rollout.local import LocalEngine
     from ludic.run.engine import connected
@@ -174,8 +178,10 @@ async def open_engine(
         ) as local:
             yield local
         return
-    client = VLLMEngine(base_url, model=str(policy), concurrency=concurrency, stop_token_ids=stops)
-    async with connected([client], load_tokenizer(policy), probe=probe, say=say) as engine:
+    with contextlib.closing(ServerControl(base_url)) as control:
+        urls = engines_behind(control)[:num_engines]
+    clients = [VLLMEngine(url, model=str(policy), concurrency=concurrency, stop_token_ids=stops) for url in urls]
+    async with connected(clients, load_tokenizer(policy), probe=probe, say=say) as engine:
         yield engine
 
 

@@ -2,7 +2,8 @@
 # The README's three commands on two GPUs, with a policy made from nothing (no hub is needed): a server on GPU 0, a few
 # updates of 256 rollouts on GPU 1 with weight syncs over NCCL, and the evaluation of what the server then holds.
 #   usage: benchmarks/two_gpus.sh DATASET OUT [UPDATES]      (DATASET: a folder with GSM8K's train.jsonl and test.jsonl)
-# PYTHON names the interpreter (default: uv run python). Prints the seconds of each step by phase, last.
+# PYTHON names the interpreter (default: uv run python); SERVER_ARGS are more flags of the server, such as '--server-engines 4',
+# and START_S how long it may take to come up (default: 300). Prints the seconds of each step by phase, last.
 set -euo pipefail
 dataset=${1:?usage: benchmarks/two_gpus.sh DATASET OUT [UPDATES]}
 out=${2:?usage: benchmarks/two_gpus.sh DATASET OUT [UPDATES]}
@@ -14,14 +15,14 @@ mkdir -p "$out"
 [ -f "$out/policy/config.json" ] ||
   CUDA_VISIBLE_DEVICES=1 $python benchmarks/make_policy.py --dataset "$dataset" --out "$out/policy" --seconds "${POLICY_SECONDS:-90}"
 
-CUDA_VISIBLE_DEVICES=0 setsid $python -m ludic.inference.vllm_server --model "$out/policy" --max-model-len 2048 \
+CUDA_VISIBLE_DEVICES=0 setsid $python -m ludic.inference.vllm_server --model "$out/policy" --max-model-len 2048 ${SERVER_ARGS:-} \
   >"$out/vllm_server.log" 2>&1 &
 server=$!
 trap 'kill -- -$server 2>/dev/null || true' EXIT
 started=$SECONDS
 until curl -fs http://127.0.0.1:8000/health >/dev/null 2>&1; do
   kill -0 "$server" 2>/dev/null || { tail -n 30 "$out/vllm_server.log"; exit 1; }
-  [ $((SECONDS - started)) -lt 300 ] || { echo "the server did not come up in 300 s"; exit 1; }
+  [ $((SECONDS - started)) -lt "${START_S:-300}" ] || { echo "the server did not come up in ${START_S:-300} s"; exit 1; }
   sleep 1
 done
 echo "server up after $((SECONDS - started)) s"

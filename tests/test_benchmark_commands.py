@@ -171,6 +171,17 @@ def test_generation_compares_offline_vllm_with_ludics_server_on_as_many_tokens(c
 
 
 @in_the_gate
+def test_engines_lets_one_and_two_engines_of_one_command_generate_the_same_prompts_by_turns(
+    common: str, tmp_path: Path
+) -> None:
+    run("engines.py", f"{common} --engines 1,2 --prompts 4 --group-size 4 --max-tokens 16 --repeats 2", tmp_path)
+    check_rows((tmp_path / "engines.md").read_text(), "1", "2")
+    rows = part(tmp_path, "engines", "turns")
+    assert [row["engines"] for row in rows] == [2, 1, 1, 2]  # the order turns
+    assert all(row["completion_tokens"] > 0 for row in rows)
+
+
+@in_the_gate
 def test_sync_times_proven_syncs_with_generation_in_flight(common: str, tmp_path: Path) -> None:
     run("sync.py", f"{common} --shapes tiny --syncs 3 --skip 1 --in-flight 16", tmp_path)
     names = ("tiny, ludic, proven", "tiny, ludic, proven, 16 completions in flight")
