@@ -22,6 +22,11 @@ _ALIGNED = 128
 """Each parameter and each chunk begins at a multiple of so many weights: compiled kernels load 16 bytes at a time."""
 
 
+# torch 2.14 has renamed them, and warns of the old names.
+_reduce_scatter: Callable[..., dist.Work | None] = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+_all_gather: Callable[..., dist.Work | None] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+
+
 class Bucket(NamedTuple):
     """Some parameters end to end."""
 
@@ -106,7 +111,7 @@ class FlatMasters(MasterWeights):
 
     def reduce(self) -> list[torch.Tensor]:
         """Add up the gradients of all ranks; returns those of this rank's segments. Does not wait for the device."""
-        self._for_each_bucket(dist.reduce_scatter_tensor, self._gradients, into_chunk=True)
+        self._for_each_bucket(_reduce_scatter, self._gradients, into_chunk=True)
         for master, gradient in zip(self.parameters, self._own_gradients, strict=True):
             master.grad = gradient
         return [gradient for gradient in self._own_gradients if gradient.numel()]
@@ -119,7 +124,7 @@ class FlatMasters(MasterWeights):
     def publish(self) -> Published:
         """Round this rank's masters and give them to all ranks; what that changes of this rank's."""
         published = round_masters(self._rounded, self._ranks.device)
-        self._for_each_bucket(dist.all_gather_into_tensor, self._weights, into_chunk=False)
+        self._for_each_bucket(_all_gather, self._weights, into_chunk=False)
         return published
 
     def _for_each_bucket(

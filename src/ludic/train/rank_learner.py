@@ -189,7 +189,10 @@ class RankLearner(Learner):
         optimizer = torch.optim.AdamW(parameters)
         for number, (parameter, master) in enumerate(zip(parameters, masters, strict=True)):
             if steps and master.requires_grad:
-                optimizer.state[parameter] = {part: moments[part][number] for part in moments} | {"step": steps[0]}
+                state = {part: moments[part][number] for part in moments}
+                optimizer.state[parameter] = state | {
+                    "step": steps[0].clone()
+                }  # safetensors wants no two of one memory
         places = {
             parameter.data_ptr(): tensor for parameter, tensor in zip(self.model.parameters(), whole, strict=True)
         }
