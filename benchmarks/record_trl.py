@@ -189,7 +189,10 @@ def sides(args: argparse.Namespace) -> dict[str, dict[str, list[Any]]]:
     first = (0, 0.0, *_accuracy(record / "score_warm_up.jsonl"))
     curve = entry["curve"]
     last = (curve[-1]["rollouts"], curve[-1]["seconds"], *_accuracy(seed_dir(args) / "score_grpo.jsonl"))
-    found = {"ludic": {"updates": curve, "scored": [first, last]}}
+    taken = [
+        (one["rollouts"], one["seconds"], *one["greedy_strict_ci95"]) for one in curve[:-1] if one["greedy_strict_ci95"]
+    ]
+    found = {"ludic": {"updates": curve, "scored": [first, *taken, last]}}
     lines = trl_dir(args) / "trl.jsonl"
     if lines.exists():
         updates = [json.loads(line) for line in lines.read_text().splitlines()]

@@ -31,6 +31,7 @@ ELSEWHERE = {
     "data_that_teaches.py": "tests/test_benchmark_data_that_teaches.py runs it, without a server",
     "logprob_gap.py": "tests/test_benchmark_gap.py runs both of its sides, the server's with the one that the other tests have",
     "ranks.py": "tests/test_ranks.py runs it, without a server",
+    "record_trl.py": "TRL is not installed here; tests/test_record_trl.py holds its settings and its picture",
     "-m benchmarks.faults.nccl": "NCCL does not exist without two GPUs",
 }
 """Commands that no test here runs, and why."""

@@ -93,8 +93,8 @@ def _accuracies(records: Path) -> dict[str, Any]:
 
 
 def _curve(paths: RunPaths, state: Any) -> list[dict[str, Any]]:
-    """A point an update: what it had cost, the share of its samples that were right, and greedy accuracy where it was taken."""
-    greedy = {one["step"]: one["accuracy"] for one in state.evaluations}
+    """A point an update: its cost so far, the share of its samples that were right, greedy accuracy where it was taken."""
+    greedy = {one["step"]: [one["strict_accuracy"], *one["strict_accuracy_ci95"]] for one in state.evaluations}
     points, rollouts, seconds = list[dict[str, Any]](), 0, 0.0
     lines: list[Any] = read_jsonl(paths.metrics)
     for line in lines:
@@ -105,7 +105,7 @@ def _curve(paths: RunPaths, state: Any) -> list[dict[str, Any]]:
         point = {"step": line["step"], "rollouts": rollouts, "seconds": seconds, "correct_rate": line["correct_rate"]}
         for name in ("zero_variance_share", "entropy", "grad_norm", "avg_completion_length", "truncation_rate"):
             point[name] = line.get(name)
-        points.append({**point, "accuracy": greedy.get(line["step"])})
+        points.append({**point, "greedy_strict_ci95": greedy.get(line["step"])})
     return points
 
 
