@@ -1,6 +1,6 @@
 """Seconds of an update of 256 rollouts: ludic, TRL's two trainers, and the bare generation of as many rollouts.
 
-    python benchmarks/update.py --dataset DIR --out OUT          about 7 minutes on two GPUs; --table writes the table again
+    python benchmarks/update.py --dataset DIR --out OUT          about 8 minutes on two GPUs; --table writes the table again
 
 One policy, one set of problems, one reward (a checksum, so that everybody trains on every sequence), one machine, one run.
 The rows take turns, `--turns` times, since a host is faster in one minute than in the next. Each trainer is a process on GPU 1

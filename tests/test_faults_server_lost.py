@@ -1,4 +1,7 @@
-"""A living trainer whose real vLLM server is killed, stopped, and started again by somebody with the base weights."""
+"""A living trainer whose real vLLM server is killed, stopped, and started again by somebody with the base weights.
+
+A run's own server is killed in tests/test_benchmark_commands.py, by the command of this benchmark.
+"""
 
 from pathlib import Path
 
@@ -25,25 +28,22 @@ CONFIG = GRPOConfig(
 )
 
 
-@pytest.mark.parametrize("by_hand", [False, True], ids=["our own server", "somebody else's"])
-async def test_a_lost_server_is_got_back_and_nothing_of_other_weights_is_trained_on(
-    digit_server: tuple[ServerProcess, Path], digit_problems: Path, tmp_path: Path, by_hand: bool
+async def test_somebody_elses_lost_server_is_got_back_and_nothing_of_other_weights_is_trained_on(
+    digit_server: tuple[ServerProcess, Path], digit_problems: Path, tmp_path: Path
 ) -> None:
     server, policy = digit_server
     fault = server_lost.Fault
-    faults = [fault(update=2, phase="generation", act="killed")]
-    if by_hand:
-        faults = [
-            fault(update=2, phase="between updates", act="killed"),
-            fault(update=4, phase="sync", act="stopped"),
-            fault(update=6, phase="generation", act="stopped"),
-        ]
+    faults = [
+        fault(update=2, phase="between updates", act="killed"),
+        fault(update=4, phase="sync", act="stopped"),
+        fault(update=6, phase="generation", act="stopped"),
+    ]
     rows = await server_lost.inject(
         faults,
         model=policy,
         dataset=digit_problems,
         folder=tmp_path,
-        by_hand=by_hand,
+        by_hand=True,
         seed=0,
         server=server,
         silent_s=6.0,
