@@ -158,6 +158,7 @@ async def open_engine(
     stops: Sequence[int] = (),
     concurrency: int = 1024,
     probe: Sequence[int] | None = None,
+    adapter_rank: int = 0,
 ) -> "AsyncIterator[InferenceEngine]":
     """The engine over the server at `base_url` as the scripts have it, or without one the engine of this process.
 
@@ -174,7 +175,9 @@ async def open_engine(
         ) as local:
             yield local
         return
-    client = VLLMEngine(base_url, model=str(policy), concurrency=concurrency, stop_token_ids=stops)
+    client = VLLMEngine(
+        base_url, model=str(policy), concurrency=concurrency, stop_token_ids=stops, adapter_rank=adapter_rank
+    )
     async with connected([client], load_tokenizer(policy), probe=probe, say=say) as engine:
         yield engine
 
