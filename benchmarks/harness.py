@@ -159,6 +159,7 @@ async def open_engine(
     concurrency: int = 1024,
     probe: Sequence[int] | None = None,
     num_engines: int | None = None,
+    adapter_rank: int = 0,
 ) -> "AsyncIterator[InferenceEngine]":
     """The engine over the server at `base_url` as the scripts have it, or without one the engine of this process.
 
@@ -180,7 +181,10 @@ async def open_engine(
         return
     with contextlib.closing(ServerControl(base_url)) as control:
         urls = engines_behind(control)[:num_engines]
-    clients = [VLLMEngine(url, model=str(policy), concurrency=concurrency, stop_token_ids=stops) for url in urls]
+    clients = [
+        VLLMEngine(url, model=str(policy), concurrency=concurrency, stop_token_ids=stops, adapter_rank=adapter_rank)
+        for url in urls
+    ]
     async with connected(clients, load_tokenizer(policy), probe=probe, say=say) as engine:
         yield engine
 

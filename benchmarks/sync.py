@@ -1,12 +1,14 @@
 """Seconds of a weight sync, from pause to resume, by its phases; and of vLLM's own NCCL transfer in the same run.
 
     python benchmarks/sync.py --dataset DIR --out OUT            two GPUs; the 0.5B and the 1.5B shape with random weights
+    python benchmarks/sync.py --dataset DIR --out OUT --lora-rank 16            an adapter of rank 16 against whole models
 
 For each shape one server of ludic, without compilation, and one with vLLM's own `nccl` backend come up on GPU 0; the
 trainer's half is a process on GPU 1. ludic's syncs are proven and are measured twice: with an idle server, and with generation in
 flight. vLLM's own are what a plain client of its routes does: wait for running requests, pause, send, resume, no proof. The
 first syncs are left out: they set up NCCL, and ludic's first goes through vLLM's reload. `open` and `probe`, which do not
-hold generation, are not counted.
+hold generation, are not counted. A LoRA run that sends whole models merges its adapter before a sync, which is not in the
+figures either.
 """
 
 from __future__ import annotations
@@ -58,6 +60,7 @@ if TYPE_CHECKING:
 UNCOUNTED = ("open", "probe", "wait")
 PROBE = list(range(5, 60))
 GPU_SHARE, KV_CACHE_GIB = 0.2, 6.0
+WHO = {"ludic": "ludic, proven", "adapter": "ludic, an adapter alone, proven", "nccl": "vLLM's own, not proven"}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -70,6 +73,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--in-flight", type=int, default=256, help="completions in flight in the second half (default: 256)"
     )
     parser.add_argument("--deadline", type=float, default=180.0, help="seconds that a part may take (default: 180)")
+    parser.add_argument(
+        "--lora-rank",
+        type=int,
+        default=0,
+        help="in place of vLLM's own transfer, send an adapter of this rank to a server with --enable-lora; 0: none (default: 0)",
+    )
     parser.add_argument("--worker", default="", help=argparse.SUPPRESS)
     parser.add_argument("--url", default=None, help=argparse.SUPPRESS)
     return parser
@@ -91,18 +100,36 @@ def load_masters(policy: Path) -> PreTrainedModel:
     return model
 
 
+def with_adapter(model: PreTrainedModel, rank: int) -> PreTrainedModel:
+    """The model as a LoRA run trains it: on a GPU the base in bf16, and an adapter in all linear layers."""
+    import torch
+
+    from ludic.config import GRPOConfig
+    from ludic.train.lora import Adapter
+
+    on_gpu = next(model.parameters()).is_cuda
+    config = GRPOConfig(lora_rank=rank, lora_sync="adapter")
+    Adapter(model, config, compute_dtype=torch.bfloat16 if on_gpu else torch.float32)
+    return model
+
+
 def change_a_little(model: torch.nn.Module) -> None:
     """So that a sync which transfers nothing would be found out."""
     import torch
 
     with torch.no_grad():
-        list(model.parameters())[-1].mul_(1.01)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        trained[-1].mul_(1.01).add_(1e-4)  # B of an adapter begins at 0
 
 
-async def proven_syncs(policy: Path, url: str | None, *, syncs: int, in_flight: int) -> AsyncIterator[Record]:
-    """ludic's own syncs, half of them with `in_flight` completions being generated (0: none of them)."""
+async def proven_syncs(
+    policy: Path, url: str | None, *, syncs: int, in_flight: int, rank: int = 0
+) -> AsyncIterator[Record]:
+    """ludic's own syncs, half of them with `in_flight` completions being generated (0: none of them); with a `rank`, of an
+    adapter alone."""
     model = load_masters(policy)
-    async with open_engine(policy, url, probe=PROBE) as engine:
+    model = with_adapter(model, rank) if rank else model
+    async with open_engine(policy, url, probe=PROBE, adapter_rank=rank) as engine:
         for version in range(syncs * (2 if in_flight else 1)):
             load = in_flight if version >= syncs else 0
             async with contextlib.AsyncExitStack() as stack:
@@ -173,7 +200,8 @@ async def worker(args: argparse.Namespace) -> None:
         for row in vllm_syncs(args.policy, args.url, syncs=args.syncs):
             emit(row)
         return
-    async for row in proven_syncs(args.policy, args.url, syncs=args.syncs, in_flight=args.in_flight):
+    rank = args.lora_rank if args.worker == "adapter" else 0
+    async for row in proven_syncs(args.policy, args.url, syncs=args.syncs, in_flight=args.in_flight, rank=rank):
         emit(row)
 
 
@@ -187,7 +215,11 @@ async def collect(args: argparse.Namespace, policy: Path) -> list[Record]:
 
 def measure_all(args: argparse.Namespace) -> None:
     """Make the policies, start all servers at once, and record each shape's syncs as they are done."""
+    from ludic.inference.client.handshake import largest_rank  # brings an HTTP client, which --help need not wait for
+
     check_common_arguments(args)
+    if args.lora_rank and (args.engine == "local" or args.server):
+        raise ValueError(f"--lora-rank {args.lora_rank} starts two servers: leave out --engine local and --server")
     records = records_of(args)
     records.add("machine", **machine())
     serving_gpu, training_gpu = gpus_for(args.device)
@@ -196,11 +228,17 @@ def measure_all(args: argparse.Namespace) -> None:
     for args.shape in shapes:
         policies[args.shape] = ensure_policy(args, random=True, gpu=training_gpu)
     kinds = ("ludic", "nccl") if args.device == "cuda" and not args.server else ("ludic",)
+    if args.lora_rank:  # three servers of each shape do not fit on a GPU
+        kinds = ("ludic", "adapter")
     settings = vllm_settings(device=args.device, max_model_len=512, gpu_share=GPU_SHARE, kv_cache_gib=KV_CACHE_GIB)
     settings["enforce_eager"] = True  # a sync does not run the compiled graphs, which take half of a server's start
-    native = {**settings, "weight_transfer_config": json.dumps({"backend": "nccl"})}
+    of_kind = {
+        "ludic": settings,
+        "nccl": {**settings, "weight_transfer_config": json.dumps({"backend": "nccl"})},
+        "adapter": {**settings, "enable_lora": True, "max_lora_rank": largest_rank(args.lora_rank)},
+    }
     specs = [
-        ludic_server(policies[shape], native if kind == "nccl" else settings, gpu=serving_gpu, name=f"{kind}_{shape}")
+        ludic_server(policies[shape], of_kind[kind], gpu=serving_gpu, name=f"{kind}_{shape}")
         for shape in shapes
         for kind in kinds
         if args.engine == "vllm" and not args.server
@@ -217,6 +255,7 @@ def measure_all(args: argparse.Namespace) -> None:
                     records.add(name, rows=asyncio.run(collect(args, policies[shape])), problem=None)
                     continue
                 flags = ["--worker", kind, "--policy", str(policies[shape]), "--syncs", str(args.syncs)]
+                flags += ["--lora-rank", str(args.lora_rank)]
                 flags += ["--in-flight", str(args.in_flight), *(["--url", servers[name]] if name in servers else [])]
                 command = [sys.executable, "-m", "benchmarks.sync", *flags]
                 try:
@@ -239,8 +278,7 @@ def write_table(args: argparse.Namespace) -> None:
         kind, _, shape = name.partition("_")
         for load in sorted({row["in_flight"] for row in record["rows"]}):
             rows = [row for row in record["rows"] if row["in_flight"] == load and row["step"] > args.skip]
-            who = "vLLM's own, not proven" if kind == "nccl" else "ludic, proven"
-            words = f"{shape}, {who}{f', {load} completions in flight' if load else ''}"
+            words = f"{shape}, {WHO[kind]}{f', {load} completions in flight' if load else ''}"
             seconds = [row["seconds"] for row in rows]
             whole.append(
                 [

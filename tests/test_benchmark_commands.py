@@ -192,6 +192,15 @@ def test_sync_times_proven_syncs_with_generation_in_flight(common: str, tmp_path
 
 
 @in_the_gate
+def test_sync_times_an_adapter_beside_whole_models(common: str, tmp_path: Path) -> None:
+    run("sync.py", f"{common} --shapes tiny --syncs 3 --skip 1 --in-flight 0 --lora-rank 4", tmp_path)
+    check_rows((tmp_path / "sync.md").read_text(), "tiny, ludic, proven", "tiny, ludic, an adapter alone, proven")
+    whole, alone = (part(tmp_path, "sync", f"{kind}_tiny") for kind in ("ludic", "adapter"))
+    assert len(alone) == 3 and all("adapter written in place" in row["proof"] for row in alone)
+    assert alone[0]["gib"] < whole[0]["gib"]
+
+
+@in_the_gate
 def test_growth_times_one_trainer_at_every_point(common: str, tmp_path: Path) -> None:
     points = "--rollouts 4,8 --lengths 4,8 --concurrencies 8,16 --steps 3 --early 2 --small 8,4,8 --updates 1"
     run("growth.py", f"{common} {points}", tmp_path)

@@ -400,6 +400,11 @@ def test_settings_of_an_adapter_have_changed_only_where_there_is_one() -> None:
     assert changed_settings(before_there_were_any, without) == []
     assert changed_settings(without, {**without, "lora_alpha": 32.0}) == []
     assert changed_settings({**without, "lora_rank": 4}, {**without, "lora_rank": 8}) == ["--lora-rank was 4, is 8"]
+    merged = {name: value for name, value in dataclasses.asdict(CONFIG).items() if name != "lora_sync"}
+    assert changed_settings(merged, {**merged, "lora_sync": "merged"}) == []
+    assert changed_settings(merged, {**merged, "lora_sync": "adapter"}) == [
+        "--lora-sync is adapter, the checkpoint was made without it"
+    ]
 
 
 def test_the_layers_of_an_adapter_are_named_and_the_output_layer_is_not_among_them(base: PreTrainedModel) -> None:

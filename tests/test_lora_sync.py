@@ -25,6 +25,7 @@ from ludic.inference.weights.digest import digest_hex, tensor_digest
 from ludic.inference.weights.weight_sync import WeightSync
 from ludic.inference.weights.weight_transport import WireWeights
 from ludic.inference.wire import ADAPTER_ID, ADAPTER_NAME, ADAPTER_PATH
+from ludic.inference.worker import vllm_lora
 from ludic.rollout.errors import ServerMismatchError, WeightSyncError
 from ludic.run.engine import _server_flags, check_adapter_arguments
 from ludic.train.learner import Learner
@@ -56,7 +57,7 @@ class AdapterControl(FakeControl):
         super().__init__(model)
         self.adapter: dict[str, torch.Tensor] = {}
         self.problem = ""
-        self.rank = 0
+        self.ranks: list[int] = []
 
     def expect_weights(self, wanted: dict[str, dict[str, Any]]) -> list[str]:
         self.wanted.clear()
@@ -64,7 +65,7 @@ class AdapterControl(FakeControl):
 
     def open_adapter(self, rank: int, dtype: str, shapes: dict[str, list[int]]) -> str:
         self._note("room")
-        self.rank = rank
+        self.ranks.append(rank)
         self.adapter.clear()
         self.adapter.update({name: torch.zeros(shape, dtype=getattr(torch, dtype)) for name, shape in shapes.items()})
         return self.problem
@@ -123,7 +124,7 @@ def test_a_sync_sends_the_adapter_alone_and_the_base_stays_as_it_was(base_dir: P
     assert second.num_bytes == 4 * learner.masters.num_trained == sum(t.nbytes for t in control.adapter.values())
     once = ["pause", "adapter", "digests", "resume", "probe"]
     opened = ["expect", "digests", "room", "expect", "init"]  # the base, then the adapter; no update of vLLM's
-    assert control.calls == [*opened, *once, *once] and control.rank == SENT.lora_rank
+    assert control.calls == [*opened, *once, *once] and control.ranks == [SENT.lora_rank]
     assert prompt_logprobs(control.model, PROBE) == base
     sync.close()
 
@@ -174,7 +175,7 @@ def test_an_adapter_that_did_not_arrive_fails_the_sync_and_the_next_one_begins_w
     control.on.clear()
     control.calls.clear()
     sync.sync(learner.model, 1)
-    assert control.calls[:4] == ["expect", "digests", "room", "expect"]
+    assert control.calls[:5] == ["end", "expect", "digests", "room", "expect"]
     sync.close()
 
 
@@ -295,3 +296,119 @@ async def test_whoever_asks_the_server_later_gets_the_adapter_that_its_trainer_h
         await engine.generate([3, 4], num_completions=1, sampling=SamplingParams(temperature=1.0, max_tokens=4))
         assert fake.requests[-1]["model"] == name and engine.policy_version == 7
         await engine.aclose()
+
+
+# --- inside the worker ------------------------------------------------------------------------------------------------
+
+
+class Layer:
+    """As vLLM's with an adapter: two slots, room for rank 8, and a buffer for each of the layers that are fused into it."""
+
+    def __init__(self, inputs: int, *outputs: int) -> None:
+        self.lora_a_stacked = tuple(torch.ones(2, 1, 8, inputs) for _ in outputs)
+        self.lora_b_stacked = tuple(torch.ones(2, 1, rows, 8) for rows in outputs)
+
+    def reset_lora(self, slot: int) -> None:
+        for held in (*self.lora_a_stacked, *self.lora_b_stacked):
+            held[slot] = 0
+
+
+class Workers:
+    """vLLM's manager of a worker and that of its model in one, with an adapter in the second slot."""
+
+    def __init__(self) -> None:
+        self.modules = {"l.qkv_proj": Layer(6, 10, 4), "l.o_proj": Layer(10, 6)}
+        self.packed_modules = {"l.qkv_proj": ["l.q_proj", "l.k_proj"]}
+        self.lora_index_to_id: list[int | None] = [None, None]
+        self.adapters: set[int] = set()
+        self.lora_manager = self
+        self.pinned: list[int] = []
+
+    def list_adapters(self) -> set[int]:
+        return set(self.adapters)
+
+    def add_dummy_lora(self, request: Any, rank: int) -> None:
+        self.adapters.add(request["lora_int_id"])
+
+    def pin_adapter(self, number: int) -> None:
+        self.pinned.append(number)
+        self.lora_index_to_id[1] = number
+
+    def get_model(self) -> "Workers":
+        return self
+
+
+def names(layer: str, rank: int, inputs: int, outputs: int) -> dict[str, list[int]]:
+    begin = f"base_model.model.l.{layer}.lora_"
+    return {f"{begin}A.weight": [rank, inputs], f"{begin}B.weight": [outputs, rank]}
+
+
+ADAPTED = {**names("q_proj", 4, 6, 10), **names("k_proj", 4, 6, 4), **names("o_proj", 4, 10, 6)}
+
+
+def opened(
+    workers: Workers,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    shapes: dict[str, list[int]] = ADAPTED,
+    rank: int = 4,
+    largest: int = 8,
+    dtype: str = "float32",
+    enabled: bool = True,
+    tensor_parallel: int = 1,
+) -> str:
+    monkeypatch.setitem(sys.modules, "vllm.lora.request", SimpleNamespace(LoRARequest=dict))
+    parallel = SimpleNamespace(tensor_parallel_size=tensor_parallel, pipeline_parallel_size=1)
+    lora = SimpleNamespace(max_lora_rank=largest) if enabled else None
+    specs = json.dumps({"rank": rank, "dtype": dtype, "shapes": shapes})
+    config: Any = SimpleNamespace(lora_config=lora, parallel_config=parallel)
+    return vllm_lora.open_adapter(workers, config, specs)
+
+
+def test_a_version_lies_where_vllm_multiplies_with_it_and_only_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    workers = Workers()
+    assert opened(workers, monkeypatch) == "" and workers.pinned == [ADAPTER_ID]
+    sent = {name: torch.randn(shape) for name, shape in ADAPTED.items()}
+    model: Any = workers
+    vllm_lora.write_adapter(model, ADAPTED, sent.items())
+    views = vllm_lora.adapter_views(workers, ADAPTED)
+    assert all(torch.equal(views[name], tensor) for name, tensor in sent.items()) and views.keys() == sent.keys()
+    fused = workers.modules["l.qkv_proj"]
+    assert torch.equal(fused.lora_b_stacked[1][1, 0, :, :4], sent["base_model.model.l.k_proj.lora_B.weight"])
+    assert not fused.lora_b_stacked[1][1, 0, :, 4:].any()  # the rest of the slot stays 0
+    assert all((held[0] == 1).all() for held in (*fused.lora_a_stacked, *fused.lora_b_stacked))  # and the other slot is
+    before = dict(vllm_lora.slot_tensors(workers))
+    assert len(before) == 6
+    assert opened(workers, monkeypatch) == ""  # a trainer after this one begins with zeros
+    assert not any(tensor.any() for tensor in vllm_lora.adapter_views(workers, ADAPTED).values())
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"enabled": False}, "started without --enable-lora"),
+        ({"rank": 16}, "the adapter's rank is 16, and the server was started with --max-lora-rank 8"),
+        ({"tensor_parallel": 2}, "splits the model over 2 GPUs"),
+        ({"dtype": "bfloat16"}, "holds adapters in float32 and the model in bfloat16"),
+        ({"shapes": names("gate", 4, 6, 10)}, "vLLM has no place for base_model.model.l.gate.lora_A.weight"),
+        ({"shapes": names("o_proj", 4, 10, 7)}, "vLLM has no place for base_model.model.l.o_proj.lora_B.weight"),
+        ({"shapes": names("qkv_proj", 4, 6, 14)}, "vLLM has no place for base_model.model.l.qkv_proj.lora_A.weight"),
+    ],
+)
+def test_a_worker_says_in_one_line_why_it_cannot_serve_an_adapter(
+    settings: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = opened(Workers(), monkeypatch, **settings)
+    assert said in problem and "\n" not in problem
+
+
+def test_other_adapters_on_the_server_are_refused_since_one_slot_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    workers = Workers()
+    workers.adapters.add(1)
+    assert "1 other adapters (--lora-modules)" in opened(workers, monkeypatch)
+
+
+def test_without_the_adapter_nothing_is_written_or_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="the adapter is not in the server"):
+        vllm_lora.adapter_views(Workers(), ADAPTED)
+    assert vllm_lora.slot_tensors(Workers()) == []

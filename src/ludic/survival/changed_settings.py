@@ -33,6 +33,7 @@ _HARMLESS = {
     "verbose": "what is said",
 }
 _AS_BEFORE: dict[str, Any] = {
+    "lora_sync": "merged",
     "dynamic_sampling": False,
     "max_sampling_factor": 8,
     "drop_solved": 0,
@@ -92,7 +93,9 @@ def _alters(name: str, stored: Mapping[str, Any], given: Mapping[str, Any], step
     if name == "warmup_steps":  # where a decay begins, and the rate of the updates before
         longest = max(settings.get(name, 0) for settings in (stored, given))
         return not constant or step < longest
-    if name.startswith("lora_"):  # they say nothing without an adapter, and earlier versions did not record them
+    if (
+        name.startswith("lora_") and name not in _AS_BEFORE
+    ):  # they say nothing without an adapter, and earlier versions did not record them
         return bool(stored.get("lora_rank") or given.get("lora_rank"))
     if name in ("rendered_chat", "rendered_ids"):  # earlier versions did not record them
         return name in stored and name in given
