@@ -136,6 +136,30 @@ class JSONLines:
                 return None if line is None else json.loads(line)
 
 
+class Prepared:
+    """A process that loads what it needs, prints one JSON line, and does its part once it is told: `records`."""
+
+    def __init__(self, stack: contextlib.ExitStack, command: Sequence[str], *, log_path: Path, gpu: int | None) -> None:
+        self._process = stack.enter_context(process_group(command, log_path=log_path, gpu=gpu, pipes=True))
+        self._log_path = log_path
+        self._lines = JSONLines(self._process)
+
+    def records(self, word: str, *, deadline_s: float) -> list[Record]:
+        """Tell it the word, and wait for its end; the JSON lines that it prints, as `run_part` gives them.
+
+        Raises:
+            PartError: it printed none.
+        """
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):  # it has ended, which is said below
+            self._process.stdin.write(f"{word}\n")
+            self._process.stdin.flush()
+        _, *records = _records(self._process, self._lines, self._log_path, deadline_s)
+        if not records:
+            raise PartError(f"it measured nothing: {_last_words(self._log_path)}")
+        return records
+
+
 class Worker:
     """A process that answers each JSON line with one: `ask`. Its first line says that it is ready."""
 
@@ -181,24 +205,34 @@ def run_part(
     Raises:
         PartError: it printed no record at all.
     """
+    with process_group(command, log_path=log_path, gpu=gpu, env=env, pipes=True) as process:
+        return _records(process, JSONLines(process), log_path, deadline_s, on_record)
+
+
+def _records(
+    process: "subprocess.Popen[str]",
+    lines: JSONLines,
+    log_path: Path,
+    deadline_s: float,
+    on_record: Callable[[Record], None] | None = None,
+) -> list[Record]:
+    """All that a process prints until its end or the deadline, as `run_part` says."""
     records: list[Record] = []
     started = time.monotonic()
-    with process_group(command, log_path=log_path, gpu=gpu, env=env, pipes=True) as process:
-        lines, problem = JSONLines(process), ""
-        while True:
-            try:
-                record = lines.next(started + deadline_s - time.monotonic())
-            except TimeoutError:
-                problem = f"was not done after {deadline_s:.0f} s"
-                break
-            if record is None:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(timeout=END_GRACE_S)
-                problem = f"ended with code {process.returncode}" if process.returncode else ""
-                break
-            records.append({"at_s": time.monotonic() - started, **record})
-            if on_record is not None:
-                on_record(records[-1])
+    while True:
+        try:
+            record = lines.next(started + deadline_s - time.monotonic())
+        except TimeoutError:
+            problem = f"was not done after {deadline_s:.0f} s"
+            break
+        if record is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=END_GRACE_S)
+            problem = f"ended with code {process.returncode}" if process.returncode else ""
+            break
+        records.append({"at_s": time.monotonic() - started, **record})
+        if on_record is not None:
+            on_record(records[-1])
     if problem and not records:
         raise PartError(f"it {problem}: {_last_words(log_path)}")
     if problem:
@@ -227,7 +261,7 @@ def ensure_policy(args: argparse.Namespace, *, random: bool = False, gpu: int | 
     how = ["--random"] if random else ["--seconds", str(args.policy_seconds)]
     command = [sys.executable, str(ROOT / "benchmarks" / "make_policy.py"), "--dataset", str(args.dataset)]
     say(f"making a policy of the shape {args.shape} in {folder}")
-    log_path = Path(args.out) / "make_policy.log"
+    log_path = Path(args.out) / f"make_policy_{args.shape}.log"
     with process_group(
         [*command, "--out", str(folder), "--shape", args.shape, *how], log_path=log_path, gpu=gpu
     ) as process:
@@ -310,22 +344,41 @@ def _vllm_version() -> tuple[int, ...]:
 
 @contextlib.contextmanager
 def serving(specs: Sequence[ServerSpec], *, log_dir: Path, deadline_s: float = 300.0) -> Iterator[dict[str, str]]:
-    """Start servers at the same time and yield {name: base URL} of those that are healthy in time.
-
-    One that is not is said and left out: the parts that do not need it still run.
-    """
+    """Start servers at the same time and yield {name: base URL} of those that are healthy in time."""
     with contextlib.ExitStack() as stack:
-        started: dict[str, tuple[str, subprocess.Popen[str], Path]] = {}
-        ports: set[int] = set()
+        servers = Servers(stack, log_dir)
+        servers.start(specs)
+        yield servers.healthy(deadline_s)
+
+
+class Servers:
+    """Servers that are started, some earlier and some later, and end with the `stack`."""
+
+    def __init__(self, stack: contextlib.ExitStack, log_dir: Path) -> None:
+        self._stack = stack
+        self._log_dir = log_dir
+        self._started: dict[str, tuple[str, subprocess.Popen[str], Path]] = {}
+        self._ports: set[int] = set()
+
+    def start(self, specs: Sequence[ServerSpec]) -> None:
+        """Start them, and wait for none."""
         for spec in specs:
-            while (port := free_port("127.0.0.1")) in ports:  # the server before may not hold its port yet
+            while (port := free_port("127.0.0.1")) in self._ports:  # the server before may not hold its port yet
                 pass
-            ports.add(port)
-            log_path = log_dir / f"server_{spec.name}.log"
+            self._ports.add(port)
+            log_path = self._log_dir / f"server_{spec.name}.log"
             command = [*spec.command, "--host", "127.0.0.1", "--port", str(port)]
-            process = stack.enter_context(process_group(command, log_path=log_path, gpu=spec.gpu, env=spec.env))
-            started[spec.name] = (f"http://127.0.0.1:{port}", process, log_path)
-        healthy: dict[str, str] = {}
+            group = process_group(command, log_path=log_path, gpu=spec.gpu, env=spec.env)
+            self._started[spec.name] = (f"http://127.0.0.1:{port}", self._stack.enter_context(group), log_path)
+
+    def end(self) -> None:
+        """Ask all of them to end, at the same time; the stack waits for each."""
+        for _, process, _ in self._started.values():
+            process.terminate()
+
+    def healthy(self, deadline_s: float = 300.0) -> dict[str, str]:
+        """Wait for all; {name: base URL}. One that is not healthy in time is said and left out: parts without it still run."""
+        started, healthy = self._started, dict[str, str]()
         deadline = time.monotonic() + deadline_s
         while len(healthy) < len(started) and time.monotonic() < deadline:
             for name, (url, process, log_path) in list(started.items()):
@@ -338,7 +391,7 @@ def serving(specs: Sequence[ServerSpec], *, log_dir: Path, deadline_s: float = 3
             time.sleep(0.25)
         for name in started.keys() - healthy.keys():
             say(f"server {name} is not healthy after {deadline_s:.0f} s; its log is {started[name][2]}")
-        yield healthy
+        return healthy
 
 
 def required(servers: Mapping[str, str], name: str) -> str:
