@@ -83,6 +83,39 @@ class Worker:
         return record
 
 
+class Prepared:
+    """A process that loads what it needs, prints one JSON line, and does its part once it is told: `records`."""
+
+    def __init__(self, stack: contextlib.ExitStack, command: Sequence[str], *, log_path: Path, gpu: int | None) -> None:
+        self._process = stack.enter_context(process_group(command, log_path=log_path, gpu=gpu, pipes=True))
+        self._log_path = log_path
+        self._lines = JSONLines(self._process)
+
+    def records(self, word: str, *, deadline_s: float) -> list[Record]:
+        """Tell it the word, and wait for its end: what it prints, with a last record {"cut_off": why} where it failed or was
+        not done in time.
+
+        Raises:
+            PartError: it printed nothing more than its first line.
+        """
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):  # it has ended, which is said below
+            self._process.stdin.write(f"{word}\n")
+            self._process.stdin.flush()
+        records, deadline = list[Record](), time.monotonic() + deadline_s
+        try:
+            while (record := self._lines.next(deadline - time.monotonic())) is not None:
+                records.append(record)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(timeout=END_GRACE_S)
+            problem = f"ended with code {self._process.returncode}" if self._process.returncode else ""
+        except TimeoutError:
+            problem = f"was not done after {deadline_s:.0f} s"
+        if len(records) < 2:
+            raise PartError(f"it {problem or 'measured nothing'}: {last_words(self._log_path)}")
+        return [*records[1:], *([{"cut_off": problem}] if problem else [])]
+
+
 class Part:
     """A command that prints JSON lines, a turn at a time: it runs until it pauses or ends, and then the others may.
 

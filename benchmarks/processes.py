@@ -123,7 +123,7 @@ def ensure_policy(args: argparse.Namespace, *, random: bool = False, gpu: int | 
     how = ["--random"] if random else ["--seconds", str(args.policy_seconds)]
     command = [sys.executable, str(ROOT / "benchmarks" / "make_policy.py"), "--dataset", str(args.dataset)]
     say(f"making a policy of the shape {args.shape} in {folder}")
-    log_path = Path(args.out) / "make_policy.log"
+    log_path = Path(args.out) / f"make_policy_{args.shape}.log"
     with process_group(
         [*command, "--out", str(folder), "--shape", args.shape, *how], log_path=log_path, gpu=gpu
     ) as process:
@@ -206,22 +206,41 @@ def _vllm_version() -> tuple[int, ...]:
 
 @contextlib.contextmanager
 def serving(specs: Sequence[ServerSpec], *, log_dir: Path, deadline_s: float = 300.0) -> Iterator[dict[str, str]]:
-    """Start servers at the same time and yield {name: base URL} of those that are healthy in time.
-
-    One that is not is said and left out: the parts that do not need it still run.
-    """
+    """Start servers at the same time and yield {name: base URL} of those that are healthy in time."""
     with contextlib.ExitStack() as stack:
-        started: dict[str, tuple[str, subprocess.Popen[str], Path]] = {}
-        ports: set[int] = set()
+        servers = Servers(stack, log_dir)
+        servers.start(specs)
+        yield servers.healthy(deadline_s)
+
+
+class Servers:
+    """Servers that are started, some earlier and some later, and end with the `stack`."""
+
+    def __init__(self, stack: contextlib.ExitStack, log_dir: Path) -> None:
+        self._stack = stack
+        self._log_dir = log_dir
+        self._started: dict[str, tuple[str, subprocess.Popen[str], Path]] = {}
+        self._ports: set[int] = set()
+
+    def start(self, specs: Sequence[ServerSpec]) -> None:
+        """Start them, and wait for none."""
         for spec in specs:
-            while (port := free_port("127.0.0.1")) in ports:  # the server before may not hold its port yet
+            while (port := free_port("127.0.0.1")) in self._ports:  # the server before may not hold its port yet
                 pass
-            ports.add(port)
-            log_path = log_dir / f"server_{spec.name}.log"
+            self._ports.add(port)
+            log_path = self._log_dir / f"server_{spec.name}.log"
             command = [*spec.command, "--host", "127.0.0.1", "--port", str(port)]
-            process = stack.enter_context(process_group(command, log_path=log_path, gpu=spec.gpu, env=spec.env))
-            started[spec.name] = (f"http://127.0.0.1:{port}", process, log_path)
-        healthy: dict[str, str] = {}
+            group = process_group(command, log_path=log_path, gpu=spec.gpu, env=spec.env)
+            self._started[spec.name] = (f"http://127.0.0.1:{port}", self._stack.enter_context(group), log_path)
+
+    def end(self) -> None:
+        """Ask all of them to end, at the same time; the stack waits for each."""
+        for _, process, _ in self._started.values():
+            process.terminate()
+
+    def healthy(self, deadline_s: float = 300.0) -> dict[str, str]:
+        """Wait for all; {name: base URL}. One that is not healthy in time is said and left out: parts without it still run."""
+        started, healthy = self._started, dict[str, str]()
         deadline = time.monotonic() + deadline_s
         while len(healthy) < len(started) and time.monotonic() < deadline:
             for name, (url, process, log_path) in list(started.items()):
@@ -234,7 +253,7 @@ def serving(specs: Sequence[ServerSpec], *, log_dir: Path, deadline_s: float = 3
             time.sleep(0.25)
         for name in started.keys() - healthy.keys():
             say(f"server {name} is not healthy after {deadline_s:.0f} s; its log is {started[name][2]}")
-        yield healthy
+        return healthy
 
 
 def required(servers: Mapping[str, str], name: str) -> str:

@@ -2,9 +2,12 @@
 
     python benchmarks/sync.py --dataset DIR --out OUT            two GPUs; the 0.5B and the 1.5B shape with random weights
     python benchmarks/sync.py --dataset DIR --out OUT --lora-rank 16            an adapter of rank 16 against whole models
+    CUDA_VISIBLE_DEVICES=0 python benchmarks/sync.py ...         one GPU: the rows of one GPU alone
 
-For each shape one server of ludic, without compilation, and one with vLLM's own `nccl` backend come up on GPU 0; the
-trainer's half is a process on GPU 1. ludic's syncs are proven and are measured twice: with an idle server, and with generation in
+For each shape a server of ludic, without compilation, comes up on GPU 0; the trainer's half is a process on GPU 1. For the first
+shape there are two more on GPU 0: one with vLLM's own `nccl` backend, and one whose trainer's half is on GPU 0 too, which is
+sent weights by turns over CUDA IPC and over shared memory. Trainers load while servers start, and measure one after the other
+once all are up. ludic's syncs are proven and, between two GPUs, measured twice: with an idle server, and with generation in
 flight. vLLM's own are what a plain client of its routes does: wait for running requests, pause, send, resume, no proof. The
 first syncs are left out: they set up NCCL, and ludic's first goes through vLLM's reload. `open` and `probe`, which do not
 hold generation, are not counted. A LoRA run that sends whole models merges its adapter before a sync, which is not in the
@@ -20,12 +23,14 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.harness import (
     Record,
+    Records,
     add_server_argument,
     check_common_arguments,
     common_parser,
@@ -39,18 +44,19 @@ from benchmarks.harness import (
     say,
     write_report,
 )
-from benchmarks.parts import run_part
+from benchmarks.parts import Prepared
 from benchmarks.processes import (
     PartError,
+    Servers,
+    ServerSpec,
     ensure_policy,
     gpus_for,
     ludic_server,
     run_and_write,
-    serving,
     vllm_settings,
 )
 from ludic.cli import hide_loading_bars
-from ludic.rollout.engine import InferenceEngine, PolicyWeights
+from ludic.rollout.engine import InferenceEngine, PolicyWeights, WeightSyncReport
 from ludic.types import SamplingParams
 
 if TYPE_CHECKING:
@@ -60,7 +66,14 @@ if TYPE_CHECKING:
 UNCOUNTED = ("open", "probe", "wait")
 PROBE = list(range(5, 60))
 GPU_SHARE, KV_CACHE_GIB = 0.2, 6.0
-WHO = {"ludic": "ludic, proven", "adapter": "ludic, an adapter alone, proven", "nccl": "vLLM's own, not proven"}
+OVER_IPC = "CUDA IPC"
+WHO = {
+    "ludic": "ludic, proven",
+    "adapter": "ludic, an adapter alone, proven",
+    "nccl": "vLLM's own, not proven",
+    OVER_IPC: "one GPU, ludic over CUDA IPC, proven",
+    "shared memory": "one GPU, ludic over shared memory, proven",
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -80,7 +93,6 @@ def build_parser() -> argparse.ArgumentParser:
         help="in place of vLLM's own transfer, send an adapter of this rank to a server with --enable-lora; 0: none (default: 0)",
     )
     parser.add_argument("--worker", default="", help=argparse.SUPPRESS)
-    parser.add_argument("--url", default=None, help=argparse.SUPPRESS)
     return parser
 
 
@@ -123,11 +135,10 @@ def change_a_little(model: torch.nn.Module) -> None:
 
 
 async def proven_syncs(
-    policy: Path, url: str | None, *, syncs: int, in_flight: int, rank: int = 0
+    model: PreTrainedModel, policy: Path, url: str | None, *, syncs: int, in_flight: int, rank: int = 0
 ) -> AsyncIterator[Record]:
     """ludic's own syncs, half of them with `in_flight` completions being generated (0: none of them); with a `rank`, of an
     adapter alone."""
-    model = load_masters(policy)
     model = with_adapter(model, rank) if rank else model
     async with open_engine(policy, url, probe=PROBE, adapter_rank=rank) as engine:
         for version in range(syncs * (2 if in_flight else 1)):
@@ -137,15 +148,50 @@ async def proven_syncs(
                     await stack.enter_async_context(generating(engine, load))
                 change_a_little(model)
                 report = await engine.update_weights(PolicyWeights(model, version))
-            counted = sum(seconds for name, seconds in report.phases_s.items() if name not in UNCOUNTED)
-            yield {
-                "step": version % syncs + 1,
-                "in_flight": load,
-                "seconds": counted,
-                "phases": report.phases_s,
-                "gib": report.num_bytes / 2**30,
-                "proof": report.proof,
-            }
+            yield row_of(report, step=version % syncs + 1, in_flight=load)
+
+
+def row_of(report: WeightSyncReport, *, step: int, in_flight: int = 0) -> Record:
+    return {
+        "step": step,
+        "in_flight": in_flight,
+        "seconds": sum(seconds for name, seconds in report.phases_s.items() if name not in UNCOUNTED),
+        "phases": report.phases_s,
+        "gib": report.num_bytes / 2**30,
+        "proof": report.proof,
+    }
+
+
+def one_gpu_syncs(model: PreTrainedModel, policy: Path, url: str, *, syncs: int) -> Iterator[Record]:
+    """ludic's syncs with a server on the trainer's own GPU, by turns as they are there and over shared memory alone."""
+    import torch
+
+    from ludic.inference.client import handshake
+    from ludic.inference.client.server_control import ServerControl
+    from ludic.inference.weights.weight_sync import WeightSync
+
+    control = ServerControl(url)
+    info = handshake.weight_sync_info(control, str(policy))
+    ways = {
+        way: WeightSync(
+            control,
+            transport=info["transfer_backend"],
+            served_model=str(policy),
+            dtype=getattr(torch, info["dtype"]),
+            probe_token_ids=PROBE,
+            server_gpu=gpu,
+        )
+        for way, gpu in ((OVER_IPC, info["device_uuid"]), ("shared memory", ""))
+    }
+    for step in range(1, syncs + 1):
+        for way, sync in ways.items():
+            change_a_little(model)
+            report = sync.sync(model, step)
+            yield {"way": way, **row_of(report, step=step)}
+            if step > 1 and way not in report.proof:  # the first sync of either is a reload from shared memory
+                raise PartError(f"a sync went another way than over {way}: {report.proof}")
+    for sync in ways.values():
+        sync.close()
 
 
 @contextlib.asynccontextmanager
@@ -163,7 +209,7 @@ async def generating(engine: InferenceEngine, completions: int) -> AsyncIterator
         await asyncio.gather(*tasks)
 
 
-def vllm_syncs(policy: Path, url: str, *, syncs: int) -> list[Record]:
+def vllm_syncs(model: PreTrainedModel, url: str, *, syncs: int) -> list[Record]:
     """vLLM's packed NCCL broadcast as its own client would drive it."""
     import torch
 
@@ -171,7 +217,6 @@ def vllm_syncs(policy: Path, url: str, *, syncs: int) -> list[Record]:
     from ludic.inference.client.server_control import ServerControl
     from ludic.inference.weights.weight_transport import WireWeights
 
-    model = load_masters(policy)
     weights = WireWeights(model=model, dtype=torch.bfloat16)
     control = ServerControl(url)
     transport = NCCLTransport(control, weights)
@@ -195,105 +240,135 @@ def vllm_syncs(policy: Path, url: str, *, syncs: int) -> list[Record]:
 
 
 async def worker(args: argparse.Namespace) -> None:
+    """Load, say so, wait for the server's address, and sync with it."""
     hide_loading_bars()
-    if args.worker == "nccl":
-        for row in vllm_syncs(args.policy, args.url, syncs=args.syncs):
+    model = load_masters(args.policy)
+    emit({"loaded": True})
+    url = sys.stdin.readline().strip()
+    if args.worker in ("ludic", "adapter"):
+        rank = args.lora_rank if args.worker == "adapter" else 0
+        async for row in proven_syncs(model, args.policy, url, syncs=args.syncs, in_flight=args.in_flight, rank=rank):
             emit(row)
         return
-    rank = args.lora_rank if args.worker == "adapter" else 0
-    async for row in proven_syncs(args.policy, args.url, syncs=args.syncs, in_flight=args.in_flight, rank=rank):
+    kind = {"nccl": lambda: vllm_syncs(model, url, syncs=args.syncs)}.get(
+        args.worker, lambda: one_gpu_syncs(model, args.policy, url, syncs=args.syncs)
+    )
+    for row in kind():
         emit(row)
 
 
 async def collect(args: argparse.Namespace, policy: Path) -> list[Record]:
     """Syncs with the engine of this process, which needs no other."""
-    return [row async for row in proven_syncs(policy, None, syncs=args.syncs, in_flight=args.in_flight)]
+    syncs = proven_syncs(load_masters(policy), policy, None, syncs=args.syncs, in_flight=args.in_flight)
+    return [row async for row in syncs]
 
 
 # -- the parts and the table -----------------------------------------------------------------------------------------------
 
 
-def measure_all(args: argparse.Namespace) -> None:
-    """Make the policies, start all servers at once, and record each shape's syncs as they are done."""
-    from ludic.inference.client.handshake import largest_rank  # brings an HTTP client, which --help need not wait for
+def kinds_of(args: argparse.Namespace, shape: str, num_gpus: int) -> tuple[str, ...]:
+    """What is measured of a shape: the peer and one GPU of the first alone, as each costs a server."""
+    if args.lora_rank:
+        return ("ludic", "adapter")
+    if args.device == "cpu" or args.server:
+        return ("ludic",)
+    first = shape == args.shapes.split(",")[0]
+    if num_gpus == 1:
+        return ("one_gpu",) if first else ()
+    return ("ludic", "nccl", "one_gpu") if first else ("ludic",)
 
+
+def server_of(args: argparse.Namespace, kind: str, shape: str, policy: Path, gpu: int | None) -> ServerSpec:
+    settings = vllm_settings(device=args.device, max_model_len=512, gpu_share=GPU_SHARE, kv_cache_gib=KV_CACHE_GIB)
+    settings["enforce_eager"] = True  # a sync does not run the compiled graphs, which take half of a server's start
+    if backend := {"nccl": "nccl", "one_gpu": "ludic_shm"}.get(kind):
+        settings["weight_transfer_config"] = json.dumps({"backend": backend})
+    if kind == "adapter":
+        from ludic.inference.client.handshake import (
+            largest_rank,  # brings an HTTP client, which --help need not wait for
+        )
+
+        settings |= {"enable_lora": True, "max_lora_rank": largest_rank(args.lora_rank)}
+    return ludic_server(policy, settings, gpu=gpu, name=f"{kind}_{shape}")
+
+
+def measure_all(args: argparse.Namespace) -> None:
+    """Make the policies side by side, start each one's servers and trainers when it is there, and measure one by one."""
     check_common_arguments(args)
     if args.lora_rank and (args.engine == "local" or args.server):
         raise ValueError(f"--lora-rank {args.lora_rank} starts two servers: leave out --engine local and --server")
     records = records_of(args)
     records.add("machine", **machine())
     serving_gpu, training_gpu = gpus_for(args.device)
+    num_gpus = len({serving_gpu, training_gpu})
     shapes = args.shapes.split(",")
-    policies = {}
-    for args.shape in shapes:
-        policies[args.shape] = ensure_policy(args, random=True, gpu=training_gpu)
-    kinds = ("ludic", "nccl") if args.device == "cuda" and not args.server else ("ludic",)
-    if args.lora_rank:  # three servers of each shape do not fit on a GPU
-        kinds = ("ludic", "adapter")
-    settings = vllm_settings(device=args.device, max_model_len=512, gpu_share=GPU_SHARE, kv_cache_gib=KV_CACHE_GIB)
-    settings["enforce_eager"] = True  # a sync does not run the compiled graphs, which take half of a server's start
-    of_kind = {
-        "ludic": settings,
-        "nccl": {**settings, "weight_transfer_config": json.dumps({"backend": "nccl"})},
-        "adapter": {**settings, "enable_lora": True, "max_lora_rank": largest_rank(args.lora_rank)},
-    }
-    specs = [
-        ludic_server(policies[shape], of_kind[kind], gpu=serving_gpu, name=f"{kind}_{shape}")
-        for shape in shapes
-        for kind in kinds
-        if args.engine == "vllm" and not args.server
-    ]
-    with serving(specs, log_dir=args.out) as started:
-        servers = {f"ludic_{shape}": args.server for shape in shapes} if args.server else started
-        for shape in shapes:
-            for kind in kinds:
-                name = f"{kind}_{shape}"
-                if args.engine == "vllm" and name not in servers:
-                    records.add(name, rows=[], problem="the server did not come up")
-                    continue
-                if args.engine == "local":
-                    records.add(name, rows=asyncio.run(collect(args, policies[shape])), problem=None)
-                    continue
-                flags = ["--worker", kind, "--policy", str(policies[shape]), "--syncs", str(args.syncs)]
-                flags += ["--lora-rank", str(args.lora_rank)]
-                flags += ["--in-flight", str(args.in_flight), *(["--url", servers[name]] if name in servers else [])]
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor() as pool:
+        servers, trainers = Servers(stack, args.out), dict[str, Prepared]()
+        made = {
+            shape: pool.submit(
+                ensure_policy, argparse.Namespace(**{**vars(args), "shape": shape}), random=True, gpu=training_gpu
+            )
+            for shape in shapes
+            if kinds_of(args, shape, num_gpus)
+        }
+        for shape, policy in made.items():
+            if args.engine == "local":
+                records.add(f"ludic_{shape}", rows=asyncio.run(collect(args, policy.result())), problem=None)
+                continue
+            for kind in kinds_of(args, shape, num_gpus):
+                gpu = serving_gpu if kind == "one_gpu" else training_gpu
+                if not args.server:
+                    servers.start([server_of(args, kind, shape, policy.result(), serving_gpu)])
+                flags = ["--worker", kind, "--policy", str(policy.result()), "--syncs", str(args.syncs)]
+                flags += ["--in-flight", str(args.in_flight), "--lora-rank", str(args.lora_rank)]
                 command = [sys.executable, "-m", "benchmarks.sync", *flags]
-                try:
-                    rows = run_part(
-                        command, log_path=args.out / f"sync_{name}.log", deadline_s=args.deadline, gpu=training_gpu
-                    )
-                    records.add(name, rows=[row for row in rows if "step" in row], problem=rows[-1].get("cut_off"))
-                    say(f"{name}: {len(rows)} syncs")
-                except PartError as error:  # the other shapes are still worth their time
-                    say(f"{name} failed: {error}")
-                    records.add(name, rows=[], problem=str(error))
+                log_path = args.out / f"sync_{kind}_{shape}.log"
+                trainers[f"{kind}_{shape}"] = Prepared(stack, command, log_path=log_path, gpu=gpu)
+        urls = dict.fromkeys(trainers, args.server) if args.server else servers.healthy()
+        for name, trainer in trainers.items():
+            measure(records, name, trainer, urls.get(name), deadline_s=args.deadline)
+        servers.end()
+
+
+def measure(records: Records, name: str, trainer: Prepared, url: str | None, *, deadline_s: float) -> None:
+    """Record one trainer's syncs; what goes wrong costs its own rows only."""
+    if url is None:
+        records.add(name, rows=[], problem="the server did not come up")
+        return
+    try:
+        rows = trainer.records(url, deadline_s=deadline_s)
+        records.add(name, rows=[row for row in rows if "step" in row], problem=rows[-1].get("cut_off"))
+        say(f"{name}: {len(rows)} syncs")
+    except PartError as error:
+        say(f"{name} failed: {error}")
+        records.add(name, rows=[], problem=str(error))
 
 
 def write_table(args: argparse.Namespace) -> None:
     """OUT/sync.md from the records."""
     records = records_of(args).last()
     on = records.pop("machine")
-    whole, phases = [], []
+    whole, phases, medians = [], [], dict[tuple[str, str, int], float]()
     for name, record in records.items():
-        kind, _, shape = name.partition("_")
-        for load in sorted({row["in_flight"] for row in record["rows"]}):
-            rows = [row for row in record["rows"] if row["in_flight"] == load and row["step"] > args.skip]
-            words = f"{shape}, {WHO[kind]}{f', {load} completions in flight' if load else ''}"
+        kind, _, shape = name.rpartition("_")
+        sides = {(row.get("way", kind), row["in_flight"]) for row in record["rows"]}
+        for side, load in sorted(sides):
+            rows = [row for row in record["rows"] if (row.get("way", kind), row["in_flight"]) == (side, load)]
+            rows = [row for row in rows if row["step"] > args.skip]
+            words = f"{shape}, {WHO[side]}{f', {load} completions in flight' if load else ''}"
             seconds = [row["seconds"] for row in rows]
-            whole.append(
-                [
-                    words,
-                    median(seconds),
-                    percentile(seconds, 0.9),
-                    max(seconds, default=None),
-                    rows[0]["gib"],
-                    len(rows),
-                ]
-            )
+            most, gib = max(seconds, default=None), rows[0]["gib"] if rows else None
+            whole.append([words, median(seconds), percentile(seconds, 0.9), most, gib, len(rows)])
             phases.append([words, phase_words(rows)])
+            medians[shape, side, load] = median(seconds)
     sections = [
         markdown_table(["", "median s", "p90 s", "most s", "GiB sent", "syncs"], whole),
         markdown_table(["", "phases, medians in s"], phases),
+    ]
+    sections += [
+        f"{shape}, one GPU: shared memory takes {seconds / medians[shape, OVER_IPC, 0]:.1f} times what CUDA IPC takes."
+        for (shape, side, _), seconds in medians.items()
+        if side == "shared memory"
     ]
     sections += [f"{name}: {record['problem']}." for name, record in records.items() if record.get("problem")]
     write_report(args.out / "sync.md", "Weight sync, pause to resume", on, sections)

@@ -480,6 +480,38 @@ def test_syncs_are_timed_by_phase(common: Sequence[str], tmp_path: Path) -> None
     assert re.search(r"[a-z]+ 0\.\d{4}, [a-z]+ \d\.\d{4}", cells[-1][1])
 
 
+def test_syncs_on_one_gpu_are_told_apart_and_compared(tmp_path: Path) -> None:
+    args = sync.build_parser().parse_args(["--out", str(tmp_path), "--table", "--skip", "1", "--shapes", "0.5b,1.5b"])
+    records = Records(tmp_path / "sync.jsonl")
+    records.add("machine", **ON)
+    rows = [
+        {"step": step, "way": way, "in_flight": 0, "seconds": seconds, "phases": {"send": seconds}, "gib": 0.9}
+        for step in (1, 2, 3)
+        for way, seconds in ((sync.OVER_IPC, 9.0 if step == 1 else 0.02), ("shared memory", 0.5))
+    ]
+    records.add("one_gpu_0.5b", rows=rows, problem=None)
+    records.add("ludic_1.5b", rows=[], problem="the server did not come up")
+    sync.write_table(args)
+    report = (tmp_path / "sync.md").read_text()
+    names = ["0.5b, one GPU, ludic over CUDA IPC, proven", "0.5b, one GPU, ludic over shared memory, proven"]
+    assert [row[0] for row in table_of(tmp_path, "sync")] == ["", *names, "", *names]
+    assert "0.5b, one GPU: shared memory takes 25.0 times what CUDA IPC takes." in report
+    assert "ludic_1.5b: the server did not come up." in report
+
+
+def test_the_peer_and_one_gpu_are_measured_with_the_first_shape_alone() -> None:
+    args = sync.build_parser().parse_args(["--shapes", "0.5b,1.5b"])
+    assert sync.kinds_of(args, "0.5b", 2) == ("ludic", "nccl", "one_gpu") and sync.kinds_of(args, "1.5b", 2) == (
+        "ludic",
+    )
+    assert sync.kinds_of(args, "0.5b", 1) == ("one_gpu",) and sync.kinds_of(args, "1.5b", 1) == ()
+    backends = {
+        kind: " ".join(sync.server_of(args, kind, "0.5b", Path("policy"), 0).command).partition('"backend": ')[2]
+        for kind in ("ludic", "nccl", "one_gpu")
+    }
+    assert backends == {"ludic": "", "nccl": '"nccl"}', "one_gpu": '"ludic_shm"}'}
+
+
 def test_growth_is_measured_with_one_trainer(common: Sequence[str], tmp_path: Path) -> None:
     points = ["--rollouts", "4,8", "--lengths", "4,8", "--concurrencies", "4,8", "--steps", "4", "--early", "2"]
     assert growth.main([*common, *points, "--small", "8,4,8", "--updates", "1"]) == 0
