@@ -86,7 +86,7 @@ DEFAULTS: tuple[Default, ...] = (
             why="the model's generation_config.json must not change temperature, top_p or top_k"),
     Default(setting="--middleware", vllm="none", ludic="API key, token-id route, lease",
             value=lambda asked, _: middleware([], training=not asked.no_training),
-            why="the key for every route but /health; /ludic/v1/generate; and, for training, one trainer at a time"),
+            why="the key for every route but /health; /ludic/v1/generate; and, for training, one trainer and its adapter"),
     Default(setting=DEV_MODE_VARIABLE, vllm="0", ludic="1", when="training",
             why="the routes that pause the server and take weights"),
     Default(setting="--weight-transfer-config", vllm="none", ludic="ludic_nccl or ludic_shm", when="training",

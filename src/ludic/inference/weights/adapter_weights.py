@@ -5,7 +5,7 @@ before the first version, the digests of all its tensors that the server holds a
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,7 +17,13 @@ from ludic.train.lora import adapter_tensors, base_parameters
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterWeights(WireWeights):
-    """The adapter of a model whose layers have one, under peft's names."""
+    """The adapter of a model whose layers have one, under peft's names, as it is when this is made: for one sync."""
+
+    # Made once: to walk through thousands of modules takes longer than to send what is in them.
+    _adapter: dict[str, torch.Tensor] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_adapter", adapter_tensors(self.model))
 
     @property
     def applied(self) -> str:
@@ -32,7 +38,7 @@ class AdapterWeights(WireWeights):
         return sum(tensor.numel() for tensor in self._tensors().values()) * self.dtype.itemsize
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        return adapter_tensors(self.model)
+        return self._adapter
 
     def start(self, control: ServerControl) -> None:
         """Nothing: at the end of its own updates vLLM drops all adapters."""
