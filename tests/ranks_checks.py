@@ -250,7 +250,7 @@ def damaged(ranks: Ranks) -> Any:
     """A weight of rank 1 is not finite: what rank 0 raises, and whether the ranks go on to do as it says."""
     learner = learner_of("grpo", ranks)
     if ranks.rank == 1:
-        learner.masters.parameters[0].data[0] = torch.nan
+        next(piece for piece in learner.masters.parameters if piece.numel()).data[0] = torch.nan
 
     def raised(learner: Learner) -> dict[str, Any]:
         try:
