@@ -3,9 +3,6 @@
 import asyncio
 import importlib
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -45,19 +42,13 @@ def problems(tmp_path: Path) -> Path:
     return folder
 
 
-def call(policy: Path, problems: Path, out: Path, *more: str, steps: int) -> str:
-    """What the script prints."""
+async def call(record: ModuleType, policy: Path, problems: Path, out: Path, *more: str, steps: int) -> None:
+    """The script's own `main`, in this process, which has imported everything."""
     words = ["--engine", "local", "--model", str(policy), "--dataset", str(problems), "--out-dir", str(out)]
     words += ["--epochs", "1", "--warm-up-batch", "8", "--warm-up-lr", "1e-4", "--limit", "16"]
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLES / "record.py"), *words, "--train-args", SMALL.format(steps), *more],
-        env={**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    return done.stdout
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["record.py", *words, "--train-args", SMALL.format(steps), *more])
+        assert await record.main() == 0
 
 
 def parse(record: ModuleType, *words: str) -> Any:
@@ -128,11 +119,13 @@ async def test_training_that_ends_before_its_deadline_or_by_another_hand_was_not
 
 
 @pytest.mark.slow
-def test_all_phases_make_an_entry_that_a_second_scoring_repeats_and_a_seed_with_a_deadline_joins(
-    digit_policy_dir: Path, problems: Path, tmp_path: Path
+@pytest.mark.timeout(900)
+async def test_all_phases_make_an_entry_that_a_second_scoring_repeats_and_a_seed_with_a_deadline_joins(
+    record: ModuleType, digit_policy_dir: Path, problems: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    printed = call(digit_policy_dir, problems, out, steps=2)
+    await call(record, digit_policy_dir, problems, out, steps=2)
+    printed = capsys.readouterr().out
     first = json.loads((out / "seed_0" / "entry.json").read_text())
     assert first["updates"] == first["syncs"]["proven"] == 2 and first["rollouts"] == 32
     assert first["warm_up"]["problems"] == 12 and first["num_problems"] == 16  # six answers are longer than 16 tokens
@@ -143,7 +136,8 @@ def test_all_phases_make_an_entry_that_a_second_scoring_repeats_and_a_seed_with_
     (out / "seed_0" / "entry.json").unlink()
     made = (out / "warm_up.json").stat().st_mtime_ns
     flags = ["--seeds", "0", "1", "--grpo-seconds", "0.01"]
-    printed = call(digit_policy_dir, problems, out, *flags, steps=500)
+    await call(record, digit_policy_dir, problems, out, *flags, steps=500)
+    printed = capsys.readouterr().out
     assert (out / "warm_up.json").stat().st_mtime_ns == made, "a warm-up that is there is not made again"
     assert "seed 0: GRPO was made already" in printed and "2 seed(s), 16 problems" in printed
     again = json.loads((out / "seed_0" / "entry.json").read_text())
