@@ -27,7 +27,7 @@ from benchmarks.harness import (
     without_stop,
     write_report,
 )
-from benchmarks.parts import Part, Worker, in_turns, pauses_after, run_part
+from benchmarks.parts import Part, Prepared, Worker, in_turns, pauses_after, run_part
 from benchmarks.peers import common as peers
 from benchmarks.processes import PartError, ServerSpec, as_flags, process_group, serving, trl_server
 from environments.gsm8k import load
@@ -494,9 +494,33 @@ def test_syncs_on_one_gpu_are_told_apart_and_compared(tmp_path: Path) -> None:
     sync.write_table(args)
     report = (tmp_path / "sync.md").read_text()
     names = ["0.5b, one GPU, ludic over CUDA IPC, proven", "0.5b, one GPU, ludic over shared memory, proven"]
-    assert [row[0] for row in table_of(tmp_path, "sync")] == ["", *names, "", *names]
+    assert re.findall(r"^\| (0\.5b.*?) *\|", report, flags=re.MULTILINE) == names * 2
     assert "0.5b, one GPU: shared memory takes 25.0 times what CUDA IPC takes." in report
     assert "ludic_1.5b: the server did not come up." in report
+
+
+PREPARED = """
+import sys
+print('{"loaded": true}', flush=True)
+word = sys.stdin.readline().strip()
+if word == "http://up":
+    print('{"step": 1}')
+    print('{"step": 2}', flush=True)
+    sys.exit(int(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize(("code", "ends"), [(0, 2), (3, 3)])
+def test_a_part_that_is_prepared_measures_when_it_is_told_where(tmp_path: Path, code: int, ends: int) -> None:
+    with contextlib.ExitStack() as stack:
+        command = [sys.executable, "-c", PREPARED, str(code)]
+        part = Prepared(stack, command, log_path=tmp_path / "part.log", gpu=None)
+        records = part.records("http://up", deadline_s=60)
+        assert [record.get("step") for record in records] == [1, 2, None][:ends]
+        assert records[-1].get("cut_off") == (f"ended with code {code}" if code else None)
+        silent = Prepared(stack, command, log_path=tmp_path / "silent.log", gpu=None)
+        with pytest.raises(PartError, match="it measured nothing"):
+            silent.records("http://down", deadline_s=60)
 
 
 def test_the_peer_and_one_gpu_are_measured_with_the_first_shape_alone() -> None:
