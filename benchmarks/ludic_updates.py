@@ -26,7 +26,7 @@ from environments.gsm8k import GSM8KSample, load
 from ludic.cli import add_engine_arguments, check_engine_arguments, hide_loading_bars, run_script
 from ludic.config import GRPOConfig, RunPaths, add_arguments, from_arguments
 from ludic.rollout.engine import InferenceEngine
-from ludic.run.engine import open_engine
+from ludic.run.engine import name_engines, open_engine
 from ludic.task.prompts import encode_prompt, load_tokenizer
 
 if TYPE_CHECKING:
@@ -163,6 +163,7 @@ def build_parser() -> argparse.ArgumentParser:
 async def main() -> int:
     args = build_parser().parse_args()
     check_engine_arguments(args)
+    name_engines(args)
     config = from_arguments(args)
     if args.pause_after:
         config = dataclasses.replace(config, save_every=1)  # it pauses where others save

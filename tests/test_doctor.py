@@ -392,8 +392,7 @@ async def server(args: argparse.Namespace, monkeypatch: pytest.MonkeyPatch) -> A
 
 async def findings_of(args: argparse.Namespace) -> dict[str, Finding]:
     """Of all server checks by name, made on a thread: the server is on this one's loop."""
-    checks = server_checks(args, from_arguments(args))
-    found = await asyncio.to_thread(lambda: list(run_checks(checks)))
+    found = await asyncio.to_thread(lambda: list(run_checks(server_checks(args, from_arguments(args)))))
     return {finding.name: finding for finding in found}
 
 

@@ -99,7 +99,7 @@ async def evaluate_from_flags(
         temperature=args.temperature, top_p=args.top_p, max_tokens=args.max_tokens, seed=args.seed
     )
     require_server(args)
-    name_engines(args)
+    await asyncio.to_thread(name_engines, args)
     out_dir = prepare_out_dir(args.out_dir)
     out = out_dir / args.out
     with at_once():

@@ -108,7 +108,7 @@ async def _run(
     check_rank_arguments(args, config)
     check_adapter_arguments(args, config)
     require_server(args)
-    name_engines(args)
+    await asyncio.to_thread(name_engines, args)
     paths = RunPaths(out_dir=prepare_out_dir(args.out_dir), name=task.file_name)
     check_forecast_arguments(args, paths)
     with run_lock(paths.out_dir, identity(paths.out_dir)):  # until the end: two runs would write the same files
