@@ -100,8 +100,9 @@ def test_without_flags_the_settings_are_the_defaults_of_the_dataclass() -> None:
 def test_every_field_has_a_flag_that_sets_it() -> None:
     other = {"loss": "gspo", "lr_schedule": "cosine", "group_size": "4", "max_seq_len": "512", "ratio_to": "sampler",
              "normalisation": "prompt_mean", "baseline": "leave_one_out", "advantage_std": "batch", "dual_clip": "3.0",
-             "importance_mask": "token"}  # fmt: skip
+             "importance_mask": "token", "lora_sync": "adapter"}  # fmt: skip
     needs = {
+        "lora_sync": ("--lora-rank", "8"),
         "mask_low": ("--importance-mask", "token"),
         "mask_high": ("--importance-mask", "geometric", "--mask-low", "0"),
         "overlong_buffer": ("--max-tokens", "16"),
