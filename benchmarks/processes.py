@@ -12,8 +12,6 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +19,7 @@ from types import FrameType
 from typing import Any
 
 from benchmarks.harness import ROOT, records_of, say, versions
-from ludic.inference.client.server_process import PARENT_PID_VARIABLE, free_port, last_error_lines
+from ludic.inference.client.server_process import PARENT_PID_VARIABLE, free_port, is_healthy, last_error_lines
 from ludic.rollout.errors import EngineError
 
 END_GRACE_S = 10.0
@@ -261,15 +259,6 @@ def required(servers: Mapping[str, str], name: str) -> str:
     if name not in servers:
         raise PartError(f"the server {name} did not come up")
     return servers[name]
-
-
-def is_healthy(url: str) -> bool:
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with opener.open(f"{url}/health", timeout=5) as response:
-            return bool(response.status == 200)
-    except (urllib.error.URLError, OSError):
-        return False
 
 
 def run_and_write(

@@ -2,8 +2,10 @@
 
 import argparse
 import functools
+import socket
 import sys
 import textwrap
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 
 from ludic.cli import add_engine_arguments
 from ludic.inference.client import vllm_client
-from ludic.inference.client.server_process import ServerProcess, free_port, start_server
+from ludic.inference.client.server_process import ServerProcess, free_port, is_healthy, start_server
 from ludic.inference.client.vllm_client import VLLMEngine
 from ludic.rollout.errors import EngineError, ServerLostError, ServerUnreachableError
 from ludic.run import engine as run
@@ -127,3 +129,18 @@ async def test_of_anothers_server_that_goes_in_the_middle_of_a_request_no_more_i
         assert "its log says why" in str(refusal.value) and f"--port {server.port}` starts it again" in str(
             refusal.value
         )
+
+
+def test_a_port_that_answers_with_the_request_itself_is_no_healthy_server() -> None:
+    """As a connection that the kernel has joined to itself does."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def echo() -> None:
+            connection, _ = listening.accept()
+            with connection:
+                connection.sendall(connection.recv(4096))
+
+        thread = threading.Thread(target=echo)
+        thread.start()
+        assert not is_healthy(f"http://127.0.0.1:{listening.getsockname()[1]}")
+        thread.join()

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from benchmarks.harness import hash_reward
-from benchmarks.processes import is_healthy
 from environments.gsm8k import GSM8K, load
+from ludic.inference.client.server_process import is_healthy
 from ludic.types import ChatMessage
 
 JSONValue = str | int | float | bool | None | Mapping[str, "JSONValue"] | Sequence["JSONValue"]

@@ -6,6 +6,7 @@ servers at once, which are `vllm_engines`' and, for a trainer that starts them, 
 """
 
 import contextlib
+import http.client
 import os
 import re
 import signal
@@ -357,7 +358,9 @@ def is_healthy(base_url: str, path: str = "/health") -> bool:
     try:
         with opener.open(f"{base_url}{path}", timeout=5) as response:
             return bool(response.status == 200)
-    except OSError:
+    # What answers may be no HTTP server, and even this very call: a connection to a port of the range that callers get theirs
+    # from, on which nothing listens yet, can be joined to itself, and then reads its own request.
+    except (OSError, http.client.HTTPException):
         return False
 
 
