@@ -157,7 +157,7 @@ def _clock(folder: Path, limit: float | None, rollouts: int, started: float) -> 
     class Clock(TrainerCallback):
         """Writes each update's line, and stops at the deadline."""
 
-        begun = started
+        begun = logged = started
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.begun = time.perf_counter()
@@ -172,6 +172,11 @@ def _clock(folder: Path, limit: float | None, rollouts: int, started: float) -> 
                 file.write(json.dumps(point) + "\n")
             sys.stdout.write(json.dumps(point) + "\n")
             sys.stdout.flush()
+            self.logged = time.perf_counter()
+
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            """A checkpoint is no part of what is compared: ludic's side writes none on the way."""
+            self.begun += time.perf_counter() - self.logged
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if limit and time.perf_counter() - self.begun > limit:
@@ -198,7 +203,9 @@ def sides(args: argparse.Namespace) -> dict[str, dict[str, list[Any]]]:
         updates = [json.loads(line) for line in lines.read_text().splitlines()]
         at = {point["step"]: point for point in updates}
         paths = {int(path.stem.rpartition("-")[2]): path for path in trl_dir(args).glob("score_checkpoint-*.jsonl")}
-        scored = [(at[n]["rollouts"], at[n]["seconds"], *_accuracy(path)) for n, path in sorted(paths.items())]
+        scored = [
+            (at[n]["rollouts"], at[n]["seconds"], *_accuracy(path)) for n, path in sorted(paths.items()) if n in at
+        ]
         found["TRL"] = {"updates": updates, "scored": [first, *scored]}
     return found
 

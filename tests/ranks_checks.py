@@ -41,6 +41,8 @@ CASES: dict[str, dict[str, Any]] = {
     "unshared": {"share_prompts": False},
     "checkpointed": {"gradient_checkpointing": True},
     "sharded": {"shard_weights": True},
+    "decayed": {"weight_decay": 0.5, "max_grad_norm": 0.1},
+    "sharded decayed": {"shard_weights": True, "weight_decay": 0.5, "max_grad_norm": 0.1},
     "offloaded": {"cpu_offload": True},
     "sharded epochs": {"shard_weights": True, "epochs_per_update": 2, "loss": "gspo", "kl_coef": 0.1},
     "sharded checkpointed": {"shard_weights": True, "gradient_checkpointing": True},

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import threading
+import time
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from ludic.survival.shared_policy import SharedPolicy
 from ludic.train.learner_thread import LearnerThread, to_its_end
 
 
@@ -52,7 +54,7 @@ def look(model: torch.nn.Module, version: int) -> tuple[list[float], int]:
 
 async def test_who_reads_during_a_step_waits_and_sees_the_new_weights_with_their_version() -> None:
     learner: Any = StandIn()
-    with LearnerThread(learner, 4) as thread:
+    async with LearnerThread(learner, 4) as thread:
         assert await thread.read(look) == ([0.0, 0.0], 4)
         step = asyncio.create_task(thread.step(learning_rate=0.5))
         await asyncio.to_thread(learner.in_the_middle.wait, 20)
@@ -71,7 +73,7 @@ async def test_weights_of_an_update_that_failed_half_way_belong_to_no_version(fa
     learner: Any = StandIn()
     learner.fails = fails
     learner.go_on.set()
-    with LearnerThread(learner, 4) as thread:
+    async with LearnerThread(learner, 4) as thread:
         with pytest.raises((MemoryError, FloatingPointError)):
             await thread.step(learning_rate=0.5)
         assert thread.version == version
@@ -84,7 +86,7 @@ async def test_weights_of_an_update_that_failed_half_way_belong_to_no_version(fa
 
 async def test_a_cancelled_step_is_done_whole_before_the_cancellation_is_raised() -> None:
     learner: Any = StandIn()
-    with LearnerThread(learner, 0) as thread:
+    async with LearnerThread(learner, 0) as thread:
         step = asyncio.create_task(thread.step(learning_rate=0.5))
         await asyncio.to_thread(learner.in_the_middle.wait, 20)
         step.cancel()
@@ -117,7 +119,7 @@ async def test_an_error_of_work_that_is_done_to_its_end_comes_before_the_cancell
 
 async def test_a_call_that_has_not_begun_is_taken_back_at_once_when_it_is_cancelled() -> None:
     learner: Any = StandIn()
-    with LearnerThread(learner, 0) as thread:
+    async with LearnerThread(learner, 0) as thread:
         step = asyncio.create_task(thread.step(learning_rate=0.5))
         await asyncio.to_thread(learner.in_the_middle.wait, 20)
         called: list[int] = []
@@ -147,7 +149,18 @@ async def test_after_the_end_readers_still_come_one_at_a_time() -> None:
 
     met = threading.Event()
     learner.whole_model = merged
-    with LearnerThread(learner, 4) as thread:
+    async with LearnerThread(learner, 4) as thread:
         pass
     await asyncio.gather(thread.read(look), thread.read(look), thread.read(look))
     assert most == 1
+
+
+async def test_the_thread_ends_though_two_policies_of_several_readers_wait_behind_its_last_call() -> None:
+    """As where two servers come back, at different updates, while the last checkpoint is written."""
+    learner: Any = StandIn()
+    async with LearnerThread(learner, 4) as thread:
+        saving = asyncio.create_task(thread.call(time.sleep, 0.2))
+        reads = [asyncio.create_task(SharedPolicy(thread).read(look)) for _ in range(2)]
+        await asyncio.sleep(0.05)
+    await saving
+    assert [await asyncio.wait_for(read, 20) for read in reads] == [([0.0, 0.0], 4)] * 2

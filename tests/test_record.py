@@ -135,13 +135,25 @@ async def test_all_phases_make_an_entry_that_a_second_scoring_repeats_and_a_seed
 
     (out / "seed_0" / "entry.json").unlink()
     made = (out / "warm_up.json").stat().st_mtime_ns
-    flags = ["--seeds", "0", "1", "--grpo-seconds", "0.01"]
-    await call(record, digit_policy_dir, problems, out, *flags, steps=500)
-    printed = capsys.readouterr().out
-    assert (out / "warm_up.json").stat().st_mtime_ns == made, "a warm-up that is there is not made again"
-    assert "seed 0: GRPO was made already" in printed and "2 seed(s), 16 problems" in printed
+    await call(record, digit_policy_dir, problems, out, "--phases", "score", steps=2)
     again = json.loads((out / "seed_0" / "entry.json").read_text())
     assert again["after"]["strict"] == first["after"]["strict"] and again["paired"] == first["paired"]
+
+    flags = ["--seeds", "1", "--grpo-seconds", "0.01"]
+    await call(record, digit_policy_dir, problems, out, *flags, steps=500)
+    assert (out / "warm_up.json").stat().st_mtime_ns == made, "a warm-up that is there is not made again"
     second = json.loads((out / "seed_1" / "entry.json").read_text())
     assert second["stopped_at_a_deadline"] and 1 <= second["updates"] < 500
     assert Path(second["checkpoint"]).name == f"step_{second['updates']}"
+
+    # What is there is not passed off as the result of other flags.
+    for other, message in (
+        (["--epochs", "2"], "was made with epochs 1.0, not 2.0"),
+        (["--max-calculations", "1"], "has a record on other problems"),
+        (["--seeds", "0"], "seed 0 in .* was made with other flags of GRPO"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            await call(record, digit_policy_dir, problems, out, *other, steps=500)
+    capsys.readouterr()
+    await call(record, digit_policy_dir, problems, out, "--seeds", "0", steps=2)
+    assert "seed 0: GRPO was made already" in capsys.readouterr().out

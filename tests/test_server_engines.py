@@ -352,6 +352,16 @@ def flags(*words: str) -> argparse.Namespace:
     return args
 
 
+async def test_an_engine_that_is_lost_is_left_out_with_a_warning(
+    pair: list[FakeServer], caplog: pytest.LogCaptureFixture
+) -> None:
+    first, _ = pair
+    nobody = free_port("127.0.0.1")
+    first.engine_ports = [*ports(pair), nobody]
+    assert await asyncio.to_thread(behind, first.base_url) == [server.base_url for server in pair]
+    assert f"nothing listens on {nobody}" in caplog.text
+
+
 async def test_the_first_engine_names_the_others_and_the_flags_then_do(pair: list[FakeServer]) -> None:
     first, second = pair
     with pytest.raises(EngineError, match="503: 1 of 2 engines still load"):

@@ -356,6 +356,14 @@ async def test_the_server_says_whose_weights_it_holds_also_when_their_trainer_ha
     assert await weights(server) == {"proven": False, "identity": BEN}
 
 
+async def test_an_adapter_is_one_also_while_it_is_replaced(server: Server) -> None:
+    first = await server.lease_to(ANN)
+    await server.ask("PUT", TRAINER_PATH, {"policy_version": 1, "adapter": True}, token=first)
+    assert (await weights(server))["adapter"] is True
+    await server.ask("POST", "/collective_rpc", {"method": "ludic_receive_adapter"}, token=first)
+    assert await weights(server) == {"proven": False, "identity": ANN, "adapter": True}
+
+
 @pytest.mark.parametrize("path", ["/sleep", "/v1/load_lora_adapter", "/collective_rpc", "/a-route-of-next-year"])
 async def test_after_a_request_that_may_have_changed_them_the_weights_are_not_known(server: Server, path: str) -> None:
     first = await server.lease_to(ANN)

@@ -195,9 +195,25 @@ def prepare(args: argparse.Namespace) -> Record:
     record = Record(args=args, phases=phases, out_dir=out_dir, warm_up=warm_up, started=time.perf_counter())
     chosen = grpo_problems(args)
     lines = [json.dumps({"question": one.question, "answer": one.answer}) + "\n" for one in chosen]
-    (out_dir / "grpo_problems.jsonl").write_text("".join(lines), encoding="utf-8")
+    problems = out_dir / "grpo_problems.jsonl"
+    if problems.exists() and problems.read_text(encoding="utf-8") != "".join(lines):
+        raise ValueError(f"{out_dir} has a record on other problems of GRPO: give another --out-dir")
+    problems.write_text("".join(lines), encoding="utf-8")
+    require_same_warm_up(record)
     record.config()  # a wrong flag in --train-args ends the call here
     return record
+
+
+def require_same_warm_up(record: Record) -> None:
+    """Raises ValueError where the folder has a warm-up made with other flags, whose scores would pass for those of these."""
+    about = record_warm_up.about(record.warm_up)
+    if record.args.warm_up or not about.exists():
+        return
+    made, args = json.loads(about.read_text()), record.args
+    asked = {"model": args.model, "epochs": args.epochs, "lr": args.warm_up_lr, "batch": args.warm_up_batch}
+    for name, value in asked.items():
+        if made[name] != value:
+            raise ValueError(f"{record.warm_up} was made with {name} {made[name]}, not {value}: give another --out-dir")
 
 
 def grpo_problems(args: argparse.Namespace) -> list[GSM8KSample]:
@@ -312,6 +328,8 @@ async def make_grpo(record: Record, seed: int, *, num_seeds_left: int) -> None:
     paths, about = RunPaths(out_dir=folder, name=NAME), folder / "grpo.json"
     there = latest_checkpoint(paths.checkpoints) is not None
     earlier: dict[str, Any] = json.loads(about.read_text()) if about.exists() else {}
+    if earlier and _without_resume(earlier["flags"]) != _without_resume(record.train_arguments(seed).resolved):
+        raise ValueError(f"seed {seed} in {folder} was made with other flags of GRPO: give another --out-dir")
     if earlier and not (args.resume and earlier["stopped"]):
         say(f"seed {seed}: GRPO was made already, in {folder}")
         return
@@ -320,15 +338,25 @@ async def make_grpo(record: Record, seed: int, *, num_seeds_left: int) -> None:
     if args.total_seconds:
         left = args.total_seconds - (time.perf_counter() - record.started)
         limits.append(left / num_seeds_left - record.score_s - CLOSING_S)
-    begun = time.perf_counter()
-    async with contextlib.aclosing(GSM8K(system_prompt=train_args.system_prompt)) as environment:
-        training = train_from_flags(train_args, train_gsm8k.task_of(train_args, environment))
-        stopped = await until(min(limits, default=None), paths.metrics, training)
+    begun, stopped = time.perf_counter(), True
+    try:
+        async with contextlib.aclosing(GSM8K(system_prompt=train_args.system_prompt)) as environment:
+            training = train_from_flags(train_args, train_gsm8k.task_of(train_args, environment))
+            stopped = await until(min(limits, default=None), paths.metrics, training)
+    finally:  # a signal leaves a checkpoint too, whose seconds count when it is resumed
+        if latest_checkpoint(paths.checkpoints) is not None:
+            seconds = earlier.get("seconds", 0.0) + time.perf_counter() - begun
+            waited = earlier.get("server_after_warm_up", 0.0) + record.server_after_warm_up_s
+            server = {"server": record.server_s, "server_after_warm_up": waited}
+            record_entry.write(about, {"seconds": seconds, "stopped": stopped, "flags": train_args.resolved, **server})
     if latest_checkpoint(paths.checkpoints) is None:
         raise ValueError(f"seed {seed}: the deadline came before the first update: allow more than {min(limits):.0f} s")
-    seconds = earlier.get("seconds", 0.0) + time.perf_counter() - begun
-    server = {"server": record.server_s, "server_after_warm_up": record.server_after_warm_up_s}
-    record_entry.write(about, {"seconds": seconds, "stopped": stopped, "flags": train_args.resolved, **server})
+
+
+def _without_resume(flags: dict[str, dict[str, Any]]) -> Any:
+    """The flags as JSON has them, by their groups; where the server happens to listen makes no other training."""
+    kept = {name: {k: v for k, v in group.items() if k not in ("resume", "port")} for name, group in flags.items()}
+    return json.loads(json.dumps(kept))
 
 
 async def until(seconds: float | None, metrics: Path, training: Coroutine[Any, Any, Any]) -> bool:

@@ -9,6 +9,7 @@ import shlex
 from typing import NamedTuple
 
 from ludic.capacity.memory import SERVER_BYTES
+from ludic.cli import started_settings
 from ludic.config import GRPOConfig
 from ludic.train.footprint import COMPUTE_BYTES
 
@@ -29,6 +30,8 @@ SLACK = 1.1
 """What allocating in pieces needs beside the bytes that are counted."""
 PROCESS_BYTES = 2 * GIB
 """Of the trainer's process on a GPU beside that: CUDA's context, workspaces, and the buffer that weights go through."""
+SYNC_BYTES = GIB // 2
+"""That buffer, of each engine after the first (`ludic.inference.weights.ipc_link`)."""
 KV_CACHE_BYTES = GIB
 """What a server has for its KV cache at least."""
 MOST = 0.5
@@ -104,7 +107,9 @@ def choose_share(args: argparse.Namespace, config: GRPOConfig, *, free: int, tot
     wanted = [need]
     if config.micro_token_budget is None and need.budget < AUTO_BUDGET:
         wanted.insert(0, training_need(args, config, on_gpu=True, budget=AUTO_BUDGET))
-    least = COMPUTE_BYTES * need.parameters + SERVER_BYTES + KV_CACHE_BYTES
+    engines = started_settings(args).server_engines
+    least = engines * (COMPUTE_BYTES * need.parameters + SERVER_BYTES + KV_CACHE_BYTES)
+    free -= (engines - 1) * SYNC_BYTES
     for one in wanted:
         share = split(free=free, total=total, trainer=one.total)
         if share * total >= least:

@@ -117,7 +117,7 @@ async def measure(
         OutOfMemory: the trainer's device is too small.
         ValueError: micro-batches do not fit, or a correction needs log-probs that the engine does not return.
     """
-    with LearnerThread(learner, version=0) as policy:
+    async with LearnerThread(learner, version=0) as policy:
         await engine.update_weights(policy)  # as a run begins; the first also sets the transfer up
         await policy.call(fit_budget, learner)
         ready_at = time.perf_counter()

@@ -1,8 +1,8 @@
 """`--server-engines N`: N of ludic's servers on the same GPU, started, watched and ended by one command.
 
-One Python thread a server sets the pace of a small model's decoding, not the GPU; several servers have several. Each engine
-is a whole server on a port of its own, with its share of the memory; the first is the address of all, and tells a trainer
-the ports of the others (`engines_route`). This process holds no GPU, and serves nothing itself.
+With a small model, decoding is limited by one Python thread in each server, not by the GPU; N servers have N such threads.
+Each engine is a whole server on a port of its own, with its share of the memory; the first is the address of all, and tells
+a trainer the ports of the others (`engines_route`). This process holds no GPU, and serves nothing itself.
 
 Left out: starting an engine again (the trainer goes on with the others), and spreading requests: the trainer has each
 engine's load and must prove each engine's weights, so it talks to all of them.
@@ -45,7 +45,7 @@ class _Engine:
     """One engine: a process group of its own, whose lines appear on standard output behind its name."""
 
     def __init__(self, name: str, url: str, command: Sequence[str], env: Mapping[str, str]) -> None:
-        self.name, self.url = name, url
+        self.name, self.url, self.is_over = name, url, False
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -100,6 +100,9 @@ def serve_engines(
                 more = {ENGINES_VARIABLE: json.dumps(urls)} if index == 0 else {}
                 engines.append(_Engine(f"engine {index + 1}", urls[index], command, env | more))
             _wait_until_healthy(engines, len(urls))
+        while not is_healthy(urls[0]):  # so that the first engine has seen all of them before one may be lost
+            _wait_until_healthy(engines, len(urls))
+            time.sleep(POLL_S)
         _say(f"{len(urls)} engines are up; their address is {urls[0]}")
         _watch(engines)
         fail(f"none of {len(urls)} engines is left")
@@ -146,11 +149,14 @@ def _watch(engines: Sequence[_Engine]) -> None:
         for engine in list(running):
             if (ending := engine.ending()) is not None:
                 running.remove(engine)
+                end_process(engine.process)  # what is left of its group, while the number is still its own
+                engine.is_over = True
                 _say(f"{ending} ({len(running)} of {len(engines)} engines are left)")
 
 
 def _end(engines: Sequence[_Engine]) -> None:
-    ending = [threading.Thread(target=end_process, args=(engine.process,)) for engine in engines]
+    left = [engine for engine in engines if not engine.is_over]
+    ending = [threading.Thread(target=end_process, args=(engine.process,)) for engine in left]
     for thread in ending:
         thread.start()
     for thread in ending:

@@ -195,7 +195,7 @@ def listens(args: argparse.Namespace) -> bool:
 
 def check_settings(args: argparse.Namespace, keys: Sequence[str], *, is_engine: bool = False) -> None:
     """End with one line if the server must not, or cannot, start like this; all of several, unless it `is_engine` of them."""
-    if problem := engines_problem(args) or unsafe_setting(args, keys):
+    if problem := ("" if is_engine else engines_problem(args)) or unsafe_setting(args, keys):
         fail(problem)
     if listens(args):
         try:

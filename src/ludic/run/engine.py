@@ -273,6 +273,9 @@ def _show_loading(status: StatusLine, name: str, seconds: float, line: str) -> N
 
 
 def _server_flags(args: argparse.Namespace, max_seq_len: int, fp32_head: bool | None, adapter_rank: int) -> list[str]:
+    from ludic.doctor.memory import given_share  # takes the counting of memory with it
+
+    given_share(args)  # refuses two flags that say it
     flags = shlex.split(args.server_args)
     given = [flag.replace("_", "-").partition("=")[0] for flag in flags]
     if "--max-model-len" not in given:

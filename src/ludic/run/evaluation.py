@@ -260,7 +260,8 @@ def weights_in_use(args: argparse.Namespace) -> "WeightsInUse":
             held[url] = weights_of_server(control, args.model, args.tokenizer or args.model)
     (first, weights), *others = held.items()
     for url, theirs in others:
-        if (theirs.fingerprint, theirs.policy_version) != (weights.fingerprint, weights.policy_version):
+        unknown = theirs.is_ours and not theirs.fingerprint  # in the middle of a sync
+        if unknown or (theirs.fingerprint, theirs.policy_version) != (weights.fingerprint, weights.policy_version):
             raise ServerMismatchError(
                 f"the engines hold different weights: {first} {weights.description}; {url} {theirs.description}. Wait for the "
                 "weight sync that is under way, or restart them"

@@ -291,7 +291,7 @@ class RecoveringEngine:
             # What ours says of its end tells more than what was noticed of it.
             ending = self._server.ending(wait_s=ENDING_LOOK_S)
             error = error if ending is None else type(error)(ending)
-        self._reason = error
+        self._reason = type(error)(str(error))  # without its traceback, whose frames keep what the sync held of the GPU
         self._say(f"the server was lost: {error}")
         self._engine.abort_sync(str(error))
         self._settled.set()

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from ludic.train.master_weights import MasterWeights, Published, bucketed, check_float32, round_masters
+from ludic.train.master_weights import MasterWeights, Published, bucketed, check_float32, decays, round_masters
 from ludic.train.ranks import Ranks
 
 BUCKET = 2**26
@@ -70,11 +70,14 @@ class FlatMasters(MasterWeights):
         ValueError: a parameter is not float32.
     """
 
+    holds_gradients = True
+
     def __init__(self, model: torch.nn.Module, ranks: Ranks, *, compute_dtype: torch.dtype) -> None:
         check_float32(model)
         self._ranks = ranks
         self.names = [name for name, _ in model.named_parameters()]
         whole = list(model.parameters())
+        self._decays = [decays(name, parameter) for name, parameter in model.named_parameters()]
         self.num_trained = sum(parameter.numel() for parameter in whole)
         self.buckets = buckets_of([parameter.numel() for parameter in whole], ranks.size)
         self.segments: list[slice] = [slice(0)] * len(whole)
@@ -119,6 +122,14 @@ class FlatMasters(MasterWeights):
     def clear(self) -> None:
         """Forget what has been accumulated."""
         torch._foreach_zero_(self._gradients)
+
+    @torch.no_grad()
+    def decay(self, amount: float) -> None:
+        """As of whole tensors, whose shape a segment does not have."""
+        pieces = zip(self.parameters, self._decays, strict=True)
+        matrices: list[torch.Tensor] = [master for master, decayed in pieces if decayed and master.numel()]
+        if amount and matrices:
+            torch._foreach_mul_(matrices, 1 - amount)
 
     @torch.no_grad()
     def publish(self) -> Published:

@@ -110,9 +110,10 @@ class LearnerThread:
         assert self.version is not None
         self.version += 1
 
-    def __enter__(self) -> Self:
+    async def __aenter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    async def __aexit__(self, *_: object) -> None:
+        """End the thread while the loop goes on: what the thread was given may itself wait for the loop."""
         self._closed = True
-        self._executor.shutdown()
+        await asyncio.to_thread(self._executor.shutdown)

@@ -24,6 +24,11 @@ class Published(NamedTuple):
     """bool: whether all of them are finite"""
 
 
+def decays(name: str, parameter: torch.Tensor) -> bool:
+    """Whether weight decay is for this whole parameter: a matrix or an embedding."""
+    return parameter.dim() > 1 and not name.endswith("bias")
+
+
 class MasterWeights:
     """Makes `model` compute in `compute_dtype`, in place, and keeps what it was made from.
 
@@ -37,6 +42,9 @@ class MasterWeights:
     Raises:
         ValueError: a parameter is not float32.
     """
+
+    holds_gradients: bool = False
+    """Whether memory for all gradients is allocated from the start."""
 
     def __init__(self, model: torch.nn.Module, *, compute_dtype: torch.dtype) -> None:
         check_float32(model, unless_frozen=compute_dtype)
@@ -98,7 +106,7 @@ class MasterWeights:
             decayed: list[torch.Tensor] = [
                 master
                 for name, master in zip(self.names, self.parameters, strict=True)
-                if master.grad is not None and master.dim() > 1 and not name.endswith("bias")
+                if master.grad is not None and decays(name, master)
             ]
             torch._foreach_mul_(decayed, 1 - amount)
 

@@ -118,7 +118,9 @@ def _need(learner: Learner, token_budget: int) -> int | None:
     fits = True
     try:
         trained = [master for master in learner.masters.parameters if master.requires_grad]
-        for master in trained:  # there from the second micro-batch of an update on
+        for master in (
+            [] if learner.masters.holds_gradients else trained
+        ):  # there from an update's second micro-batch on
             master.grad = torch.zeros_like(master)
         torch.cuda.reset_peak_memory_stats(learner.device)
         learner.add_up(worst_samples(learner.config, token_budget) * learner.num_ranks)

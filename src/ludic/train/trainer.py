@@ -186,31 +186,31 @@ class GRPOTrainer(Generic[SampleT]):
             contextlib.closing(self.metric_logger) if self._closes_logger else contextlib.nullcontext(),
             JsonlWriter(self.paths.rollouts) as self._writer,
             TokenGaps(self.paths.token_gaps if self.config.record_token_logprobs else None) as self._token_gaps,
-            LearnerThread(self.learner, self.state.policy_version) as self._policy,
         ):
-            self._rollouts = GroupStream(
-                self.engine,
-                self.environment,
-                group_size=self.config.group_size,
-                tokenizer=self.tokenizer,
-                record=self._writer.write,
-                further_fields=functools.partial(training_fields, config=self.config, tokenizer=self.tokenizer),
-                fields_take_long=self.config.record_token_logprobs,
-                shape_reward=overlong_shaping(self.config.overlong_buffer),
-                replacement=self.prompts.replacement if self.config.dynamic_sampling else None,
-            )
-            try:
-                yield
-            except CheckpointError:
-                raise
-            except BaseException:
+            async with LearnerThread(self.learner, self.state.policy_version) as self._policy:
+                self._rollouts = GroupStream(
+                    self.engine,
+                    self.environment,
+                    group_size=self.config.group_size,
+                    tokenizer=self.tokenizer,
+                    record=self._writer.write,
+                    further_fields=functools.partial(training_fields, config=self.config, tokenizer=self.tokenizer),
+                    fields_take_long=self.config.record_token_logprobs,
+                    shape_reward=overlong_shaping(self.config.overlong_buffer),
+                    replacement=self.prompts.replacement if self.config.dynamic_sampling else None,
+                )
                 try:
-                    await self._rollouts.aclose()  # with it a recovery's sync, which would hold up the save
-                finally:  # also where a second cancellation cuts that short
-                    await self._save_last_update()
-                raise
-            finally:
-                await self._rollouts.aclose()
+                    yield
+                except CheckpointError:
+                    raise
+                except BaseException:
+                    try:
+                        await self._rollouts.aclose()  # with it a recovery's sync, which would hold up the save
+                    finally:  # also where a second cancellation cuts that short
+                        await self._save_last_update()
+                    raise
+                finally:
+                    await self._rollouts.aclose()
 
     async def _save_last_update(self) -> None:
         # Weights whose version is not the counted one belong to an update that failed half way.

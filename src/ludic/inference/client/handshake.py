@@ -6,6 +6,7 @@ before a run, after a server was lost, and by `ludic.doctor`.
 
 import contextlib
 import logging
+import socket
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -191,8 +192,22 @@ def engines_behind(control: ServerControl) -> list[str]:
             control.base_url, len(ports), ", ".join(map(str, ports)),
         )  # fmt: skip
         return [control.base_url]
+    there = [ports[0], *(port for port in ports[1:] if _listens(address.hostname or "", port))]
+    if lost := [port for port in ports if port not in there]:
+        logger.warning(
+            "of the %d engines behind %s nothing listens on %s: they are left out (lost, or not reached through a tunnel)",
+            len(ports), control.base_url, ", ".join(map(str, lost)),
+        )  # fmt: skip
     host = address.netloc.rpartition(":")[0]
-    return [f"http://{host}:{port}" for port in ports]
+    return [f"http://{host}:{port}" for port in there]
+
+
+def _listens(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=LOOK_S).close()
+    except OSError:
+        return False
+    return True
 
 
 def stays_paused(control: ServerControl) -> bool:
@@ -314,7 +329,7 @@ class ServerState:
 
     @property
     def has_adapter(self) -> bool:
-        """Whether a trainer's adapter, proven, makes the policy of the weights."""
+        """Whether a trainer's adapter makes the policy of the weights, also while it is replaced."""
         return self.weights is not None and bool(self.weights.get("adapter"))
 
 

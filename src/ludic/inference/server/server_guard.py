@@ -143,7 +143,9 @@ class ServerGuard:
                 return
             holder = self._admit(kind, lease)
             if kind == "control" and not _keeps_weights(path, body):
-                self._weights = {"proven": False, "identity": {} if holder is None else dict(holder.identity)}
+                # While an adapter is replaced it is still an adapter: whoever connects meanwhile asks for it, not for the base.
+                kept = {"adapter": True} if (self._weights or {}).get("adapter") else {}
+                self._weights = {"proven": False, "identity": {} if holder is None else dict(holder.identity)} | kept
         except RefusedError as error:
             await _refuse(send, error)
             return

@@ -20,7 +20,8 @@ from ludic.inference.weights.digest import FlatDigest
 from ludic.inference.weights.ipc_memory import exported_buffer
 
 BUCKET_BYTES = 256 << 20
-"""Two such halves, on the trainer's side alone. At 1 GB, 4 turns; each costs a switch of the GPU between the processes."""
+"""Two such halves, on the trainer's side alone. A model of 1 GB takes 4 turns, and each turn costs a switch of the GPU between
+the two processes."""
 TOKEN_BYTES = 16
 ACCEPT_POLL_S = 0.05
 _TURN = b"."

@@ -16,7 +16,7 @@ import torch
 
 _HANDLE_BYTES = 64
 _LAZY_ENABLE_PEER_ACCESS = 1
-"""The only flag that there is, and it must be set."""
+"""The driver knows this flag alone, and requires it."""
 
 
 class NoIpcError(RuntimeError):

@@ -61,7 +61,11 @@ class IpcTransport(SharedMemoryTransport):
             return str(error)
         except OSError as error:
             return f"no socket in {self._folder.path} ({error.strerror or error})"
-        problem = self._control.ipc_problem(self._request(link, token=link.mark()))
+        try:
+            problem = self._control.ipc_problem(self._request(link, token=link.mark()))
+        except BaseException:
+            link.leave()
+            raise
         if problem:
             link.leave()
         else:
