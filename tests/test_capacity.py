@@ -161,12 +161,12 @@ def page(name: str) -> str:
     return " ".join((ROOT / "docs" / name).read_text(encoding="utf-8").split())
 
 
-def test_a_trained_parameter_costs_the_bytes_that_the_page_of_several_gpus_states() -> None:
+def test_a_trained_parameter_costs_the_bytes_that_the_page_states() -> None:
     stated = (
-        "12 / N for masters and moments, 2 / N for the rounded copies, 4 for the gradients that it has accumulated, "
-        "4 / N while they are reduced, and on rank 0 2 more for the copy"
+        "12 / N bytes for the fp32 master and AdamW's moments, 2 / N for the bf16 copy, 4 for the fp32 gradient, and on GPU 0 "
+        "2 more for the whole copy if N > 1"
     )
-    assert stated in page("several_gpus.md")
+    assert stated in page("capacity.md")
     one, eight = (training_parts(read_shape("7B"), Trainer(gpus=gpus)) for gpus in (1, 8))
     assert sum(one[name] for name in STATE) == 137_081_097_216  # 18 bytes
     assert sum(eight[name] for name in STATE) == 59_021_027_968  # 12 / 8 + 2 / 8 + 4 + 2 = 7.75 bytes
@@ -303,10 +303,9 @@ def test_rows_are_as_few_as_the_budget_allows_and_evenly_filled() -> None:
 
 
 def test_ranks_send_gradients_once_an_update_and_with_offload_in_every_micro_batch() -> None:
-    said = page("several_gpus.md")
-    assert (
-        "summed over the ranks once an update" in said and "gradients are then summed after every micro-batch" in said
-    )
+    said = page("capacity.md")
+    assert "by one empty row more at the end of an update, with `--cpu-offload` in every micro-batch" in said
+    assert "Several GPUs without `--cpu-offload` are counted as FSDP2 that adds gradients up once an update" in said
     shape, work, slow = read_shape("7B"), Work(), Machine(link=1e8)
     assert rows_of(work, Trainer(gpus=2))[0] == 5  # 131,200 tokens for two
     # GB at 0.1 GB/s: half of 7.615616512 x 4 for both gathers of a row, x 8 for a row that also reduces in fp32

@@ -226,7 +226,7 @@ def test_a_server_that_fits_is_taken(rank: int, largest: int) -> None:
     ],
 )
 def test_a_started_server_gets_the_flags_that_the_adapter_needs(given: str, rank: int, added: list[str]) -> None:
-    args = argparse.Namespace(server_args=given, chat_template=None, trust_remote_code=False)
+    args = argparse.Namespace(server_args=given, chat_template=None, trust_remote_code=False, server_memory_share=None)
     flags, without = (_server_flags(args, 64, None, one) for one in (rank, 0))
     assert [flag for flag in flags if flag not in without] == added
 

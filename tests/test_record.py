@@ -149,7 +149,7 @@ async def test_all_phases_make_an_entry_that_a_second_scoring_repeats_and_a_seed
     # What is there is not passed off as the result of other flags.
     for other, message in (
         (["--epochs", "2"], "was made with epochs 1.0, not 2.0"),
-        (["--max-calculations", "1"], "has a record on other problems"),
+        (["--max-calculations", "4"], "has a record on other problems"),
         (["--seeds", "0"], "seed 0 in .* was made with other flags of GRPO"),
     ):
         with pytest.raises(ValueError, match=message):
