@@ -29,7 +29,7 @@ from ludic.inference.client.server_control import ServerControl
 from ludic.inference.client.server_process import ServerProcess, free_port
 from ludic.inference.client.vllm_client import VLLMEngine, stop_token_ids
 from ludic.inference.weights.weight_sync import _Proof
-from ludic.inference.weights.weight_transport import SharedMemoryTransport, WireWeights
+from ludic.inference.weights.weight_transport import Sent, SharedMemoryTransport, WireWeights
 from ludic.rollout.engine import PolicyWeights
 from ludic.rollout.errors import EngineError, ServerMismatchError, WeightSyncError
 from ludic.task.prompts import decode_completion, encode_prompt, load_tokenizer
@@ -425,8 +425,8 @@ async def test_other_weights_than_the_policys_are_caught_by_digests_and_by_log_p
 ) -> None:
     send, stale = SharedMemoryTransport.send, policy(digit_policy_dir, random_seed=8)
 
-    def send_stale(self: SharedMemoryTransport, weights: WireWeights, *, weight_version: str) -> None:
-        send(self, WireWeights(model=stale, dtype=weights.dtype), weight_version=weight_version)
+    def send_stale(self: SharedMemoryTransport, weights: WireWeights, *, weight_version: str) -> Sent:
+        return send(self, WireWeights(model=stale, dtype=weights.dtype), weight_version=weight_version)
 
     monkeypatch.setattr(SharedMemoryTransport, "send", send_stale)
     if not with_digests:
