@@ -34,7 +34,7 @@ from ludic.inference.client.handshake import server_state
 from ludic.inference.client.server_control import ServerControl
 from ludic.inference.client.server_process import ServerProcess, ServerStartError, start_server
 from ludic.inference.client.vllm_client import VLLMEngine
-from ludic.inference.server.server_defaults import GENERATE_ROUTE, REQUIRE_API_KEY, SERVER_GUARD
+from ludic.inference.server.server_defaults import ADAPTER_ROUTE, GENERATE_ROUTE, REQUIRE_API_KEY, SERVER_GUARD
 from ludic.inference.vllm_server import RequireApiKey
 from ludic.inference.weights.digest import digest_hex, tensor_digest
 from ludic.inference.wire import PATH, PROTOCOL
@@ -623,7 +623,7 @@ def test_the_defaults_of_ludic_hold_until_the_user_says_otherwise(tmp_path: Path
     assert (args.model, args.host, args.port) == (DEFAULT_MODEL, "127.0.0.1", 8000)
     assert (args.logprobs_mode, args.generation_config) == ("processed_logprobs", "vllm")
     assert args.weight_transfer_config.backend == "ludic_shm"
-    assert args.middleware == [GENERATE_ROUTE, SERVER_GUARD, REQUIRE_API_KEY]
+    assert args.middleware == [GENERATE_ROUTE, ADAPTER_ROUTE, SERVER_GUARD, REQUIRE_API_KEY]
     assert args.trust_remote_code is False and args.allowed_origins == [] and args.api_key is None
     assert (args.disable_log_stats, args.disable_uvicorn_access_log) == (True, True)
 
@@ -649,7 +649,7 @@ def test_every_form_of_a_vllm_flag_arrives() -> None:
     assert (args.gpu_memory_utilization, args.max_num_seqs, args.enable_prefix_caching) == (0.5, 7, False)
     assert (args.tensor_parallel_size, args.weight_transfer_config.backend) == (2, "ipc")
     assert args.served_model_name == ["a", "b", "org/model"] or args.model == "org/model"
-    assert args.middleware == [GENERATE_ROUTE, "mine.Middleware", SERVER_GUARD, REQUIRE_API_KEY]
+    assert args.middleware == [GENERATE_ROUTE, "mine.Middleware", ADAPTER_ROUTE, SERVER_GUARD, REQUIRE_API_KEY]
     assert (args.disable_log_stats, args.disable_uvicorn_access_log) == (False, False)
 
 
