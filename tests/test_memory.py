@@ -98,7 +98,7 @@ def test_a_trial_that_runs_out_of_memory_is_over_and_forgotten_before_its_memory
         """A learner whose trials never fit."""
 
         config, num_ranks, token_budget, device = GRPOConfig(max_seq_len=64), 1, 512, torch.device("cpu")
-        masters = SimpleNamespace(parameters=[torch.nn.Parameter(torch.ones(2))])
+        masters = SimpleNamespace(parameters=[torch.nn.Parameter(torch.ones(2))], holds_gradients=False)
 
         def add_up(self, samples: object) -> None:
             raise OutOfMemory("too small")
