@@ -66,7 +66,7 @@ def changed(argv: list[str]) -> set[str]:
     own = ("--no-training", "--enable-log-stats")
     theirs = vllm_defaults(*(word for word in argv if word not in own))
     ours = vars(vllm_server.parse_arguments(argv))
-    assert ours.keys() - theirs.keys() == {"no_training", "api_key_file"}
+    assert ours.keys() - theirs.keys() == {"no_training", "api_key_file", "server_engines"}
     return {name for name, value in theirs.items() if ours[name] != value}
 
 
