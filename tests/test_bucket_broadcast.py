@@ -287,7 +287,7 @@ def test_vllms_own_loader_gets_whole_tensors_by_name_and_its_refusal_leaves_noth
 @pytest.mark.vllm
 def test_an_engine_that_was_not_opened_or_is_told_nonsense_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(Served(), monkeypatch).engine
-    with pytest.raises(ValueError, match="'fly'; it must be copy or load"):
+    with pytest.raises(ValueError, match="'fly'; it must be copy, load or adapter"):
         engine.receive_weights(engine.parse_update_info({"apply": "fly", "deadline_s": 1.0}))
     engine.shutdown()
     with pytest.raises(ValueError, match="ludic_nccl is not open"):
