@@ -77,6 +77,15 @@ def test_a_gpu_that_does_not_hold_both_sides_is_refused_in_one_line_with_both_ne
     assert "\n" not in str(said.value) and "--server-memory-share" in str(said.value)
 
 
+def test_each_of_several_engines_is_counted(one_gpu: Callable[[float, float, float], None]) -> None:
+    one_gpu(48, 47, 1.5)
+    config = GRPOConfig(micro_token_budget=2048)
+    one = choose_share(flags(), config, free=47 * GIB, total=48 * GIB)
+    assert one * 48 > 6, "enough for one"
+    with pytest.raises(ValueError, match=r"the server at least 2\d:"):
+        choose_share(flags("--server-args=--server-engines 4"), config, free=47 * GIB, total=48 * GIB)
+
+
 def test_the_share_may_be_given_by_either_flag_and_not_by_both() -> None:
     assert given_share(flags()) is None
     assert given_share(flags("--server-memory-share", "0.3")) == 0.3
