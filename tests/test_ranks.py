@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from ludic.run.ranks import check_architecture, check_rank_arguments, check_same
 from ludic.train.dealing import deal, empty_row
 from ludic.train.fingerprint import bit_sums
 from ludic.train.packing import pack
+from ludic.train.ranks import Ranks
 from ludic.train.shards import rows_of
 from ludic.types import MicroBatch, TrainingSample
 from tests.ranks_checks import FAULTS, WORLDS
@@ -280,3 +283,28 @@ def test_a_mixture_of_experts_is_refused_on_several_ranks_alone(
         return
     with pytest.raises(ValueError, match=rf"^some/model is a mixture of experts \({setting}\), which 2 ranks cannot"):
         check_architecture("some/model", model)
+
+
+def test_a_rank_does_not_end_in_the_middle_of_a_sign_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python would end that thread within the store's C++, which ends the process by SIGABRT after a run without a fault."""
+    monkeypatch.setattr("ludic.train.ranks.SIGN_S", 0.01)
+    signs, giving = list[str](), threading.Event()
+
+    class Store:
+        def set(self, key: str, value: str) -> None:
+            giving.set()
+            time.sleep(0.2)
+            signs.append(key)
+
+        def check(self, keys: list[str]) -> bool:
+            return False
+
+    ranks = object.__new__(Ranks)
+    ranks.rank, ranks.size, ranks._seen, ranks._lost_s = 0, 1, {}, 60.0
+    store: Any = Store()
+    ranks._store, ranks._closed = store, threading.Event()
+    ranks._watching = threading.Thread(target=ranks._watch, daemon=True)
+    ranks._watching.start()
+    assert giving.wait(10)
+    ranks.close()
+    assert not ranks._watching.is_alive() and signs[-2:] == ["alive/0", "ended/0"]

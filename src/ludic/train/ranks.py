@@ -81,7 +81,8 @@ class Ranks:
         self._closed = threading.Event()
         self._seen = dict.fromkeys(range(self.size), (-1, time.monotonic()))
         """Of each rank, its last sign of life and since when that is known."""
-        threading.Thread(target=self._watch, daemon=True, name="ludic-ranks").start()
+        self._watching = threading.Thread(target=self._watch, daemon=True, name="ludic-ranks")
+        self._watching.start()
 
     # -- what they tell each other -----------------------------------------------------------------------------------
 
@@ -147,6 +148,9 @@ class Ranks:
         """The end of this rank: no sign of life is expected of it any more."""
         if not self._closed.is_set():
             self._closed.set()
+            # Python ends daemon threads as it shuts down, and one that is just in the store's C++ ends the process by SIGABRT.
+            if threading.current_thread() is not self._watching:
+                self._watching.join(GRACE_S)
             self._try(lambda: self._store.set(f"{_ENDED}/{self.rank}", "1"))
 
     def await_the_word_of_rank_0(self) -> None:
